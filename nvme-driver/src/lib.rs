@@ -1,0 +1,1 @@
+//! A polled userspace NVMe driver.

@@ -1,0 +1,3 @@
+//! The `tandem` binary: parse arguments, run, exit code.
+
+fn main() {}

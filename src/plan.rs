@@ -1,0 +1,2 @@
+//! `Config` x `Topology` -> `Plan`: a pure function.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! Virtio, device side: the split virtqueue, the descriptor walk, the block device. Knows nothing of NVMe.
