@@ -1,0 +1,377 @@
+//! Memory that the device reaches: our own buffers, mappings of someone else's memory, and the I/O virtual address
+//! windows they lie in. Promises that a window is unmapped before it is reused, and that a mapping keeps its memory
+//! alive. Never lends a Rust reference to bytes that a device shares (I1). Start at [`DmaSpace`].
+
+use std::any::Any;
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use memmap2::{MmapOptions, MmapRaw};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::spec::PAGE_SIZE;
+pub use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova};
+
+/// Windows start at multiples of this, so that the IOMMU can use its large pages.
+const LARGE_WINDOW_ALIGN: u64 = 2 << 20;
+
+/// A device's DMA domain together with the book of its windows.
+#[derive(Debug)]
+pub struct DmaSpace {
+    domain: Arc<dyn DmaDomain>,
+    windows: Mutex<IovaSpace>,
+}
+
+impl DmaSpace {
+    /// Takes charge of all windows of `domain`.
+    #[must_use]
+    pub fn new(domain: Arc<dyn DmaDomain>) -> Arc<DmaSpace> {
+        let windows = Mutex::new(IovaSpace::new(&domain.usable_ranges()));
+        Arc::new(DmaSpace { domain, windows })
+    }
+
+    fn windows(&self) -> std::sync::MutexGuard<'_, IovaSpace> {
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Which I/O virtual addresses are free. First fit, page granular; coalesces on release.
+#[derive(Debug)]
+pub struct IovaSpace {
+    /// Sorted, disjoint, half-open, page aligned. Never holds address 0: a zero PRP must stay an error.
+    free: Vec<(u64, u64)>,
+}
+
+impl IovaSpace {
+    /// All of `ranges` is free, apart from the zero page.
+    #[must_use]
+    pub fn new(ranges: &[RangeInclusive<u64>]) -> IovaSpace {
+        let page = PAGE_SIZE as u64;
+        let mut free: Vec<(u64, u64)> = ranges
+            .iter()
+            .filter_map(|range| {
+                let start = (*range.start()).max(page).checked_next_multiple_of(page)?;
+                let end = range.end().saturating_add(1) & !(page - 1);
+                (start < end).then_some((start, end))
+            })
+            .collect();
+        free.sort_unstable();
+        IovaSpace { free }
+    }
+
+    /// A window of `len` bytes (a multiple of 4096), 2 MiB aligned when it is that large.
+    pub fn allocate(&mut self, len: u64) -> Option<Iova> {
+        let align = if len >= LARGE_WINDOW_ALIGN {
+            LARGE_WINDOW_ALIGN
+        } else {
+            PAGE_SIZE as u64
+        };
+        for i in 0..self.free.len() {
+            let (start, end) = self.free[i];
+            let Some(base) = start.checked_next_multiple_of(align) else {
+                continue;
+            };
+            let Some(top) = base.checked_add(len).filter(|top| *top <= end) else {
+                continue;
+            };
+            self.free.remove(i);
+            if top < end {
+                self.free.insert(i, (top, end));
+            }
+            if start < base {
+                self.free.insert(i, (start, base));
+            }
+            return Some(Iova(base));
+        }
+        None
+    }
+
+    /// Gives a window back. Only after the domain confirmed that it is unmapped.
+    pub fn release(&mut self, iova: Iova, len: u64) {
+        let window = (iova.0, iova.0.saturating_add(len));
+        let at = self.free.partition_point(|(start, _)| *start < window.0);
+        self.free.insert(at, window);
+        if let Some((_, next_end)) = self
+            .free
+            .get(at + 1)
+            .copied()
+            .filter(|next| next.0 == window.1)
+        {
+            self.free[at].1 = next_end;
+            self.free.remove(at + 1);
+        }
+        if let Some(before) = at
+            .checked_sub(1)
+            .filter(|before| self.free[*before].1 == window.0)
+        {
+            self.free[before].1 = self.free[at].1;
+            self.free.remove(at);
+        }
+    }
+}
+
+/// A window of the device onto memory of this process, for as long as this value lives.
+///
+/// Dropping it unmaps. Whoever drops it has made sure that no outstanding command names it (I2). If the domain
+/// refuses to unmap, window and memory are leaked and the log says so: a leak is safe, reuse is not.
+pub struct DmaMapping {
+    space: Arc<DmaSpace>,
+    iova: Iova,
+    len: u64,
+    owner: Option<Box<dyn Any + Send + Sync>>,
+}
+
+impl DmaMapping {
+    /// Maps `len` bytes at `hva` (both multiples of 4096) into a fresh window; `owner` keeps the memory mapped.
+    ///
+    /// # Safety
+    /// `hva..hva+len` must stay mapped for as long as `owner` lives, and nobody may hold a Rust reference to bytes
+    /// that the device may write.
+    ///
+    /// # Errors
+    /// [`DmaError`]; nothing stays mapped then.
+    pub unsafe fn new(
+        space: &Arc<DmaSpace>,
+        hva: NonNull<u8>,
+        len: u64,
+        access: DmaAccess,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Result<DmaMapping, DmaError> {
+        let iova = space
+            .windows()
+            .allocate(len)
+            .ok_or(DmaError::NoWindow { len })?;
+        // SAFETY: the caller keeps the memory mapped through `owner`, which we drop only after a successful unmap.
+        if let Err(error) = unsafe { space.domain.map(iova, hva, len, access) } {
+            space.windows().release(iova, len);
+            return Err(error);
+        }
+        Ok(DmaMapping {
+            space: Arc::clone(space),
+            iova,
+            len,
+            owner: Some(owner),
+        })
+    }
+
+    /// Where the device sees the first byte.
+    #[must_use]
+    pub fn iova(&self) -> Iova {
+        self.iova
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Never true: an empty mapping cannot be made.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Drop for DmaMapping {
+    fn drop(&mut self) {
+        match self.space.domain.unmap(self.iova, self.len) {
+            Ok(()) => self.space.windows().release(self.iova, self.len),
+            Err(error) => {
+                tracing::error!(%error, "memory stays reachable for the device and is leaked");
+                std::mem::forget(self.owner.take());
+            }
+        }
+    }
+}
+
+impl fmt::Debug for DmaMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaMapping({:?}, {:#x} bytes)", self.iova, self.len)
+    }
+}
+
+/// Zeroed memory of ours that the device reaches. Never derefs: bytes go in and out by copies.
+#[derive(Debug)]
+pub struct DmaBuffer {
+    base: NonNull<u8>,
+    len: usize,
+    // Holds the pages (its owner) and unmaps them from the device first.
+    mapping: DmaMapping,
+}
+
+// SAFETY: the pages belong to this value alone on our side; every access goes through its methods, and sharing
+// with the device is what they are for.
+unsafe impl Send for DmaBuffer {}
+
+impl DmaBuffer {
+    /// At least `len` bytes, rounded up to whole pages, zeroed.
+    ///
+    /// # Errors
+    /// [`DmaError`] when there is no memory, no window, or the domain refuses.
+    pub fn new(
+        space: &Arc<DmaSpace>,
+        len: usize,
+        access: DmaAccess,
+    ) -> Result<DmaBuffer, DmaError> {
+        let asked = len;
+        let no_memory = |reason: String| DmaError::NoMemory {
+            len: asked as u64,
+            reason,
+        };
+        let len = len
+            .max(1)
+            .checked_next_multiple_of(PAGE_SIZE)
+            .ok_or_else(|| no_memory("the length overflows".to_owned()))?;
+        let pages = MmapOptions::new()
+            .len(len)
+            .populate()
+            .map_anon()
+            .map_err(|error| no_memory(error.to_string()))?;
+        let pages = MmapRaw::from(pages);
+        let base =
+            NonNull::new(pages.as_mut_ptr()).ok_or_else(|| no_memory("null mapping".to_owned()))?;
+        // SAFETY: `pages` stays mapped until it is dropped, the mapping owns it, and this type lends no references.
+        let mapping = unsafe { DmaMapping::new(space, base, len as u64, access, Box::new(pages))? };
+        Ok(DmaBuffer { base, len, mapping })
+    }
+
+    /// Bytes, a multiple of 4096.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where the device sees the byte at `offset` (at most `len`).
+    ///
+    /// # Panics
+    /// When `offset` lies outside: a programmer's error.
+    #[must_use]
+    pub fn iova(&self, offset: usize) -> Iova {
+        assert!(
+            offset <= self.len,
+            "offset {offset} in a DMA buffer of {}",
+            self.len
+        );
+        Iova(self.mapping.iova().0 + offset as u64)
+    }
+
+    /// Where we see the byte at `offset`. The pointer is valid for `len - offset` bytes while this buffer lives.
+    ///
+    /// # Panics
+    /// When `offset` lies outside: a programmer's error.
+    #[must_use]
+    pub fn pointer(&self, offset: usize) -> NonNull<u8> {
+        assert!(
+            offset <= self.len,
+            "offset {offset} in a DMA buffer of {}",
+            self.len
+        );
+        // SAFETY: within (or one past) the allocation of `len` bytes.
+        unsafe { self.base.add(offset) }
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Panics
+    /// When they do not fit: a programmer's error.
+    pub fn write_bytes(&mut self, offset: usize, bytes: &[u8]) {
+        assert!(offset <= self.len && bytes.len() <= self.len - offset);
+        // SAFETY: in bounds (asserted); `bytes` is ordinary memory and cannot overlap pages that nobody can borrow.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.base.add(offset).as_ptr(),
+                bytes.len(),
+            )
+        };
+    }
+
+    /// Copies bytes out. What the device writes meanwhile may or may not be seen.
+    ///
+    /// # Panics
+    /// When the range lies outside: a programmer's error.
+    pub fn read_bytes(&self, offset: usize, bytes: &mut [u8]) {
+        assert!(offset <= self.len && bytes.len() <= self.len - offset);
+        // SAFETY: in bounds (asserted); `bytes` is exclusive ordinary memory.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.base.add(offset).as_ptr(),
+                bytes.as_mut_ptr(),
+                bytes.len(),
+            )
+        };
+    }
+
+    /// Copies a wire structure out.
+    #[must_use]
+    pub fn read<V: FromBytes + IntoBytes>(&self, offset: usize) -> V {
+        let mut value = V::new_zeroed();
+        self.read_bytes(offset, value.as_mut_bytes());
+        value
+    }
+
+    /// Copies a wire structure in.
+    pub fn write<V: IntoBytes + Immutable>(&mut self, offset: usize, value: &V) {
+        self.write_bytes(offset, value.as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn allocate_with_reserved_window_never_touches_it_or_page_zero() {
+        let mut space = IovaSpace::new(&[0..=0xfedf_ffff, 0xfef0_0000..=0x7f_ffff_ffff]);
+        let mut taken = Vec::new();
+        for len in [
+            0x1000_u64,
+            0x8000_0000,
+            0x6000_0000,
+            0x20_0000,
+            0x10_0000_0000,
+        ] {
+            let Iova(base) = space.allocate(len).unwrap();
+            assert!(base >= 0x1000);
+            assert!(
+                base + len <= 0xfee0_0000 || base >= 0xfef0_0000,
+                "{base:#x}+{len:#x}"
+            );
+            assert!(
+                taken
+                    .iter()
+                    .all(|(b, l): &(u64, u64)| base + len <= *b || b + l <= base)
+            );
+            taken.push((base, len));
+        }
+    }
+
+    #[test]
+    fn release_in_any_order_gives_one_range_back() {
+        for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2], [0, 2, 1]] {
+            let mut space = IovaSpace::new(&[0x1000..=0xffff]);
+            let windows: Vec<Iova> = (0..3).map(|_| space.allocate(0x5000).unwrap()).collect();
+            assert_eq!(space.allocate(0x1000), None);
+            for i in order {
+                space.release(windows[i], 0x5000);
+            }
+            assert_eq!(space.free, vec![(0x1000, 0x1_0000)]);
+        }
+    }
+
+    #[test]
+    fn allocate_of_more_than_is_left_returns_none() {
+        let mut space = IovaSpace::new(&[0x1000..=0x2fff]);
+        assert_eq!(space.allocate(0x3000), None);
+        assert!(space.allocate(0x2000).is_some());
+    }
+}

@@ -1,0 +1,153 @@
+//! How the driver reaches a controller: registers, one port of doorbells per queue pair, and a DMA domain.
+//!
+//! Implemented by VFIO for real SSDs and by the crate `nvme-model` for the software controller. Dispatch is static:
+//! a [`crate::QueuePair`] is compiled for its transport and its port is two stores. Only [`DmaDomain`], which no
+//! request touches, is a trait object.
+
+use std::fmt::Debug;
+use std::ops::RangeInclusive;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::spec::QueueId;
+
+/// An address as the device sees it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Iova(pub u64);
+
+impl Debug for Iova {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Iova({:#x})", self.0)
+    }
+}
+
+/// Which side of a mapping the device may touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DmaAccess {
+    /// The device only reads: submission queues, PRP lists (G4).
+    DeviceReads,
+    /// The device only writes: completion queues.
+    DeviceWrites,
+    /// Both.
+    Both,
+}
+
+impl DmaAccess {
+    /// The device may read.
+    #[must_use]
+    pub fn allows_read(self) -> bool {
+        self != DmaAccess::DeviceWrites
+    }
+
+    /// The device may write.
+    #[must_use]
+    pub fn allows_write(self) -> bool {
+        self != DmaAccess::DeviceReads
+    }
+}
+
+/// Why memory could not be made reachable for the device, or be taken back.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DmaError {
+    /// No free window is left among the ranges that the device can address.
+    #[error("no free I/O virtual address window of {len:#x} bytes is left for this device")]
+    NoWindow {
+        /// Bytes asked for.
+        len: u64,
+    },
+    /// The domain refused.
+    #[error("cannot {action} {len:#x} bytes at IOVA {iova:#x}: {reason}")]
+    Refused {
+        /// "map" or "unmap".
+        action: &'static str,
+        /// Start of the window.
+        iova: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// What the domain said, and what to do.
+        reason: String,
+    },
+    /// Memory for the buffer itself could not be had.
+    #[error("cannot allocate a DMA buffer of {len:#x} bytes: {reason}")]
+    NoMemory {
+        /// Bytes asked for.
+        len: u64,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// The IOMMU's (or the model's) table for one device.
+pub trait DmaDomain: Send + Sync + Debug {
+    /// Ranges of I/O virtual addresses that the device can reach and that nothing else (such as the interrupt
+    /// window at `fee0_0000h`) occupies.
+    fn usable_ranges(&self) -> Vec<RangeInclusive<u64>>;
+
+    /// Lets the device reach `len` bytes at `hva` as `iova`. The three are multiples of 4096.
+    ///
+    /// # Safety
+    /// The memory must stay mapped in this process until [`DmaDomain::unmap`] of the same window returned `Ok`,
+    /// and nobody may hold a Rust reference to bytes that the device may write (I1).
+    ///
+    /// # Errors
+    /// [`DmaError::Refused`] with the reason; nothing is mapped then.
+    unsafe fn map(
+        &self,
+        iova: Iova,
+        hva: NonNull<u8>,
+        len: u64,
+        access: DmaAccess,
+    ) -> Result<(), DmaError>;
+
+    /// Takes back exactly one window that was mapped. After `Ok` the device cannot reach it.
+    ///
+    /// # Errors
+    /// [`DmaError::Refused`]; the caller must treat the memory as still reachable.
+    fn unmap(&self, iova: Iova, len: u64) -> Result<(), DmaError>;
+}
+
+/// The doorbells of one queue pair. Moves with its queue pair to the thread that polls it (I7).
+pub trait QueuePort: Send {
+    /// Writes the submission queue tail doorbell. Everything stored before is visible to the device first.
+    fn ring_sq(&mut self, tail: u16);
+
+    /// Writes the completion queue head doorbell.
+    fn ring_cq(&mut self, head: u16);
+
+    /// Gives a software controller its turn on this core. Real hardware needs none.
+    #[inline]
+    fn service(&mut self) {}
+}
+
+/// A controller's registers and DMA domain, owned by the thread that controls the device.
+pub trait Transport: Send {
+    /// The doorbells of one queue pair.
+    type Port: QueuePort;
+
+    /// Reads a 32-bit register at a byte offset. All ones when the device is gone.
+    fn read32(&mut self, offset: u32) -> u32;
+
+    /// Reads a 64-bit register (as two 32-bit reads where the device wants that).
+    fn read64(&mut self, offset: u32) -> u64;
+
+    /// Writes a 32-bit register.
+    fn write32(&mut self, offset: u32, value: u32);
+
+    /// Writes a 64-bit register, low half first where it must be split.
+    fn write64(&mut self, offset: u32, value: u64);
+
+    /// The doorbells of `queue`; `stride` is CAP.DSTRD in bytes.
+    fn port(&mut self, queue: QueueId, stride: u32) -> Self::Port;
+
+    /// The device's DMA domain.
+    fn dma_domain(&self) -> Arc<dyn DmaDomain>;
+
+    /// Waits for about `duration` between two looks at a register; the software controller counts it as time.
+    fn pause(&mut self, duration: Duration) {
+        std::thread::sleep(duration);
+    }
+
+    /// What error messages call this device.
+    fn name(&self) -> String;
+}
