@@ -121,6 +121,7 @@ pub struct DmaMapping {
     iova: Iova,
     len: u64,
     owner: Option<Box<dyn Any + Send + Sync>>,
+    leaked: bool,
 }
 
 impl DmaMapping {
@@ -153,7 +154,13 @@ impl DmaMapping {
             iova,
             len,
             owner: Some(owner),
+            leaked: false,
         })
+    }
+
+    /// Lets window and memory outlive this value, for ever: the device may still use them.
+    pub fn leak(&mut self) {
+        self.leaked = true;
     }
 
     /// Where the device sees the first byte.
@@ -177,6 +184,10 @@ impl DmaMapping {
 
 impl Drop for DmaMapping {
     fn drop(&mut self) {
+        if self.leaked {
+            std::mem::forget(self.owner.take());
+            return;
+        }
         match self.space.domain.unmap(self.iova, self.len) {
             Ok(()) => self.space.windows().release(self.iova, self.len),
             Err(error) => {
@@ -236,6 +247,11 @@ impl DmaBuffer {
         // SAFETY: `pages` stays mapped until it is dropped, the mapping owns it, and this type lends no references.
         let mapping = unsafe { DmaMapping::new(space, base, len as u64, access, Box::new(pages))? };
         Ok(DmaBuffer { base, len, mapping })
+    }
+
+    /// See [`DmaMapping::leak`].
+    pub fn leak(&mut self) {
+        self.mapping.leak();
     }
 
     /// Bytes, a multiple of 4096.

@@ -9,7 +9,18 @@
 //! ```
 //! The crate knows nothing of virtio and is usable alone.
 
+mod admin;
+mod controller;
 pub mod dma;
+mod error;
 pub mod mmio;
+mod queue_pair;
 pub mod spec;
 pub mod transport;
+
+pub use controller::{Controller, DisableResult, Disabled, Enabled, Namespace};
+pub use error::{Error, Result};
+pub use queue_pair::prp::{DataSegment, PrpError};
+pub use queue_pair::{
+    Completion, MAX_ENTRIES, MAX_TRANSFER, QueuePair, QueuePairCounters, SubmitError,
+};

@@ -214,8 +214,8 @@ impl SubmissionEntry {
 
     /// Get Log Page of `len` bytes (a multiple of 4, at most 4096); reading clears the event that announced it.
     #[must_use]
-    pub fn get_log_page(log: super::LogId, nsid: Nsid, len: u32) -> SubmissionEntry {
-        let dwords = (len / 4).saturating_sub(1);
+    pub fn get_log_page(log: super::LogId, nsid: Nsid, len: usize) -> SubmissionEntry {
+        let dwords = u32::try_from((len / 4).saturating_sub(1)).unwrap_or(u32::MAX);
         SubmissionEntry {
             cdw10: U32::new(u32::from(log as u8) | ((dwords & 0xffff) << 16)),
             cdw11: U32::new(dwords >> 16),

@@ -1,0 +1,637 @@
+//! A controller's life: `Controller<T, Disabled>` -> `Controller<T, Enabled>` and back, each step consuming the one
+//! before. The types say what we decided; what the device did (fatal status, removal) is a value.
+//!
+//! Promises: the bring-up order of NVM Express Base 2.0 "Controller Initialization"; every wait ends by CAP.TO, RTD3E
+//! or a deadline of ours (I8); queue memory is unmapped only when the controller has forgotten it. Runs on a control
+//! thread and may sleep. Start at [`Controller::new`].
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::admin::{ADMIN_ENTRIES, AdminQueue};
+use crate::dma::{DmaAccess, DmaBuffer, DmaSpace};
+use crate::error::{Error, Result};
+use crate::queue_pair::{MAX_TRANSFER, QueuePair};
+use crate::spec::{
+    AsyncEvent, Cap, Cc, Cns, Csts, ErrorLogEntry, FeatureId, IdentifyController,
+    IdentifyNamespace, LogId, NamespaceIds, Nsid, PAGE_SIZE, QueueCounts, QueueId, SmartLog,
+    SubmissionEntry, Version, admin_queue_attributes, async_event_config, offset,
+};
+use crate::transport::Transport;
+
+/// How long two looks at CSTS are apart.
+const READY_INTERVAL: Duration = Duration::from_millis(1);
+/// The least that an admin command is given: CAP.TO speaks of enabling only, and queue deletion may wait for media.
+const ADMIN_DEADLINE: Duration = Duration::from_secs(10);
+/// The least that a shutdown is given: many controllers leave RTD3E at 0.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A step back to disabled: the controller either way, and why it is not known to have ended well.
+pub type DisableResult<T> = Result<Controller<T, Disabled>, (Box<Controller<T, Disabled>>, Error)>;
+
+/// CC.EN = 0 and CSTS.RDY = 0 were seen.
+pub struct Disabled {
+    _private: (),
+}
+
+/// CSTS.RDY = 1 was seen; the admin queue works.
+pub struct Enabled<T: Transport> {
+    admin: AdminQueue<T>,
+    /// One page for the data of admin commands.
+    page: DmaBuffer,
+    identity: Box<IdentifyController>,
+    granted: u16,
+    /// `in_use[i]`: queue identifier i + 1 exists.
+    in_use: Vec<bool>,
+    event_requests: usize,
+}
+
+/// One NVMe controller behind a transport, in state `S`.
+pub struct Controller<T: Transport, S> {
+    transport: T,
+    space: Arc<DmaSpace>,
+    cap: Cap,
+    state: S,
+}
+
+/// What one namespace is: the parts of its identify data that a server needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its identifier.
+    pub nsid: Nsid,
+    /// Size in logical blocks.
+    pub blocks: u64,
+    /// Bytes of one logical block (512, 4096, ...).
+    pub block_size: u32,
+    /// Metadata bytes of one block; 0 for none.
+    pub metadata_size: u16,
+    /// NSATTR bit 0.
+    pub write_protected: bool,
+    /// DLFEAT: deallocated blocks read back zero.
+    pub deallocated_reads_zero: bool,
+    /// NGUID, EUI-64, UUID.
+    pub ids: NamespaceIds,
+}
+
+impl<T: Transport> Controller<T, Disabled> {
+    /// Reads the capabilities and disables the controller, whatever state it was left in.
+    ///
+    /// # Errors
+    /// [`Error`] when nothing answers, when RDY does not change in time, or when the controller lacks the NVM
+    /// command set or 4 KiB pages.
+    pub fn new(mut transport: T) -> Result<Controller<T, Disabled>> {
+        let cap = Cap(transport.read64(offset::CAP));
+        let unsupported = |transport: &T, what: String| Error::Unsupported {
+            device: transport.name(),
+            what,
+        };
+        if cap == Cap::REMOVED {
+            return Err(Error::Removed {
+                device: transport.name(),
+            });
+        }
+        if !cap.supports_nvm_command_set() {
+            let what = format!(
+                "the controller has no NVM command set (CAP {:#018x})",
+                cap.0
+            );
+            return Err(unsupported(&transport, what));
+        }
+        if cap.min_page_size() > PAGE_SIZE as u64 {
+            let what = format!(
+                "the controller needs pages of {} bytes (CAP.MPSMIN)",
+                cap.min_page_size()
+            );
+            return Err(unsupported(&transport, what));
+        }
+        let space = DmaSpace::new(transport.dma_domain());
+        let mut controller = Controller {
+            transport,
+            space,
+            cap,
+            state: Disabled { _private: () },
+        };
+        controller.disable()?;
+        Ok(controller)
+    }
+
+    /// Enables the controller, identifies it and asks for `queue_pairs` I/O queue pairs; fewer may be granted.
+    ///
+    /// # Errors
+    /// The controller, disabled again where that was possible, and the reason.
+    pub fn enable(
+        mut self,
+        queue_pairs: u16,
+    ) -> Result<Controller<T, Enabled<T>>, (Box<Self>, Error)> {
+        let stride = self.cap.doorbell_stride();
+        let port = self.transport.port(QueueId::ADMIN, stride);
+        let prepared = AdminQueue::new(&self.space, port).and_then(|admin| {
+            Ok((
+                admin,
+                DmaBuffer::new(&self.space, PAGE_SIZE, DmaAccess::Both)?,
+            ))
+        });
+        let (admin, page) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Err((Box::new(self), error)),
+        };
+        let (asq, acq) = admin.ring_addresses();
+        self.transport
+            .write32(offset::AQA, admin_queue_attributes(ADMIN_ENTRIES));
+        self.transport.write64(offset::ASQ, asq.0);
+        self.transport.write64(offset::ACQ, acq.0);
+        // Interrupts stay off: no vector is ever unmasked.
+        self.transport.write32(offset::INTMS, u32::MAX);
+        self.transport.write32(offset::CC, Cc::enabled().0);
+
+        let state = Enabled {
+            admin,
+            page,
+            identity: Box::new(IdentifyController::zeroed()),
+            granted: 0,
+            in_use: Vec::new(),
+            event_requests: 0,
+        };
+        let mut enabled = Controller {
+            transport: self.transport,
+            space: self.space,
+            cap: self.cap,
+            state,
+        };
+        match enabled.bring_up(queue_pairs) {
+            Ok(()) => Ok(enabled),
+            Err(error) => Err((Box::new(enabled.into_disabled().0), error)),
+        }
+    }
+}
+
+impl<T: Transport> Controller<T, Enabled<T>> {
+    fn bring_up(&mut self, queue_pairs: u16) -> Result<()> {
+        self.wait_ready(true, "enabling the controller")?;
+        self.execute(
+            "identifying the controller",
+            SubmissionEntry::identify(Cns::Controller, Nsid::NONE),
+        )?;
+        *self.state.identity = self.state.page.read(0);
+
+        let wanted = queue_pairs.max(1);
+        let wanted = QueueCounts {
+            submission: wanted,
+            completion: wanted,
+        };
+        let entry =
+            SubmissionEntry::set_features(FeatureId::NumberOfQueues, wanted.to_zeroes_based());
+        let granted = QueueCounts::from_zeroes_based(self.execute("asking for I/O queues", entry)?);
+        self.state.granted = granted
+            .submission
+            .min(granted.completion)
+            .min(wanted.submission);
+        self.state.in_use = vec![false; usize::from(self.state.granted)];
+
+        // Only the events that the controller says it has: an unknown bit would be an invalid field.
+        let notices = self.state.identity.oaes.get() & async_event_config::NAMESPACE_ATTRIBUTE;
+        let events = async_event_config::CRITICAL_WARNINGS | notices;
+        let entry = SubmissionEntry::set_features(FeatureId::AsyncEventConfiguration, events);
+        self.execute("choosing asynchronous events", entry)?;
+        self.state.event_requests = usize::from(self.state.identity.aerl)
+            .saturating_add(1)
+            .min(4);
+        self.state
+            .admin
+            .arm_events(&mut self.transport, self.state.event_requests)
+    }
+
+    fn execute(&mut self, doing: &'static str, entry: SubmissionEntry) -> Result<u32> {
+        let deadline = self.cap.ready_timeout().max(ADMIN_DEADLINE);
+        let data = Some(self.state.page.iova(0));
+        self.state
+            .admin
+            .execute(&mut self.transport, doing, entry, data, deadline)
+    }
+
+    /// Identify Controller data.
+    #[must_use]
+    pub fn identity(&self) -> &IdentifyController {
+        &self.state.identity
+    }
+
+    /// How many I/O queue pairs the controller granted.
+    #[must_use]
+    pub fn granted_queue_pairs(&self) -> u16 {
+        self.state.granted
+    }
+
+    /// The most bytes of one Read or Write.
+    #[must_use]
+    pub fn max_transfer(&self) -> u32 {
+        let mdts = self.state.identity.max_transfer(self.cap.min_page_size());
+        mdts.and_then(|bytes| u32::try_from(bytes).ok())
+            .map_or(MAX_TRANSFER, |bytes| bytes.min(MAX_TRANSFER))
+    }
+
+    /// Identifiers of all active namespaces, ascending.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    pub fn active_namespaces(&mut self) -> Result<Vec<Nsid>> {
+        let mut namespaces: Vec<Nsid> = Vec::new();
+        loop {
+            let after = namespaces.last().copied().unwrap_or(Nsid::NONE);
+            self.execute(
+                "listing namespaces",
+                SubmissionEntry::identify(Cns::ActiveNamespaces, after),
+            )?;
+            let list: [zerocopy::little_endian::U32; 1024] = self.state.page.read(0);
+            // Each entry must exceed the one before, so a hostile list ends the loop.
+            let before = namespaces.len();
+            for nsid in list.iter().map(|nsid| Nsid(nsid.get())) {
+                if nsid <= namespaces.last().copied().unwrap_or(after) {
+                    break;
+                }
+                namespaces.push(nsid);
+            }
+            if namespaces.len() - before < list.len() {
+                return Ok(namespaces);
+            }
+        }
+    }
+
+    /// The identify data of one namespace as the controller returns it.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    pub fn identify_namespace(&mut self, nsid: Nsid) -> Result<Box<IdentifyNamespace>> {
+        self.execute(
+            "identifying a namespace",
+            SubmissionEntry::identify(Cns::Namespace, nsid),
+        )?;
+        Ok(Box::new(self.state.page.read(0)))
+    }
+
+    /// Size, format and identifiers of one namespace.
+    ///
+    /// # Errors
+    /// When the controller refuses, or when it reports an impossible block size.
+    pub fn namespace(&mut self, nsid: Nsid) -> Result<Namespace> {
+        let data = self.identify_namespace(nsid)?;
+        let format = data.format();
+        if !(9..=16).contains(&format.lbads) {
+            let what = format!(
+                "namespace {} reports blocks of 2^{} bytes",
+                nsid.0, format.lbads
+            );
+            return Err(Error::Unsupported {
+                device: self.transport.name(),
+                what,
+            });
+        }
+        let entry = SubmissionEntry::identify(Cns::NamespaceDescriptors, nsid);
+        let mut ids = match self.execute("listing a namespace's identifiers", entry) {
+            Ok(_) => {
+                let mut list = [0; PAGE_SIZE];
+                self.state.page.read_bytes(0, &mut list);
+                NamespaceIds::parse(&list)
+            }
+            // Optional before NVMe 1.3.
+            Err(Error::Command { .. }) => NamespaceIds::default(),
+            Err(error) => return Err(error),
+        };
+        ids.nguid = ids.nguid.or((data.nguid != [0; 16]).then_some(data.nguid));
+        ids.eui64 = ids.eui64.or((data.eui64 != [0; 8]).then_some(data.eui64));
+        Ok(Namespace {
+            nsid,
+            blocks: data.nsze.get(),
+            block_size: 1 << format.lbads,
+            metadata_size: format.ms.get(),
+            write_protected: data.nsattr & 1 != 0,
+            deallocated_reads_zero: data.dlfeat & 7 == 1,
+            ids,
+        })
+    }
+
+    /// The current value of a feature.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    pub fn feature(&mut self, feature: FeatureId) -> Result<u32> {
+        self.execute("reading a feature", SubmissionEntry::get_features(feature))
+    }
+
+    /// SMART / Health Information of the whole controller.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    pub fn smart_log(&mut self) -> Result<SmartLog> {
+        let len = size_of::<SmartLog>();
+        self.execute(
+            "reading the SMART log",
+            SubmissionEntry::get_log_page(LogId::Smart, Nsid::ALL, len),
+        )?;
+        Ok(self.state.page.read(0))
+    }
+
+    /// The newest entries of the error log, at most 64, unused ones left out.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    pub fn error_log(&mut self) -> Result<Vec<ErrorLogEntry>> {
+        let entries =
+            (usize::from(self.state.identity.elpe) + 1).min(PAGE_SIZE / size_of::<ErrorLogEntry>());
+        let len = entries * size_of::<ErrorLogEntry>();
+        self.execute(
+            "reading the error log",
+            SubmissionEntry::get_log_page(LogId::Error, Nsid::ALL, len),
+        )?;
+        let entries = (0..entries).map(|i| {
+            self.state
+                .page
+                .read::<ErrorLogEntry>(i * size_of::<ErrorLogEntry>())
+        });
+        Ok(entries
+            .filter(|entry| entry.error_count.get() != 0)
+            .collect())
+    }
+
+    /// The next asynchronous event, if one has arrived: its log page has been read (which re-enables events of its
+    /// type) and its request posted again. Call it now and then.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    pub fn next_event(&mut self) -> Result<Option<AsyncEvent>> {
+        let Some(event) = self.state.admin.take_event() else {
+            return Ok(None);
+        };
+        match LogId::from_wire(event.log_page()) {
+            Some(LogId::Smart) => drop(self.smart_log()?),
+            Some(LogId::Error) => drop(self.error_log()?),
+            Some(LogId::ChangedNamespaces) => {
+                let entry =
+                    SubmissionEntry::get_log_page(LogId::ChangedNamespaces, Nsid::ALL, PAGE_SIZE);
+                self.execute("reading the changed namespace list", entry)?;
+            }
+            None => {}
+        }
+        self.state
+            .admin
+            .arm_events(&mut self.transport, self.state.event_requests)?;
+        Ok(Some(event))
+    }
+
+    /// Creates an I/O queue pair of `entries` (capped by CAP.MQES and 1024): completion queue first.
+    ///
+    /// # Errors
+    /// [`Error::NoQueuePair`] when all granted ones are in use, or what the controller said.
+    pub fn create_queue_pair(&mut self, entries: u16) -> Result<QueuePair<T>> {
+        let granted = self.state.granted;
+        let free = self.state.in_use.iter().position(|used| !used);
+        let index = free.ok_or_else(|| Error::NoQueuePair {
+            device: self.transport.name(),
+            granted,
+        })?;
+        // At most 65535 were granted, so index + 1 fits.
+        let id = QueueId(u16::try_from(index + 1).unwrap_or(u16::MAX));
+        let max_entries = u16::try_from(self.cap.max_queue_entries()).unwrap_or(u16::MAX);
+        let port = self.transport.port(id, self.cap.doorbell_stride());
+        let queue = QueuePair::new(
+            &self.space,
+            port,
+            id,
+            entries.min(max_entries),
+            self.max_transfer(),
+        )?;
+        let (sq, cq) = queue.ring_addresses();
+        let entries = queue.depth() + 1;
+
+        if let Err(error) = self.execute_at(
+            "creating an I/O completion queue",
+            SubmissionEntry::create_io_cq(id, entries),
+            cq,
+        ) {
+            return Err(self.abandon(queue, error));
+        }
+        if let Err(error) = self.execute_at(
+            "creating an I/O submission queue",
+            SubmissionEntry::create_io_sq(id, entries),
+            sq,
+        ) {
+            // The completion queue exists: take it back, or the identifier stays unusable.
+            return match self.execute(
+                "deleting an I/O completion queue",
+                SubmissionEntry::delete_io_cq(id),
+            ) {
+                Ok(_) => Err(self.abandon(queue, error)),
+                Err(_) => Err(error), // dropping `queue` leaks its memory, and says so
+            };
+        }
+        self.state.in_use[index] = true;
+        Ok(queue)
+    }
+
+    /// The controller answered and refused: it does not know the queue. Only silence leaves that open.
+    fn abandon(&self, queue: QueuePair<T>, error: Error) -> Error {
+        if matches!(error, Error::Command { .. }) {
+            queue.retire();
+        }
+        error
+    }
+
+    fn execute_at(
+        &mut self,
+        doing: &'static str,
+        entry: SubmissionEntry,
+        at: crate::dma::Iova,
+    ) -> Result<u32> {
+        let deadline = self.cap.ready_timeout().max(ADMIN_DEADLINE);
+        self.state
+            .admin
+            .execute(&mut self.transport, doing, entry, Some(at), deadline)
+    }
+
+    /// Deletes a queue pair: submission queue first. Commands still outstanding are aborted by the controller.
+    ///
+    /// # Errors
+    /// When the controller refuses; the queue's memory is leaked then, since the device may still use it.
+    pub fn delete_queue_pair(&mut self, queue: QueuePair<T>) -> Result<()> {
+        let id = queue.id();
+        self.execute(
+            "deleting an I/O submission queue",
+            SubmissionEntry::delete_io_sq(id),
+        )?;
+        self.execute(
+            "deleting an I/O completion queue",
+            SubmissionEntry::delete_io_cq(id),
+        )?;
+        queue.retire();
+        if let Some(in_use) = self.state.in_use.get_mut(usize::from(id.0) - 1) {
+            *in_use = false;
+        }
+        Ok(())
+    }
+
+    /// Normal shutdown (CC.SHN = 01b): the controller makes its cache durable and says so (SHST = 10b); then it is
+    /// disabled. To be called when every queue pair was handed back.
+    ///
+    /// # Errors
+    /// The controller, and the reason why it is not known to be clean.
+    pub fn shutdown(mut self) -> DisableResult<T> {
+        let cc = Cc(self.transport.read32(offset::CC));
+        self.transport
+            .write32(offset::CC, (cc.0 & !Cc::SHN_MASK) | Cc::SHN_NORMAL);
+        let rtd3e = Duration::from_micros(self.state.identity.rtd3e.get().into());
+        let deadline = rtd3e.max(SHUTDOWN_DEADLINE);
+        let clean = self.wait_status("shutting down", deadline, Csts::is_shutdown_complete);
+        let (disabled, reset) = self.into_disabled();
+        match clean.and(reset) {
+            Ok(()) => Ok(disabled),
+            Err(error) => Err((Box::new(disabled), error)),
+        }
+    }
+
+    /// Disables the controller at once, without asking it to save its cache. All queues are gone then.
+    ///
+    /// # Errors
+    /// The controller, and the reason why it is not known to have stopped.
+    pub fn reset(self) -> DisableResult<T> {
+        let (disabled, reset) = self.into_disabled();
+        match reset {
+            Ok(()) => Ok(disabled),
+            Err(error) => Err((Box::new(disabled), error)),
+        }
+    }
+
+    fn into_disabled(mut self) -> (Controller<T, Disabled>, Result<()>) {
+        let result = self.disable();
+        if result.is_err() {
+            // Not proven stopped: the admin queue and its page stay where they are.
+            self.state.admin.leak();
+            self.state.page.leak();
+        }
+        let state = Disabled { _private: () };
+        (
+            Controller {
+                transport: self.transport,
+                space: self.space,
+                cap: self.cap,
+                state,
+            },
+            result,
+        )
+    }
+}
+
+impl<T: Transport, S> Controller<T, S> {
+    /// Controller Capabilities.
+    #[must_use]
+    pub fn cap(&self) -> Cap {
+        self.cap
+    }
+
+    /// Version of the specification that the controller follows.
+    pub fn version(&mut self) -> Version {
+        Version(self.transport.read32(offset::VS))
+    }
+
+    /// The device's DMA windows, for mapping other memory (a guest's).
+    #[must_use]
+    pub fn dma_space(&self) -> &Arc<DmaSpace> {
+        &self.space
+    }
+
+    /// The transport's name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.transport.name()
+    }
+
+    /// The transport.
+    pub fn transport(&mut self) -> &mut T {
+        &mut self.transport
+    }
+
+    /// EN 1 -> 0, and RDY = 0 seen. A controller that is just being enabled is waited for first: clearing EN before
+    /// RDY is 1 is undefined.
+    fn disable(&mut self) -> Result<()> {
+        let cc = Cc(self.transport.read32(offset::CC));
+        if cc.is_enabled() {
+            // A fatal status is an answer as well: only clearing EN helps then.
+            match self.wait_ready(true, "waiting for a controller that is being enabled") {
+                Ok(()) | Err(Error::Fatal { .. } | Error::Timeout { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            self.transport.write32(offset::CC, cc.0 & !Cc::EN);
+        }
+        self.wait_status(
+            "disabling the controller",
+            self.cap.ready_timeout(),
+            |csts| !csts.is_ready(),
+        )
+    }
+
+    /// CSTS.RDY becomes `ready` within CAP.TO; a fatal status ends the wait.
+    fn wait_ready(&mut self, ready: bool, doing: &'static str) -> Result<()> {
+        let deadline = self.cap.ready_timeout();
+        self.wait_status(doing, deadline, |csts| {
+            csts.is_ready() == ready || csts.is_fatal()
+        })?;
+        if Csts(self.transport.read32(offset::CSTS)).is_fatal() {
+            return Err(Error::Fatal {
+                device: self.transport.name(),
+                doing,
+            });
+        }
+        Ok(())
+    }
+
+    fn wait_status(
+        &mut self,
+        doing: &'static str,
+        deadline: Duration,
+        done: impl Fn(Csts) -> bool,
+    ) -> Result<()> {
+        let mut waited = Duration::ZERO;
+        loop {
+            let csts = Csts(self.transport.read32(offset::CSTS));
+            if csts.is_removed() {
+                return Err(Error::Removed {
+                    device: self.transport.name(),
+                });
+            }
+            if done(csts) {
+                return Ok(());
+            }
+            if waited >= deadline {
+                return Err(Error::Timeout {
+                    device: self.transport.name(),
+                    doing,
+                    waited,
+                });
+            }
+            self.transport.pause(READY_INTERVAL);
+            waited += READY_INTERVAL;
+        }
+    }
+}
+
+impl<T: Transport, S> fmt::Debug for Controller<T, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Controller")
+            .field("device", &self.transport.name())
+            .field("cap", &self.cap)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Disabled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Disabled")
+    }
+}
+
+impl<T: Transport> fmt::Debug for Enabled<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Enabled")
+            .field("granted", &self.granted)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,324 @@
+//! One NVMe queue pair: a submission ring, a completion ring, the CID table, a PRP list page per slot, two doorbells.
+//!
+//! Promises: no lock, no allocation, no system call after creation; at most one submission doorbell per [`QueuePair::ring`];
+//! what the device says about indices is checked and counted, never believed (I10). It belongs to one thread at a
+//! time (`&mut self` everywhere, I7) and is deleted only by handing it back to its controller.
+//! Start at [`QueuePair::submit`] and [`QueuePair::poll`].
+
+pub mod prp;
+pub(crate) mod ring;
+pub(crate) mod slots;
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U16, U64};
+
+use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
+use crate::spec::{
+    Cid, DsmRange, LbaRange, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status, SubmissionEntry,
+};
+use crate::transport::{Iova, QueuePort, Transport};
+use prp::{DataSegment, PrpError};
+use ring::{CompletionRing, SubmissionRing};
+use slots::Slots;
+
+/// The most bytes of one command: what a PRP list of one page holds whatever the offset of the first byte.
+pub const MAX_TRANSFER: u32 = 2 << 20;
+
+/// The largest submission queue that we ask for. Bounds the list pages (4 KiB a slot) of one queue pair to 4 MiB.
+pub const MAX_ENTRIES: u16 = 1024;
+
+/// A command's end, as the device reported it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// Which command: the identifier that [`QueuePair::submit`] returned, checked to be outstanding.
+    pub cid: Cid,
+    /// How it ended.
+    pub status: Status,
+}
+
+/// Why a command was not submitted. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SubmitError {
+    /// No free slot: poll first.
+    Full,
+    /// The data cannot be described by PRPs.
+    Prp(PrpError),
+}
+
+/// What a queue pair has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueuePairCounters {
+    /// Commands submitted.
+    pub commands: u64,
+    /// Submission tail doorbells.
+    pub sq_doorbells: u64,
+    /// Completion head doorbells.
+    pub cq_doorbells: u64,
+    /// Completions with an identifier that was not outstanding or an impossible SQHD.
+    pub anomalies: u64,
+}
+
+/// An NVMe I/O queue pair. `Send`, not `Sync`.
+#[derive(Debug)]
+pub struct QueuePair<T: Transport> {
+    port: T::Port,
+    sq: SubmissionRing,
+    cq: CompletionRing,
+    slots: Slots,
+    /// The tail that the device knows.
+    rung_tail: u16,
+    /// Completions consumed since the last head doorbell.
+    unreported: u16,
+    max_transfer: u32,
+    counters: QueuePairCounters,
+    /// Page `i` belongs to slot `i`: its PRP list, or the ranges of its Dataset Management.
+    lists: DmaBuffer,
+    id: QueueId,
+    retired: bool,
+}
+
+impl<T: Transport> QueuePair<T> {
+    /// Memory and indices of a queue pair of `entries` (2 to 1024), not yet known to the controller.
+    pub(crate) fn new(
+        space: &Arc<DmaSpace>,
+        port: T::Port,
+        id: QueueId,
+        entries: u16,
+        max_transfer: u32,
+    ) -> Result<QueuePair<T>, DmaError> {
+        let entries = entries.clamp(2, MAX_ENTRIES);
+        let slots = entries - 1;
+        Ok(QueuePair {
+            port,
+            sq: SubmissionRing::new(space, entries)?,
+            cq: CompletionRing::new(space, entries)?,
+            slots: Slots::new(slots),
+            rung_tail: 0,
+            unreported: 0,
+            max_transfer: max_transfer.min(MAX_TRANSFER),
+            counters: QueuePairCounters::default(),
+            lists: DmaBuffer::new(
+                space,
+                usize::from(slots) * PAGE_SIZE,
+                DmaAccess::DeviceReads,
+            )?,
+            id,
+            retired: false,
+        })
+    }
+
+    /// The identifier on the controller.
+    #[must_use]
+    pub fn id(&self) -> QueueId {
+        self.id
+    }
+
+    /// How many commands may be outstanding: CIDs are `0..depth`.
+    #[must_use]
+    pub fn depth(&self) -> u16 {
+        self.sq.entries() - 1
+    }
+
+    /// The most bytes of one Read, Write or Compare: MDTS, capped by [`MAX_TRANSFER`].
+    #[must_use]
+    pub fn max_transfer(&self) -> u32 {
+        self.max_transfer
+    }
+
+    /// Commands that may be submitted now.
+    #[inline]
+    #[must_use]
+    pub fn room(&self) -> u16 {
+        self.slots.free_count().min(self.sq.room())
+    }
+
+    /// Commands submitted and not yet completed.
+    #[must_use]
+    pub fn outstanding(&self) -> u16 {
+        self.slots.outstanding_count()
+    }
+
+    /// What this queue pair has done so far.
+    #[must_use]
+    pub fn counters(&self) -> QueuePairCounters {
+        self.counters
+    }
+
+    pub(crate) fn ring_addresses(&self) -> (Iova, Iova) {
+        (self.sq.iova(), self.cq.iova())
+    }
+
+    /// Puts a command of `bytes` bytes of data in `segments` into the submission queue; no doorbell yet.
+    ///
+    /// The data must stay mapped until the completion with the returned identifier was polled (I2).
+    ///
+    /// # Errors
+    /// [`SubmitError`]; nothing was changed then.
+    #[inline]
+    pub fn submit(
+        &mut self,
+        mut entry: SubmissionEntry,
+        segments: impl Iterator<Item = DataSegment>,
+        bytes: u32,
+    ) -> Result<Cid, SubmitError> {
+        let cid = self.next_cid()?;
+        if bytes > self.max_transfer {
+            return Err(SubmitError::Prp(PrpError::TooLong));
+        }
+        let offset = cid.index() * PAGE_SIZE;
+        let page: NonNull<AtomicU64> = self.lists.pointer(offset).cast();
+        let list = self.lists.iova(offset);
+        let pointer = prp::build(segments, bytes, list, |i, prp| {
+            debug_assert!(i < PAGE_SIZE / 8);
+            // SAFETY: `build` stores to entries below 512, within slot `cid`'s page, which is ours while the slot is
+            // free (I3); 8-byte aligned since it lies in a page.
+            unsafe { page.add(i).as_ref() }.store(prp.to_le(), Ordering::Relaxed);
+        })
+        .map_err(SubmitError::Prp)?;
+        entry.prp1 = U64::new(pointer.prp1);
+        entry.prp2 = U64::new(pointer.prp2);
+        self.push(entry, cid);
+        Ok(cid)
+    }
+
+    /// Puts a command without data (Flush, Write Zeroes) into the submission queue; no doorbell yet.
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`].
+    #[inline]
+    pub fn submit_without_data(&mut self, entry: SubmissionEntry) -> Result<Cid, SubmitError> {
+        let cid = self.next_cid()?;
+        self.push(entry, cid);
+        Ok(cid)
+    }
+
+    /// Dataset Management, deallocate, of 1 to 256 `ranges`; no doorbell yet. Advisory: a controller may ignore it.
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`], or [`PrpError::TooLong`] for more than 256 ranges or none.
+    pub fn submit_deallocate(
+        &mut self,
+        nsid: Nsid,
+        ranges: impl ExactSizeIterator<Item = LbaRange>,
+    ) -> Result<Cid, SubmitError> {
+        let cid = self.next_cid()?;
+        let count = ranges.len();
+        if count == 0 || count > MAX_DSM_RANGES {
+            return Err(SubmitError::Prp(PrpError::TooLong));
+        }
+        let offset = cid.index() * PAGE_SIZE;
+        for (i, range) in ranges.enumerate().take(MAX_DSM_RANGES) {
+            let wire = DsmRange {
+                blocks: range.blocks.into(),
+                slba: range.slba.into(),
+                ..DsmRange::default()
+            };
+            self.lists
+                .write_bytes(offset + i * size_of::<DsmRange>(), wire.as_bytes());
+        }
+        // 1 to 256 (checked above).
+        let count = u16::try_from(count).unwrap_or(256);
+        let mut entry = SubmissionEntry::deallocate(nsid, count);
+        entry.prp1 = U64::new(self.lists.iova(offset).0);
+        self.push(entry, cid);
+        Ok(cid)
+    }
+
+    #[inline]
+    fn next_cid(&self) -> Result<Cid, SubmitError> {
+        match self.slots.next_free() {
+            Some(cid) if self.sq.room() > 0 => Ok(cid),
+            _ => Err(SubmitError::Full),
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, mut entry: SubmissionEntry, cid: Cid) {
+        entry.cid = U16::new(cid.0);
+        self.slots.take(cid);
+        self.sq.push(&entry);
+        self.counters.commands += 1;
+    }
+
+    /// Tells the controller of everything submitted since the last call: one doorbell, or none.
+    #[inline]
+    pub fn ring(&mut self) {
+        let tail = self.sq.tail();
+        if tail == self.rung_tail {
+            return;
+        }
+        // The controller may post as many completions as are outstanding; consumed entries that we did not report
+        // yet take room as well. Only when both together could fill the queue does the head have to be told: the
+        // sum grows with submissions alone, so it is enough to look here.
+        if self.unreported + self.slots.outstanding_count() >= self.cq.entries() {
+            self.report_head();
+        }
+        self.sq.publish();
+        self.port.ring_sq(tail);
+        self.rung_tail = tail;
+        self.counters.sq_doorbells += 1;
+    }
+
+    /// Writes the completion head doorbell if the controller does not know the head yet.
+    pub fn report_head(&mut self) {
+        if self.unreported > 0 {
+            self.port.ring_cq(self.cq.head());
+            self.unreported = 0;
+            self.counters.cq_doorbells += 1;
+        }
+    }
+
+    /// Gives a software controller its turn; to be called once before a round of [`QueuePair::poll`].
+    #[inline]
+    pub fn service(&mut self) {
+        self.port.service();
+    }
+
+    /// The next completed command, if any. An entry that names no outstanding command, or an impossible SQHD, is
+    /// counted and ends this round: the device gets no endless loop out of us (I8).
+    #[inline]
+    pub fn poll(&mut self) -> Option<Completion> {
+        let entry = self.cq.pop()?;
+        self.unreported += 1;
+        let cid = Cid(entry.cid.get());
+        let plausible = self.sq.advance_head(entry.sqhd.get());
+        let known = self.slots.release(cid);
+        if !(plausible && known) {
+            self.note_anomaly();
+        }
+        known.then(|| Completion {
+            cid,
+            status: Status::from_wire(entry.phase_and_status.get()),
+        })
+    }
+
+    #[cold]
+    fn note_anomaly(&mut self) {
+        self.counters.anomalies += 1;
+        // A device that talks nonsense must not run into its own full queue.
+        self.report_head();
+    }
+
+    /// The controller has forgotten this queue pair (deleted, or proven stopped): its memory may go.
+    pub(crate) fn retire(mut self) {
+        self.retired = true;
+    }
+}
+
+impl<T: Transport> Drop for QueuePair<T> {
+    fn drop(&mut self) {
+        if !self.retired {
+            tracing::error!(
+                queue = self.id.0,
+                "queue pair dropped while the controller knows it: its memory is leaked"
+            );
+            self.sq.leak();
+            self.cq.leak();
+            self.lists.leak();
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The two rings of a queue pair: index and phase arithmetic over memory that the controller shares.
+//! A ring knows nothing of command identifiers; [`super::slots`] does.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace, Iova};
+use crate::mmio::{dma_rmb, dma_wmb};
+use crate::spec::{CompletionEntry, SubmissionEntry};
+
+/// Our side of a submission queue.
+#[derive(Debug)]
+pub(crate) struct SubmissionRing {
+    base: NonNull<SubmissionEntry>,
+    entries: u16,
+    tail: u16,
+    /// The controller has fetched everything before this entry: the last plausible SQHD it reported.
+    head: u16,
+    memory: DmaBuffer,
+}
+
+// SAFETY: `base` points into `memory`, which this value owns.
+unsafe impl Send for SubmissionRing {}
+
+impl SubmissionRing {
+    /// A zeroed ring of `entries` (at least 2) that the device may only read (G4).
+    pub(crate) fn new(space: &Arc<DmaSpace>, entries: u16) -> Result<SubmissionRing, DmaError> {
+        let bytes = usize::from(entries) * size_of::<SubmissionEntry>();
+        let memory = DmaBuffer::new(space, bytes, DmaAccess::DeviceReads)?;
+        Ok(SubmissionRing {
+            base: memory.pointer(0).cast(),
+            entries,
+            tail: 0,
+            head: 0,
+            memory,
+        })
+    }
+
+    /// See [`DmaBuffer::leak`].
+    pub(crate) fn leak(&mut self) {
+        self.memory.leak();
+    }
+
+    pub(crate) fn iova(&self) -> Iova {
+        self.memory.iova(0)
+    }
+
+    pub(crate) fn entries(&self) -> u16 {
+        self.entries
+    }
+
+    #[inline]
+    pub(crate) fn tail(&self) -> u16 {
+        self.tail
+    }
+
+    /// Entries that may be pushed. One stays empty: a full ring would look like an empty one.
+    #[inline]
+    pub(crate) fn room(&self) -> u16 {
+        self.entries - 1 - self.distance(self.head, self.tail)
+    }
+
+    #[inline]
+    fn distance(&self, from: u16, to: u16) -> u16 {
+        if to >= from {
+            to - from
+        } else {
+            to + (self.entries - from)
+        }
+    }
+
+    /// Stores an entry at the tail. The caller saw `room() > 0`.
+    #[inline]
+    pub(crate) fn push(&mut self, entry: &SubmissionEntry) {
+        debug_assert!(self.room() > 0);
+        // SAFETY: `tail < entries` always holds (below), and the buffer holds `entries` entries (`new`). The slot is
+        // ours: SQHD passed it (`room`), and the controller does not look before the doorbell (I4).
+        unsafe { self.base.add(usize::from(self.tail)).write(*entry) };
+        self.tail += 1;
+        if self.tail == self.entries {
+            self.tail = 0;
+        }
+    }
+
+    /// To be called before the tail doorbell is rung: the entries become visible to the device first.
+    #[inline]
+    pub(crate) fn publish(&self) {
+        dma_wmb(); // pairs with the controller fetching entries only after it saw the doorbell
+    }
+
+    /// Takes over the SQHD of a completion. `false` when the value is impossible: beyond our tail (I10).
+    #[inline]
+    pub(crate) fn advance_head(&mut self, sqhd: u16) -> bool {
+        let plausible = sqhd < self.entries
+            && self.distance(self.head, sqhd) <= self.distance(self.head, self.tail);
+        if plausible {
+            self.head = sqhd;
+        }
+        plausible
+    }
+}
+
+/// Our side of a completion queue.
+#[derive(Debug)]
+pub(crate) struct CompletionRing {
+    base: NonNull<AtomicU64>,
+    entries: u16,
+    head: u16,
+    /// The phase tag of new entries, at its place in the second 64-bit word: 1 on the first pass over zeroed memory.
+    phase: u64,
+    memory: DmaBuffer,
+}
+
+// SAFETY: `base` points into `memory`, which this value owns.
+unsafe impl Send for CompletionRing {}
+
+/// Where the phase tag stands in the second 64-bit word of a completion entry.
+const PHASE: u64 = 1 << 48;
+
+impl CompletionRing {
+    /// A zeroed ring of `entries` (at least 2).
+    pub(crate) fn new(space: &Arc<DmaSpace>, entries: u16) -> Result<CompletionRing, DmaError> {
+        let bytes = usize::from(entries) * size_of::<CompletionEntry>();
+        let memory = DmaBuffer::new(space, bytes, DmaAccess::DeviceWrites)?;
+        Ok(CompletionRing {
+            base: memory.pointer(0).cast(),
+            entries,
+            head: 0,
+            phase: PHASE,
+            memory,
+        })
+    }
+
+    /// See [`DmaBuffer::leak`].
+    pub(crate) fn leak(&mut self) {
+        self.memory.leak();
+    }
+
+    pub(crate) fn iova(&self) -> Iova {
+        self.memory.iova(0)
+    }
+
+    pub(crate) fn entries(&self) -> u16 {
+        self.entries
+    }
+
+    #[inline]
+    pub(crate) fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The next entry that the controller has completed, copied once (I6).
+    #[inline]
+    pub(crate) fn pop(&mut self) -> Option<CompletionEntry> {
+        // SAFETY: `head < entries` always holds (below) and the buffer holds `entries` entries of two words, 8-byte
+        // aligned since it starts on a page. Shared bytes are only reached as atomics (I1).
+        let (low, high) = unsafe {
+            let entry = self.base.add(usize::from(self.head) * 2);
+            (entry.as_ref(), entry.add(1).as_ref())
+        };
+        if high.load(Ordering::Relaxed) & PHASE != self.phase {
+            return None;
+        }
+        dma_rmb(); // pairs with the controller writing the phase tag last
+        let words = [low.load(Ordering::Relaxed), high.load(Ordering::Relaxed)];
+        self.head += 1;
+        if self.head == self.entries {
+            self.head = 0;
+            self.phase ^= PHASE;
+        }
+        Some(zerocopy::transmute!(words.map(u64::to_le)))
+    }
+}
