@@ -1,3 +1,78 @@
-//! The `tandem` binary: parse arguments, run, exit code.
+//! The `tandem` binary: parse arguments, run, exit code. 2: it did not start; 1: it did not end cleanly.
 
-fn main() {}
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+use tandem::cli::{Cli, Command, IdentifyArgs, ServeArgs};
+use tandem::config::{CoreId, LogLevel};
+use tandem::control::{identify, server};
+use tandem::plan::{Topology, plan};
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(args) => serve(&args),
+        Command::Identify(args) => run_identify(&args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("tandem: {error}");
+        ExitCode::from(2)
+    })
+}
+
+fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    let config = args.config()?;
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    let topology = Topology::from_online_cores(cores.iter().map(|core| CoreId(core.id)));
+    let plan = plan(&config, &topology)?;
+    if args.dry_run {
+        print(&plan.to_string());
+        return Ok(ExitCode::SUCCESS);
+    }
+    log_to_stderr(config.log);
+    // Before the sockets listen: a signal that comes early must not end the process half started.
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
+    let server = server::Server::start(&plan)?;
+    print("tandem: ready\n");
+    for signal in signals.forever() {
+        if signal != SIGUSR1 {
+            break;
+        }
+        print(&server.report());
+    }
+    match server.stop() {
+        Ok(report) => {
+            print(&report);
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => {
+            eprintln!("tandem: {error}");
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+fn run_identify(args: &IdentifyArgs) -> anyhow::Result<ExitCode> {
+    let config = args.device.clone().resolve_alone()?;
+    let (device, _) = server::open_device(&config, 1)?;
+    if args.json {
+        print(&format!("{:#}\n", identify::to_json(&device)));
+    } else {
+        print(&identify::to_text(&device));
+    }
+    device.shutdown()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Output for whoever reads our standard output; when nobody does any more, there is nobody to tell.
+fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn log_to_stderr(level: LogLevel) {
+    let level = level.to_string().parse().unwrap_or(tracing::Level::INFO);
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).init();
+}

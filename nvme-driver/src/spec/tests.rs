@@ -115,8 +115,8 @@ fn completion_entry_fields_stand_where_the_specification_says() {
     let bytes = [
         0x78, 0x56, 0x34, 0x12, 0, 0, 0, 0, // DW0
         0x05, 0x00, 0x01, 0x00, // SQHD 5, SQID 1
-        0x2a, 0x00, 0x03,
-        0x43, // CID 42; phase 1, SC 81h, SCT 1, DNR 1 (0x4301 >> 1 is 0x2181)
+        0x2a, 0x00, // CID 42
+        0x03, 0x83, // phase 1 (bit 0), SC 81h (8:1), SCT 1 (11:9), DNR 1 (15)
     ];
     let entry = CompletionEntry::read_from_bytes(&bytes).unwrap();
     assert_eq!((entry.dw0.get(), entry.sqhd.get()), (0x1234_5678, 5));

@@ -1,0 +1,455 @@
+//! The life of the process: everything is checked and claimed first, then sockets listen; at the end every queue
+//! pair goes back to its controller and the controller is shut down (I12). Start at [`Server::start`].
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nvme_driver::spec::Nsid;
+use nvme_model::{Model, ModelHandle};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+use super::device::{Device, DeviceError};
+use super::placement::place;
+use super::session::{Disk, DiskQueue, Session};
+use super::socket::{Listener, SocketError};
+use crate::config::{DeviceConfig, Medium, Socket};
+use crate::datapath::Poll;
+use crate::plan::{DiskPlan, Plan};
+use crate::reactor::{PollerId, Reactor, ReactorError, ReactorHandle};
+use crate::stats::{CounterTable, SharedCounters};
+
+/// How often a session looks after its memory, and the monitor after its devices, when nothing else happens.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a reactor may take to give an idle poller back.
+const RETIRE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Why a server did not start, or did not end cleanly.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A reactor.
+    #[error(transparent)]
+    Reactor(#[from] ReactorError),
+    /// A disk names a namespace that is not there or cannot be served.
+    #[error("disk {disk}: cannot serve namespace {nsid} of device {device}: {reason}")]
+    Namespace {
+        /// The disk's socket.
+        disk: String,
+        /// The device's name.
+        device: String,
+        /// The namespace.
+        nsid: u32,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The system.
+    #[error("cannot start the server: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A running server.
+#[derive(Debug)]
+pub struct Server {
+    devices: Vec<Arc<Device>>,
+    models: Vec<(String, ModelHandle)>,
+    disks: Vec<Arc<Disk>>,
+    reactors: Vec<Reactor>,
+    /// Every poller, with its device and its reactor.
+    pollers: Vec<(Arc<Device>, ReactorHandle, PollerId)>,
+    stop: Arc<Stop>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Tells every control thread that the server ends.
+#[derive(Debug)]
+struct Stop {
+    flag: AtomicBool,
+    /// Readable from then on.
+    event: OwnedFd,
+}
+
+impl Stop {
+    fn new() -> io::Result<Stop> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Stop { flag: AtomicBool::new(false), event })
+    }
+
+    fn set(&self) {
+        self.flag.store(true, Ordering::Release);
+        // The counter starts at 0 and nobody reads it: the write cannot fail.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+    }
+
+    fn is_set(&self) -> bool {
+        self.flag.load(Ordering::Acquire)
+    }
+}
+
+impl Server {
+    /// Starts everything that `plan` names. Sockets are bound first and listen last; on any error what was started is
+    /// taken down again and the sockets are removed.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn start(plan: &Plan) -> Result<Server, ServerError> {
+        let listeners = plan.disks.iter().map(|disk| match &disk.socket {
+            Socket::Path(path) => Listener::bind(path),
+            Socket::Fd(fd) => Listener::inherit(*fd),
+        });
+        let listeners = listeners.collect::<Result<Vec<Listener>, SocketError>>()?;
+        let mut server = Server {
+            devices: Vec::new(),
+            models: Vec::new(),
+            disks: Vec::new(),
+            reactors: Vec::new(),
+            pollers: Vec::new(),
+            stop: Arc::new(Stop::new()?),
+            threads: Vec::new(),
+        };
+        match server.bring_up(plan, listeners) {
+            Ok(()) => Ok(server),
+            Err(error) => {
+                if let Err(also) = server.take_down() {
+                    tracing::error!(error = %also, "while giving up");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn bring_up(&mut self, plan: &Plan, listeners: Vec<Listener>) -> Result<(), ServerError> {
+        for device in &plan.devices {
+            let (device, handle) = open_device(&device.config, device.virtqueues)?;
+            self.models.push((device.name.clone(), handle));
+            self.devices.push(Arc::new(device));
+        }
+        for core in &plan.cores {
+            self.reactors.push(Reactor::start(core.id.0)?);
+        }
+        for (index, device) in self.devices.clone().iter().enumerate() {
+            self.create_disks(plan, index, device)?;
+        }
+        // `create_disks` went device by device; sockets are in the order of the plan.
+        self.disks.sort_by_key(|disk| plan.disks.iter().position(|planned| planned.socket.to_string() == disk.name));
+        for (disk, listener) in self.disks.iter().zip(listeners) {
+            let (disk, stop) = (Arc::clone(disk), Arc::clone(&self.stop));
+            let thread = std::thread::Builder::new().name("listener".to_owned());
+            self.threads.push(thread.spawn(move || accept_loop(&disk, &listener, &stop))?);
+        }
+        let (devices, stop) = (self.devices.clone(), Arc::clone(&self.stop));
+        let thread = std::thread::Builder::new().name("monitor".to_owned());
+        self.threads.push(thread.spawn(move || monitor_loop(&devices, &stop))?);
+        Ok(())
+    }
+
+    /// Makes the queue pairs of one device and the disks that ride on them.
+    fn create_disks(&mut self, plan: &Plan, index: usize, device: &Arc<Device>) -> Result<(), ServerError> {
+        let planned: Vec<&DiskPlan> = plan.disks.iter().filter(|disk| disk.device == index).collect();
+        let cores: Vec<usize> = planned.iter().flat_map(|disk| disk.queue_cores.iter().map(|core| core.0)).collect();
+        let places = place(&cores, usize::from(device.granted));
+        let pairs = places.iter().map(|place| place.pair + 1).max().unwrap_or(0);
+        if pairs < places.len() {
+            tracing::warn!(
+                device = %device.name, virtqueues = places.len(), queue_pairs = pairs,
+                "more virtqueues than queue pairs: virtqueues of one reactor share"
+            );
+        }
+        let mut pollers = Vec::new();
+        for pair in 0..pairs {
+            let core = places.iter().find(|place| place.pair == pair).map_or(0, |place| place.core);
+            pollers.push(self.create_poller(device, core)?);
+        }
+        let mut next = 0;
+        for disk in planned {
+            let namespace = servable(disk, device)?;
+            let queues = disk.queue_cores.iter().map(|_| {
+                let place = places[next];
+                next += 1;
+                let (reactor, poller, pair): &(ReactorHandle, PollerId, u16) = &pollers[place.pair];
+                DiskQueue {
+                    reactor: reactor.clone(),
+                    poller: *poller,
+                    pair: *pair,
+                    counters: Arc::new(SharedCounters::default()),
+                }
+            });
+            let mut serial = [0; 20];
+            for (byte, given) in serial.iter_mut().zip(disk.serial.bytes()) {
+                *byte = given;
+            }
+            self.disks.push(Arc::new(Disk {
+                name: disk.socket.to_string(),
+                device: Arc::clone(device),
+                read_only: disk.readonly || namespace.write_protected,
+                namespace,
+                serial,
+                queues: queues.collect(),
+                writeback: AtomicBool::new(true),
+            }));
+        }
+        Ok(())
+    }
+
+    fn create_poller(&mut self, device: &Arc<Device>, core: usize) -> Result<(ReactorHandle, PollerId, u16), ServerError> {
+        let reactor = self.reactors.iter().find(|reactor| reactor.handle().core() == core);
+        let reactor = reactor.ok_or(ReactorError::Pin { core })?.handle().clone();
+        let (pair, poller) = device.create_poller()?;
+        // Fewer than 2^32 queue pairs: a controller has at most 65535.
+        let id = PollerId(u32::try_from(self.pollers.len()).unwrap_or(u32::MAX));
+        reactor.adopt(id, poller);
+        self.pollers.push((Arc::clone(device), reactor.clone(), id));
+        Ok((reactor, id, pair))
+    }
+
+    /// The counters of every virtqueue, and what the software controllers say of themselves.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let mut table = CounterTable::default();
+        for disk in &self.disks {
+            for (i, queue) in disk.queues.iter().enumerate() {
+                table.push(&disk.name, i, queue.reactor.core(), queue.pair, queue.counters.snapshot());
+            }
+        }
+        let mut report = table.to_string();
+        for (name, model) in &self.models {
+            report.push_str(&format!(
+                "device {name}: iommu violations {}, driver errors {}\n",
+                model.iommu_violations(),
+                model.driver_errors()
+            ));
+        }
+        report
+    }
+
+    /// Ends everything: sessions, queue pairs, reactors, controllers. Returns the last report.
+    ///
+    /// # Errors
+    /// When a controller did not confirm its shutdown: its cache may not be durable.
+    pub fn stop(mut self) -> Result<String, ServerError> {
+        let result = self.take_down();
+        let report = self.report();
+        result.map(|()| report)
+    }
+
+    fn take_down(&mut self) -> Result<(), ServerError> {
+        self.stop.set();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a control thread panicked");
+            }
+        }
+        let mut result = Ok(());
+        for (device, reactor, id) in self.pollers.drain(..) {
+            let returned = reactor.retire(id).recv_timeout(RETIRE_DEADLINE);
+            let deleted = returned.map_err(|_| ()).map(|poller: Box<dyn Poll>| device.delete_poller(poller));
+            match deleted {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => result = Err(error.into()),
+                Err(()) => tracing::error!(device = %device.name, "a queue pair still has requests at the device"),
+            }
+        }
+        for device in self.devices.drain(..) {
+            if let Err(error) = device.shutdown() {
+                tracing::error!(device = %device.name, %error, "the device did not confirm its shutdown");
+                result = Err(error.into());
+            }
+        }
+        for reactor in self.reactors.drain(..) {
+            reactor.stop();
+        }
+        result
+    }
+}
+
+/// Claims one device.
+///
+/// # Errors
+/// When it cannot be opened.
+pub fn open_device(config: &DeviceConfig, virtqueues: usize) -> Result<(Device, ModelHandle), DeviceError> {
+    let model = &config.model;
+    let namespaces = u64::from(model.namespaces.max(1));
+    let (medium, size) = match &model.medium {
+        Medium::Ram { size } => (nvme_model::Medium::Ram, Some(*size)),
+        Medium::File { path, size } => (nvme_model::Medium::File { path: path.clone() }, *size),
+    };
+    let transport = Model::new(nvme_model::ModelConfig {
+        name: config.name.clone(),
+        medium,
+        size: size.map_or(0, |size| size / namespaces),
+        namespaces: model.namespaces,
+        block_size: model.block_size.bytes(),
+        queues: model.queue_pairs,
+        mqes: model.max_queue_entries,
+        mdts_bytes: model.max_transfer,
+        vwc: model.volatile_write_cache,
+        latency: model.latency,
+        jitter: model.jitter,
+        serial: model.serial.clone(),
+        ..nvme_model::ModelConfig::default()
+    })
+    .map_err(|error| DeviceError::Model { name: config.name.clone(), error })?;
+    let handle = transport.handle();
+    // At least one, so that a device without disks can be identified.
+    let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
+    Ok((Device::open(&config.name, transport, wanted)?, handle))
+}
+
+/// The namespace of a disk, if it can be served.
+fn servable(disk: &DiskPlan, device: &Device) -> Result<nvme_driver::Namespace, ServerError> {
+    let refuse = |reason: String| ServerError::Namespace {
+        disk: disk.socket.to_string(),
+        device: device.name.clone(),
+        nsid: disk.nsid,
+        reason,
+    };
+    let namespace = device.namespace(Nsid(disk.nsid)).ok_or_else(|| {
+        let active: Vec<u32> = device.namespaces.iter().map(|info| info.namespace.nsid.0).collect();
+        refuse(format!("it is not active (active: {active:?})"))
+    })?;
+    if namespace.metadata_size != 0 {
+        return Err(refuse(format!(
+            "its blocks carry {} bytes of metadata (format it without)",
+            namespace.metadata_size
+        )));
+    }
+    if namespace.blocks == 0 || namespace.blocks.checked_mul(u64::from(namespace.block_size)).is_none() {
+        return Err(refuse(format!("its size of {} blocks makes no disk", namespace.blocks)));
+    }
+    if namespace.block_size > device.max_transfer {
+        return Err(refuse(format!("one block exceeds the {} bytes of one command", device.max_transfer)));
+    }
+    Ok(namespace.clone())
+}
+
+/// A connection and the thread that serves it.
+struct Connection {
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Connection {
+    /// The front-end hung up, or its session ended.
+    fn is_over(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let hung_up = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0);
+        hung_up || self.thread.is_finished()
+    }
+
+    fn end(self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+        if self.thread.join().is_err() {
+            tracing::error!("a session panicked");
+        }
+    }
+}
+
+/// Serves one client of a disk at a time. A second one is refused while the first is there; one that comes while the
+/// first is still draining waits for that.
+fn accept_loop(disk: &Arc<Disk>, listener: &Listener, stop: &Arc<Stop>) {
+    let mut current: Option<Connection> = None;
+    while wait_readable(listener.socket().as_fd(), Some(stop.event.as_fd()), None) && !stop.is_set() {
+        let stream = match listener.socket().accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(disk = %disk.name, %error, "cannot accept a connection");
+                std::thread::sleep(Duration::from_millis(100)); // out of descriptors, most likely: do not spin
+                continue;
+            }
+        };
+        if let Some(connection) = current.take() {
+            if !connection.is_over() {
+                tracing::warn!(disk = %disk.name, "a second front-end was refused: the disk is in use");
+                current = Some(connection);
+                continue;
+            }
+            connection.end();
+        }
+        let clone = stream.try_clone();
+        let session_disk = Arc::clone(disk);
+        let thread = std::thread::Builder::new().name("session".to_owned());
+        let started = clone.and_then(|clone| {
+            let thread = thread.spawn(move || run_session(&session_disk, stream))?;
+            Ok(Connection { stream: clone, thread })
+        });
+        match started {
+            Ok(connection) => current = Some(connection),
+            Err(error) => tracing::warn!(disk = %disk.name, %error, "cannot start a session"),
+        }
+    }
+    if let Some(connection) = current {
+        connection.end();
+    }
+}
+
+/// Waits until `fd` or `stop` is readable, or `timeout` has passed. `false` on an error that will not go away.
+fn wait_readable(fd: BorrowedFd<'_>, stop: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
+    let mut fds = vec![PollFd::new(&fd, PollFlags::IN)];
+    if let Some(stop) = &stop {
+        fds.push(PollFd::new(stop, PollFlags::IN));
+    }
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    matches!(poll(&mut fds, timeout.as_ref()), Ok(_) | Err(rustix::io::Errno::INTR))
+}
+
+fn run_session(disk: &Arc<Disk>, stream: UnixStream) {
+    let session = match Session::new(Arc::clone(disk)) {
+        Ok(session) => Arc::new(Mutex::new(session)),
+        Err(error) => return tracing::warn!(disk = %disk.name, %error, "cannot start a session"),
+    };
+    tracing::info!(disk = %disk.name, "front-end connected");
+    let started = Instant::now();
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
+    let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        // SAFETY: the handler owns the socket and lives until the end of this function.
+        let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
+        let mut fds = [PollFd::new(&socket, PollFlags::IN)];
+        let timeout = Timespec::try_from(LOOK_INTERVAL).ok();
+        let ready = poll(&mut fds, timeout.as_ref()).unwrap_or(0) > 0;
+        if lock().is_poisoned() {
+            tracing::warn!(disk = %disk.name, "the front-end shrank its shared memory: connection closed");
+            break;
+        }
+        if !ready {
+            continue;
+        }
+        match handler.handle_request() {
+            Ok(()) | Err(VhostError::SocketRetry(_)) => {}
+            Err(VhostError::Disconnected) => {
+                tracing::info!(disk = %disk.name, after = ?started.elapsed(), "front-end disconnected");
+                break;
+            }
+            Err(error) => {
+                tracing::warn!(disk = %disk.name, %error, "connection closed");
+                break;
+            }
+        }
+    }
+    lock().close();
+}
+
+fn monitor_loop(devices: &[Arc<Device>], stop: &Stop) {
+    while !stop.is_set() {
+        for device in devices {
+            match device.next_event() {
+                Ok(None) => {}
+                Ok(Some(event)) => tracing::warn!(device = %device.name, event, "asynchronous event"),
+                Err(error) => tracing::error!(device = %device.name, %error, "cannot read asynchronous events"),
+            }
+        }
+        wait_readable(stop.event.as_fd(), None, Some(LOOK_INTERVAL));
+    }
+}

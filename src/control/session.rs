@@ -1,0 +1,583 @@
+//! One connected front-end: Negotiating -> MemoryShared -> Running -> Draining -> Closed, as vhost-user messages say.
+//!
+//! A virtqueue runs when it has a size, addresses, a kick and is enabled, and guest memory is shared; then it is a
+//! [`Lane`] on its reactor. Whatever changes its ground (memory table, cache mode, reset, disconnect) takes the
+//! lane back first, drained (I2). A message that cannot be honoured ends the connection with a log line; it never
+//! harms another session. Runs on its own control thread, so a silent front-end delays nobody.
+
+use std::fs::File;
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nvme_driver::Namespace;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserSharedMsg, VhostUserShMemConfig,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Backend, Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
+};
+
+use super::device::Device;
+use crate::block::Geometry;
+use crate::datapath::signal::require_eventfd;
+use crate::datapath::{Lane, LaneConfig, LaneId, Signal};
+use crate::reactor::{PollerId, ReactorHandle};
+use crate::stats::SharedCounters;
+use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
+use crate::virtio::blk::{self, BlkLimits, VirtioBlkConfig};
+use crate::virtio::virtqueue::{MAX_QUEUE_SIZE, Virtqueue, VirtqueueConfig};
+
+/// How long a drain may take: longer than any healthy SSD needs for its slowest command.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// The configuration space that a front-end may read: QEMU's own limit for one message.
+const CONFIG_SPACE: usize = 256;
+
+const F_EVENT_IDX: u64 = 1 << 29;
+const F_INDIRECT: u64 = 1 << 28;
+const F_PROTOCOL: u64 = 1 << 30;
+const F_VERSION_1: u64 = 1 << 32;
+/// Descriptors would hold I/O virtual addresses that only the front-end can translate.
+const F_ACCESS_PLATFORM: u64 = 1 << 33;
+const F_RING_PACKED: u64 = 1 << 34;
+
+/// One virtqueue's fixed place: which poller of which reactor serves it.
+#[derive(Debug)]
+pub struct DiskQueue {
+    /// The reactor.
+    pub reactor: ReactorHandle,
+    /// The poller on it.
+    pub poller: PollerId,
+    /// Identifier of the queue pair on its controller.
+    pub pair: u16,
+    /// Where its counters are read.
+    pub counters: Arc<SharedCounters>,
+}
+
+/// A disk as it is offered to front-ends, one at a time.
+#[derive(Debug)]
+pub struct Disk {
+    /// What log lines and tables call it.
+    pub name: String,
+    /// The device behind it.
+    pub device: Arc<Device>,
+    /// The namespace behind it.
+    pub namespace: Namespace,
+    /// The guest may only read.
+    pub read_only: bool,
+    /// What GET_ID answers.
+    pub serial: [u8; 20],
+    /// Its virtqueues.
+    pub queues: Vec<DiskQueue>,
+    /// The guest's choice of cache mode (CONFIG_WCE). Outlives a connection: a guest that chose write-through goes on
+    /// believing in it when its front-end reconnects.
+    pub writeback: AtomicBool,
+}
+
+impl Disk {
+    /// Feature bits offered to the guest, and bit 30.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        let mut features = F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_PROTOCOL;
+        features |= blk::F_SEG_MAX | blk::F_BLK_SIZE | blk::F_TOPOLOGY | blk::F_MQ | blk::F_FLUSH | blk::F_CONFIG_WCE;
+        if self.read_only {
+            return features | blk::F_RO;
+        }
+        if self.device.can_deallocate() {
+            features |= blk::F_DISCARD;
+        }
+        if self.device.can_write_zeroes() {
+            features |= blk::F_WRITE_ZEROES;
+        }
+        features
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            block_shift: self.namespace.block_size.trailing_zeros(),
+            blocks: self.namespace.blocks,
+            read_only: self.read_only,
+        }
+    }
+
+    fn config_space(&self) -> [u8; CONFIG_SPACE] {
+        let writeback = self.writeback.load(Ordering::Relaxed);
+        // At most 64 queues: the configuration refuses more.
+        let queues = u16::try_from(self.queues.len()).unwrap_or(u16::MAX);
+        let config = VirtioBlkConfig::new(&self.geometry(), queues, writeback);
+        let mut space = [0; CONFIG_SPACE];
+        let bytes = zerocopy::IntoBytes::as_bytes(&config);
+        space[..bytes.len()].copy_from_slice(bytes);
+        space
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RingAddresses {
+    descriptor_table: u64,
+    avail: u64,
+    used: u64,
+}
+
+#[derive(Debug)]
+struct Vring {
+    size: u16,
+    base: u16,
+    addresses: Option<RingAddresses>,
+    kicked: bool,
+    enabled: bool,
+    running: Option<LaneId>,
+    call: Arc<Signal>,
+    error: Arc<Signal>,
+}
+
+impl Vring {
+    fn new() -> io::Result<Vring> {
+        Ok(Vring {
+            size: 0,
+            base: 0,
+            addresses: None,
+            kicked: false,
+            enabled: false,
+            running: None,
+            call: Arc::new(Signal::new()?),
+            error: Arc::new(Signal::new()?),
+        })
+    }
+}
+
+/// The state of one connection.
+#[derive(Debug)]
+pub struct Session {
+    disk: Arc<Disk>,
+    owned: bool,
+    features: u64,
+    memory: MemoryTable,
+    vrings: Vec<Vring>,
+}
+
+fn refuse(what: impl Into<String>) -> VhostError {
+    VhostError::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, what.into()))
+}
+
+fn next_lane_id() -> LaneId {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    LaneId(NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+impl Session {
+    /// A fresh connection to `disk`.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new(disk: Arc<Disk>) -> io::Result<Session> {
+        let vrings = disk.queues.iter().map(|_| Vring::new()).collect::<io::Result<_>>()?;
+        let memory = MemoryTable::new(Arc::clone(&disk.device.space));
+        Ok(Session { disk, owned: false, features: 0, memory, vrings })
+    }
+
+    /// The front-end shrank its memory under us.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.memory.is_poisoned()
+    }
+
+    /// The connection is over: every queue is taken back, then the memory is given up.
+    pub fn close(&mut self) {
+        if let Err(error) = self.quiesce() {
+            tracing::error!(disk = %self.disk.name, %error, "a queue did not drain: its memory stays mapped");
+        }
+        self.memory.clear();
+    }
+
+    /// Takes all running lanes back, drained. All are asked first, so they drain side by side.
+    fn quiesce(&mut self) -> VhostResult<()> {
+        let indices: Vec<usize> = (0..self.vrings.len()).collect();
+        self.stop_queues(&indices)
+    }
+
+    fn stop_queues(&mut self, indices: &[usize]) -> VhostResult<()> {
+        let mut waiting = Vec::new();
+        for index in indices {
+            if let Some(id) = self.vrings[*index].running.take() {
+                let queue = &self.disk.queues[*index];
+                waiting.push((*index, queue.reactor.detach(queue.poller, id)));
+            }
+        }
+        let deadline = Instant::now() + DRAIN_DEADLINE;
+        let mut stuck = Vec::new();
+        for (index, lane_back) in waiting {
+            match lane_back.recv_deadline(deadline) {
+                Ok(lane) => self.vrings[index].base = lane.next_avail(),
+                // The lane keeps its memory mapped until the device answers; it ends on its reactor then.
+                Err(_) => stuck.push(index),
+            }
+        }
+        if stuck.is_empty() {
+            return Ok(());
+        }
+        Err(refuse(format!("virtqueues {stuck:?} still have requests at the device after {DRAIN_DEADLINE:?}")))
+    }
+
+    /// Starts every virtqueue that has all it needs and does not run yet.
+    fn start_ready(&mut self) -> VhostResult<()> {
+        for index in 0..self.vrings.len() {
+            self.start_queue(index)?;
+        }
+        Ok(())
+    }
+
+    fn start_queue(&mut self, index: usize) -> VhostResult<()> {
+        let vring = &self.vrings[index];
+        let enabled = vring.enabled || self.features & F_PROTOCOL == 0;
+        let Some(addresses) = vring.addresses else { return Ok(()) };
+        if vring.running.is_some() || !enabled || !vring.kicked || vring.size == 0 || self.memory.is_empty() {
+            return Ok(());
+        }
+        let memory = self.memory.snapshot().map_err(|error| refuse(error.to_string()))?;
+        let rings = self.resolve(index, addresses)?;
+        // The used index in guest memory says where the driver has got to (it survives a server's restart).
+        // SAFETY: `resolve` found the whole used ring in mapped memory, 4-byte aligned; atomics only (I1).
+        let next_used = unsafe { rings.used.add(2).cast::<AtomicU16>().as_ref() }.load(Ordering::Acquire);
+        let config = VirtqueueConfig {
+            size: vring.size,
+            descriptor_table: rings.descriptor_table,
+            avail: rings.avail,
+            used: rings.used,
+            event_idx: self.features & F_EVENT_IDX != 0,
+            indirect: self.features & F_INDIRECT != 0,
+            next_avail: vring.base,
+            next_used: u16::from_le(next_used),
+        };
+        // SAFETY: the three rings lie wholly in memory that `memory` keeps mapped, aligned (`resolve`); the lane owns
+        // `memory` for as long as the queue exists.
+        let queue = unsafe { Virtqueue::new(config) }.map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
+        let disk = &self.disk;
+        let place = &disk.queues[index];
+        let id = next_lane_id();
+        let lane = Lane::new(LaneConfig {
+            id,
+            queue,
+            memory,
+            limits: BlkLimits { geometry: disk.geometry(), features: self.features & disk.features() },
+            nsid: disk.namespace.nsid,
+            serial: disk.serial,
+            write_through: self.write_through(),
+            volatile_cache: disk.device.has_volatile_cache(),
+            deallocate: disk.device.can_deallocate(),
+            call: Arc::clone(&vring.call),
+            error: Arc::clone(&vring.error),
+            shared: Arc::clone(&place.counters),
+        });
+        place.reactor.attach(place.poller, Box::new(lane));
+        tracing::debug!(disk = %disk.name, queue = index, size = vring.size, base = vring.base, "virtqueue started");
+        self.vrings[index].running = Some(id);
+        Ok(())
+    }
+
+    /// I11: a guest without FLUSH, or one that asked for writeback = 0, gets write-through.
+    fn write_through(&self) -> bool {
+        let flush = self.features & blk::F_FLUSH != 0;
+        let configured = self.features & blk::F_CONFIG_WCE != 0;
+        !flush || (configured && !self.disk.writeback.load(Ordering::Relaxed))
+    }
+
+    fn resolve(&self, index: usize, addresses: RingAddresses) -> VhostResult<ResolvedRings> {
+        let size = u64::from(self.vrings[index].size);
+        let part = |what: &str, at: u64, len: u64, align: usize| {
+            let hva = self.memory.resolve_user(at, len).ok_or_else(|| {
+                refuse(format!("virtqueue {index}: {what} at {at:#x} of {len} bytes is not in shared memory"))
+            })?;
+            if !hva.addr().get().is_multiple_of(align) {
+                return Err(refuse(format!("virtqueue {index}: {what} at {at:#x} is not aligned to {align}")));
+            }
+            Ok(hva)
+        };
+        Ok(ResolvedRings {
+            descriptor_table: part("descriptor table", addresses.descriptor_table, 16 * size, 16)?,
+            avail: part("avail ring", addresses.avail, 6 + 2 * size, 2)?,
+            used: part("used ring", addresses.used, 6 + 8 * size, 4)?,
+        })
+    }
+
+    fn index(&self, index: u32) -> VhostResult<usize> {
+        let count = self.vrings.len();
+        usize::try_from(index)
+            .ok()
+            .filter(|index| *index < count)
+            .ok_or_else(|| refuse(format!("virtqueue {index} of a disk with {count}")))
+    }
+
+    /// A virtqueue whose size, base or addresses are to be changed must not run.
+    fn stopped(&mut self, index: u32, what: &str) -> VhostResult<&mut Vring> {
+        let index = self.index(index)?;
+        let vring = &mut self.vrings[index];
+        if vring.running.is_some() {
+            return Err(refuse(format!("{what} of virtqueue {index} while it runs")));
+        }
+        Ok(vring)
+    }
+
+    /// Changes the memory table while no queue runs, then goes on.
+    fn change_memory(
+        &mut self,
+        change: impl FnOnce(&mut MemoryTable) -> Result<(), crate::vhost::memory::TableError>,
+    ) -> VhostResult<()> {
+        self.quiesce()?;
+        change(&mut self.memory).map_err(|error| refuse(error.to_string()))?;
+        self.start_ready()
+    }
+
+    fn reset(&mut self) -> VhostResult<()> {
+        self.quiesce()?;
+        for vring in &mut self.vrings {
+            (vring.size, vring.base, vring.addresses) = (0, 0, None);
+            (vring.kicked, vring.enabled) = (false, false);
+        }
+        self.features = 0;
+        self.disk.writeback.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+struct ResolvedRings {
+    descriptor_table: NonNull<u8>,
+    avail: NonNull<u8>,
+    used: NonNull<u8>,
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> VhostResult<()> {
+        if self.owned {
+            return Err(refuse("SET_OWNER twice on one connection"));
+        }
+        self.owned = true;
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> VhostResult<()> {
+        self.owned = false;
+        self.reset()
+    }
+
+    fn reset_device(&mut self) -> VhostResult<()> {
+        self.reset()
+    }
+
+    fn get_features(&mut self) -> VhostResult<u64> {
+        Ok(self.disk.features())
+    }
+
+    fn set_features(&mut self, features: u64) -> VhostResult<()> {
+        // QEMU passes on bits of its own (such as ANY_LAYOUT) that we did not offer: harmless. These two are not.
+        for (bit, what) in [(F_RING_PACKED, "packed rings"), (F_ACCESS_PLATFORM, "an IOMMU in the guest")] {
+            if features & bit & !self.disk.features() != 0 {
+                return Err(refuse(format!("the guest wants {what}, which was not offered")));
+            }
+        }
+        if features != self.features {
+            // Only a stopped device negotiates; a front-end that does otherwise gets its queues restarted.
+            self.quiesce()?;
+            self.features = features;
+        }
+        self.start_ready()
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> VhostResult<Option<Vec<u64>>> {
+        self.change_memory(|table| {
+            table.clear();
+            regions.iter().zip(files).try_for_each(|(region, file)| table.add(region.into(), file))
+        })?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_QUEUE_SIZE);
+        let size = size.ok_or_else(|| {
+            refuse(format!("virtqueue {index}: a size of {num} (a power of two up to {MAX_QUEUE_SIZE} is needed)"))
+        })?;
+        self.stopped(index, "the size")?.size = size;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> VhostResult<()> {
+        let addresses = RingAddresses { descriptor_table: descriptor, avail: available, used };
+        let index = self.index(index)?;
+        if self.vrings[index].running.is_some() {
+            // The same addresses again change nothing (QEMU repeats them when it starts or stops logging).
+            let same = self.vrings[index].addresses == Some(addresses);
+            return if same { Ok(()) } else { Err(refuse(format!("new addresses of virtqueue {index} while it runs"))) };
+        }
+        self.resolve(index, addresses)?;
+        self.vrings[index].addresses = Some(addresses);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
+        let base16 = u16::try_from(base);
+        let vring = self.stopped(index, "the base")?;
+        vring.base = base16.map_err(|_| refuse(format!("virtqueue {index}: a base of {base} on a split ring")))?;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
+        let at = self.index(index)?;
+        self.stop_queues(&[at])?;
+        self.vrings[at].kicked = false;
+        Ok(VhostUserVringState::new(index, u32::from(self.vrings[at].base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        let index = self.index(u32::from(index))?;
+        if let Some(file) = &fd {
+            require_eventfd(file).map_err(VhostError::ReqHandlerError)?;
+        }
+        // The ring is polled: the descriptor itself is not needed. Its arrival starts the ring, kick or no kick.
+        self.vrings[index].kicked = true;
+        self.start_queue(index)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        let index = self.index(u32::from(index))?;
+        self.vrings[index].call.replace(fd).map_err(VhostError::ReqHandlerError)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        let index = self.index(u32::from(index))?;
+        self.vrings[index].error.replace(fd).map_err(VhostError::ReqHandlerError)
+    }
+
+    fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
+        let offered = self.get_protocol_features()?.bits();
+        if features & !offered != 0 {
+            return Err(refuse(format!("protocol features {:#x} were not offered", features & !offered)));
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> VhostResult<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
+        let index = self.index(index)?;
+        self.vrings[index].enabled = enable;
+        if enable { self.start_queue(index) } else { self.stop_queues(&[index]) }
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> VhostResult<Vec<u8>> {
+        let space = self.disk.config_space();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = start.checked_add(usize::try_from(size).unwrap_or(usize::MAX));
+        let bytes = end.and_then(|end| space.get(start..end));
+        let bytes = bytes.ok_or_else(|| refuse(format!("{size} bytes at {offset} of the configuration space")))?;
+        Ok(bytes.to_vec())
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> VhostResult<()> {
+        let writeback = match bytes {
+            [writeback @ (0 | 1)] if offset == blk::CONFIG_WRITEBACK_OFFSET => *writeback == 1,
+            _ => {
+                let len = bytes.len();
+                return Err(refuse(format!("write of {len} bytes at {offset} of the configuration space: read only")));
+            }
+        };
+        if self.disk.writeback.swap(writeback, Ordering::Relaxed) != writeback {
+            tracing::info!(disk = %self.disk.name, writeback, "cache mode changed by the guest");
+            self.quiesce()?;
+            self.start_ready()?;
+        }
+        Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        // Nothing to tell the front-end yet: sizes do not change while a disk is served.
+    }
+
+    fn get_max_mem_slots(&mut self) -> VhostResult<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy: Option<bool>,
+    ) -> VhostResult<Option<u64>> {
+        let info = RegionInfo::from(&**region);
+        self.change_memory(|table| table.add(info, fd))?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
+        let info = RegionInfo::from(&**region);
+        self.change_memory(|table| table.remove(info))
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> VhostResult<(VhostUserInflight, File)> {
+        Err(not_offered("GET_INFLIGHT_FD"))
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> VhostResult<()> {
+        Err(not_offered("SET_INFLIGHT_FD"))
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> VhostResult<()> {
+        Err(not_offered("GPU_SET_SOCKET"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> VhostResult<File> {
+        Err(not_offered("GET_SHARED_OBJECT"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> VhostResult<Option<File>> {
+        Err(not_offered("SET_DEVICE_STATE_FD"))
+    }
+
+    fn check_device_state(&mut self) -> VhostResult<()> {
+        Err(not_offered("CHECK_DEVICE_STATE"))
+    }
+
+    fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {
+        Err(not_offered("GET_SHMEM_CONFIG"))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
+        Err(not_offered("SET_LOG_BASE"))
+    }
+}
+
+fn not_offered(message: &str) -> VhostError {
+    refuse(format!("{message}: not offered"))
+}

@@ -1,0 +1,581 @@
+//! One guest virtqueue in service: its ring, its memory, its requests. A lane is made by the session, moves by value
+//! to the [`Poller`](super::Poller) whose queue pair it rides with, and comes back by value when it has drained:
+//! then no command names its memory any more (I2) and its session may unmap it.
+//!
+//! A request that one NVMe command carries out goes straight to the submission queue. Everything else (a transfer
+//! beyond MDTS, data that PRPs cannot describe, several ranges) becomes [`Work`]: it is issued piece by piece as slots
+//! and bounce buffers come free, and the lane fetches nothing new meanwhile, so that one request at a time is enough.
+
+use std::sync::Arc;
+
+use nvme_driver::spec::{LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry};
+use nvme_driver::transport::{Iova, Transport};
+use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
+
+use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
+use super::signal::Signal;
+use crate::block::{BlockOp, BlockRange, BlockStatus, RangeList};
+use crate::stats::{QueueCounters, SharedCounters};
+use crate::virtio::blk::{self, BlkLimits};
+use crate::virtio::chain::Chain;
+use crate::virtio::memory::{GuestMemory, Segment};
+use crate::virtio::virtqueue::Virtqueue;
+
+/// Requests that one lane takes from its ring in one turn: four cache lines of used elements.
+const FETCH_BUDGET: u16 = 32;
+
+/// Names a lane among all that the process ever had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LaneId(pub u64);
+
+/// What a lane is made of.
+#[derive(Debug)]
+pub struct LaneConfig {
+    /// Its name.
+    pub id: LaneId,
+    /// The ring, complete.
+    pub queue: Virtqueue,
+    /// The guest's memory; the lane keeps it mapped.
+    pub memory: Arc<GuestMemory>,
+    /// Negotiated limits of the disk.
+    pub limits: BlkLimits,
+    /// The namespace behind the disk.
+    pub nsid: Nsid,
+    /// What GET_ID answers: ASCII, zero padded.
+    pub serial: [u8; 20],
+    /// Every write is durable when it completes (no FLUSH negotiated, or writeback = 0).
+    pub write_through: bool,
+    /// Flush means something: the controller has a volatile write cache.
+    pub volatile_cache: bool,
+    /// Discards reach the device (Dataset Management is supported).
+    pub deallocate: bool,
+    /// The call eventfd.
+    pub call: Arc<Signal>,
+    /// The error eventfd.
+    pub error: Arc<Signal>,
+    /// Where others read this virtqueue's counters.
+    pub shared: Arc<SharedCounters>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Running,
+    /// Fetches nothing; leaves when nothing is in flight.
+    Draining,
+    /// The ring is broken (NR): fetches nothing; requests in flight still complete.
+    Broken,
+}
+
+/// A request between pop and used ring, at its head's place.
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    /// Where the status byte goes; `None` when the guest gave no place for it.
+    status: Option<Segment>,
+    /// Used length on success.
+    written: u32,
+    /// Commands outstanding, plus one while the request is still being issued.
+    pending: u32,
+    failed: bool,
+}
+
+/// A request that takes several commands, and how far it has come.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    head: u16,
+    step: Step,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// `left` blocks from `lba`; `offset` bytes of the data segments are behind us.
+    Transfer { write: bool, lba: u64, left: u32, offset: u64 },
+    /// `left` blocks from `lba` of range `range`; ranges after it follow.
+    WriteZeroes { range: usize, done: u32 },
+    /// All ranges from `range` on.
+    Discard { range: usize },
+    Flush,
+}
+
+enum Progress {
+    Issued,
+    /// No slot or no bounce buffer: go on after a completion.
+    Blocked,
+    Finished,
+    Failed,
+}
+
+/// What a command belongs to, by CID.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CommandContext {
+    pub(super) lane: u16,
+    pub(super) head: u16,
+    pub(super) bounce: Option<ChunkId>,
+}
+
+/// What the lanes of one poller share: the queue pair and what belongs to its commands.
+#[derive(Debug)]
+pub(super) struct Pair<T: Transport> {
+    pub(super) queue: QueuePair<T>,
+    pub(super) commands: Box<[CommandContext]>,
+    pub(super) bounce: BouncePool,
+}
+
+/// One guest virtqueue in service.
+#[derive(Debug)]
+pub struct Lane {
+    queue: Virtqueue,
+    chain: Chain,
+    requests: Box<[Request]>,
+    work: Option<Work>,
+    state: State,
+    /// Its place in the poller.
+    slot: u16,
+    block_shift: u32,
+    counters: QueueCounters,
+    ranges: RangeList,
+    config: LaneParts,
+}
+
+/// The parts of [`LaneConfig`] that stay as they are.
+#[derive(Debug)]
+struct LaneParts {
+    id: LaneId,
+    memory: Arc<GuestMemory>,
+    limits: BlkLimits,
+    nsid: Nsid,
+    serial: [u8; 20],
+    write_through: bool,
+    volatile_cache: bool,
+    deallocate: bool,
+    call: Arc<Signal>,
+    error: Arc<Signal>,
+    shared: Arc<SharedCounters>,
+}
+
+// SAFETY: the pointers in a lane lead to guest memory that its `Arc<GuestMemory>` keeps mapped; one thread at a time
+// owns the lane (I7), and what the guest does to those bytes meanwhile is data, never a reference (I1).
+unsafe impl Send for Lane {}
+
+impl Lane {
+    /// A lane that has fetched nothing yet. Allocates all that it will ever need.
+    #[must_use]
+    pub fn new(config: LaneConfig) -> Lane {
+        let size = config.queue.size();
+        let idle = Request { status: None, written: 0, pending: 0, failed: false };
+        let mut queue = config.queue;
+        // After a (re)start the guest may wait for an interrupt that its last server owed it: one spurious signal.
+        queue.request_signal();
+        Lane {
+            queue,
+            chain: Chain::new(usize::from(size)),
+            requests: vec![idle; usize::from(size)].into_boxed_slice(),
+            work: None,
+            state: State::Running,
+            slot: 0,
+            block_shift: config.limits.geometry.block_shift,
+            counters: config.shared.snapshot(),
+            ranges: RangeList::new(),
+            config: LaneParts {
+                id: config.id,
+                memory: config.memory,
+                limits: config.limits,
+                nsid: config.nsid,
+                serial: config.serial,
+                write_through: config.write_through,
+                volatile_cache: config.volatile_cache,
+                deallocate: config.deallocate,
+                call: config.call,
+                error: config.error,
+                shared: config.shared,
+            },
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> LaneId {
+        self.config.id
+    }
+
+    /// Where the ring stands: the next avail index to fetch, for GET_VRING_BASE.
+    #[must_use]
+    pub fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    pub(super) fn set_slot(&mut self, slot: u16) {
+        self.slot = slot;
+    }
+
+    pub(super) fn drain(&mut self) {
+        self.state = State::Draining;
+    }
+
+    pub(super) fn is_drained(&self) -> bool {
+        self.state == State::Draining && self.queue.in_flight() == 0 && self.work.is_none()
+    }
+
+    pub(super) fn counters_mut(&mut self) -> &mut QueueCounters {
+        &mut self.counters
+    }
+
+    pub(super) fn publish_counters(&self) {
+        self.config.shared.publish(&self.counters);
+    }
+
+    /// Takes new requests from the ring and submits their commands; no doorbell. `true` when anything was done.
+    #[inline]
+    pub(super) fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        if self.work.is_some() && !self.continue_work(pair) {
+            return false;
+        }
+        if self.state != State::Running {
+            return false;
+        }
+        let available = match self.queue.available() {
+            Ok(0) => return false,
+            Ok(available) => available.min(FETCH_BUDGET),
+            Err(error) => return self.break_ring(&error),
+        };
+        for _ in 0..available {
+            if pair.queue.room() == 0 || self.work.is_some() {
+                break;
+            }
+            match self.queue.pop(&self.config.memory, &mut self.chain) {
+                Ok(true) => self.start(pair),
+                Ok(false) => break,
+                Err(error) => return self.break_ring(&error),
+            }
+        }
+        true
+    }
+
+    /// The chain that was just popped becomes a request.
+    #[inline]
+    fn start<T: Transport>(&mut self, pair: &mut Pair<T>) {
+        let head = self.chain.head();
+        let parsed = blk::parse(&mut self.chain, &mut self.ranges, &self.config.limits);
+        let request = match parsed {
+            Ok(request) => request,
+            Err(reject) => return self.reject(head, &reject),
+        };
+        let (write, range) = match request.op {
+            BlockOp::Read(range) => (false, range),
+            BlockOp::Write(range) => (true, range),
+            op => return self.start_other(pair, head, request.status, op),
+        };
+        let bytes = u64::from(range.count.get()) << self.block_shift;
+        let written = if write {
+            self.counters.writes += 1;
+            self.counters.bytes_written += bytes;
+            1
+        } else {
+            self.counters.reads += 1;
+            self.counters.bytes_read += bytes;
+            // `parse` refuses chains of 2^32 bytes and more, data and status together.
+            (bytes as u32).wrapping_add(1)
+        };
+        let slot = &mut self.requests[usize::from(head)];
+        *slot = Request { status: Some(request.status), written, pending: 1, failed: false };
+        if bytes <= u64::from(pair.queue.max_transfer()) {
+            let entry = self.transfer_entry(write, range.lba.get(), range.count.get());
+            let segments = if write { self.chain.readable() } else { self.chain.writable() };
+            let segments = segments.iter().map(|segment| DataSegment { iova: Iova(segment.dma), len: segment.len });
+            match pair.queue.submit(entry, segments, bytes as u32) {
+                Ok(cid) => {
+                    pair.commands[cid.index()] = CommandContext { lane: self.slot, head, bounce: None };
+                    self.counters.commands += 1;
+                    return;
+                }
+                Err(SubmitError::Full | SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong)) => {}
+                Err(SubmitError::Prp(PrpError::LengthMismatch)) => {
+                    self.fail_request(head);
+                    self.end_command(head);
+                    return;
+                }
+            }
+        }
+        if bytes > u64::from(pair.queue.max_transfer()) {
+            self.counters.split += 1;
+        }
+        let step = Step::Transfer { write, lba: range.lba.get(), left: range.count.get(), offset: 0 };
+        self.begin_work(pair, head, step);
+    }
+
+    #[inline]
+    fn transfer_entry(&self, write: bool, slba: u64, blocks: u32) -> SubmissionEntry {
+        let range = LbaRange { slba, blocks };
+        if write {
+            SubmissionEntry::write(self.config.nsid, range, self.config.write_through)
+        } else {
+            SubmissionEntry::read(self.config.nsid, range)
+        }
+    }
+
+    /// Everything that is neither a read nor a write.
+    #[cold]
+    fn start_other<T: Transport>(&mut self, pair: &mut Pair<T>, head: u16, status: Segment, op: BlockOp) {
+        let request = Request { status: Some(status), written: 1, pending: 1, failed: false };
+        self.requests[usize::from(head)] = request;
+        let step = match op {
+            BlockOp::Flush => {
+                self.counters.flushes += 1;
+                self.config.volatile_cache.then_some(Step::Flush)
+            }
+            BlockOp::Discard => {
+                self.counters.discards += 1;
+                // Advisory: without Dataset Management there is nothing to tell the device.
+                (self.config.deallocate && !self.ranges.is_empty()).then_some(Step::Discard { range: 0 })
+            }
+            BlockOp::WriteZeroes => {
+                self.counters.write_zeroes += 1;
+                (!self.ranges.is_empty()).then_some(Step::WriteZeroes { range: 0, done: 0 })
+            }
+            BlockOp::DeviceId => {
+                self.counters.get_ids += 1;
+                let copied = copy_out(&self.config.serial, self.chain.writable());
+                self.requests[usize::from(head)].written = copied + 1;
+                None
+            }
+            // Reads and writes do not come here.
+            BlockOp::Read(_) | BlockOp::Write(_) => None,
+        };
+        match step {
+            Some(step) => self.begin_work(pair, head, step),
+            None => self.end_command(head),
+        }
+    }
+
+    fn begin_work<T: Transport>(&mut self, pair: &mut Pair<T>, head: u16, step: Step) {
+        self.work = Some(Work { head, step });
+        self.continue_work(pair);
+    }
+
+    /// Issues as much of the current work as there is room for. `true` when none is left.
+    #[cold]
+    fn continue_work<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        let Some(mut work) = self.work.take() else { return true };
+        // Each round issues a command, so the free slots bound the loop.
+        loop {
+            let progress = match work.step {
+                Step::Transfer { .. } => self.issue_transfer(pair, &mut work),
+                Step::WriteZeroes { .. } => self.issue_write_zeroes(pair, &mut work),
+                Step::Discard { .. } => self.issue_discard(pair, &mut work),
+                Step::Flush => self.issue_flush(pair, &mut work),
+            };
+            match progress {
+                Progress::Issued => {
+                    self.counters.commands += 1;
+                    self.requests[usize::from(work.head)].pending += 1;
+                }
+                Progress::Blocked => {
+                    self.work = Some(work);
+                    return false;
+                }
+                Progress::Finished => break,
+                Progress::Failed => {
+                    self.fail_request(work.head);
+                    break;
+                }
+            }
+        }
+        // Drops the count that stood for the issuing itself.
+        self.end_command(work.head);
+        true
+    }
+
+    fn issue_transfer<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Transfer { write, lba, left, offset } = work.step else { return Progress::Failed };
+        if left == 0 {
+            return Progress::Finished;
+        }
+        if pair.queue.room() == 0 {
+            return Progress::Blocked;
+        }
+        let shift = self.block_shift;
+        let segments = if write { self.chain.readable() } else { self.chain.writable() };
+        let blocks = left.min(pair.queue.max_transfer() >> shift).min(MAX_BLOCKS).max(1);
+        let bytes = blocks << shift;
+        let direct = piece(segments, offset, bytes);
+        let as_data = |segment: Segment| DataSegment { iova: Iova(segment.dma), len: segment.len };
+        let entry = self.transfer_entry(write, lba, blocks);
+        let (cid, blocks, bounce) = match pair.queue.submit(entry, direct.map(as_data), bytes) {
+            Ok(cid) => (cid, blocks, None),
+            Err(SubmitError::Full) => return Progress::Blocked,
+            Err(SubmitError::Prp(PrpError::LengthMismatch)) => return Progress::Failed,
+            Err(SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong)) => {
+                let Some(chunk) = pair.bounce.take() else { return Progress::Blocked };
+                let blocks = blocks.min(CHUNK_SIZE >> shift).max(1);
+                let bytes = blocks << shift;
+                let through = piece(segments, offset, bytes);
+                if write {
+                    pair.bounce.gather(chunk, through);
+                } else {
+                    pair.bounce.remember(chunk, through);
+                }
+                let entry = self.transfer_entry(write, lba, blocks);
+                let data = std::iter::once(pair.bounce.data(chunk, bytes));
+                self.counters.bounced += 1;
+                match pair.queue.submit(entry, data, bytes) {
+                    Ok(cid) => (cid, blocks, Some(chunk)),
+                    Err(error) => {
+                        pair.bounce.release(chunk);
+                        let full = error == SubmitError::Full;
+                        return if full { Progress::Blocked } else { Progress::Failed };
+                    }
+                }
+            }
+        };
+        pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce };
+        work.step = Step::Transfer {
+            write,
+            lba: lba + u64::from(blocks),
+            left: left - blocks,
+            offset: offset + (u64::from(blocks) << shift),
+        };
+        Progress::Issued
+    }
+
+    fn issue_write_zeroes<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::WriteZeroes { range, done } = work.step else { return Progress::Failed };
+        let Some(BlockRange { lba, count, unmap }) = self.ranges.as_slice().get(range).copied() else {
+            return Progress::Finished;
+        };
+        let blocks = (count.get() - done).min(MAX_BLOCKS);
+        let at = LbaRange { slba: lba.get() + u64::from(done), blocks };
+        let entry = SubmissionEntry::write_zeroes(self.config.nsid, at, unmap, self.config.write_through);
+        let Ok(cid) = pair.queue.submit_without_data(entry) else { return Progress::Blocked };
+        pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce: None };
+        let done = done + blocks;
+        work.step = if done == count.get() {
+            Step::WriteZeroes { range: range + 1, done: 0 }
+        } else {
+            Step::WriteZeroes { range, done }
+        };
+        Progress::Issued
+    }
+
+    fn issue_discard<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Discard { range } = work.step else { return Progress::Failed };
+        let ranges = &self.ranges.as_slice()[range..];
+        if ranges.is_empty() {
+            return Progress::Finished;
+        }
+        let as_wire = |range: &BlockRange| LbaRange { slba: range.lba.get(), blocks: range.count.get() };
+        match pair.queue.submit_deallocate(self.config.nsid, ranges.iter().map(as_wire)) {
+            Ok(cid) => {
+                pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce: None };
+                work.step = Step::Discard { range: range + ranges.len() };
+                Progress::Issued
+            }
+            Err(SubmitError::Full) => Progress::Blocked,
+            Err(SubmitError::Prp(_)) => Progress::Failed,
+        }
+    }
+
+    fn issue_flush<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let entry = SubmissionEntry::flush(self.config.nsid);
+        let Ok(cid) = pair.queue.submit_without_data(entry) else { return Progress::Blocked };
+        pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce: None };
+        // No ranges follow: the next look finds this work finished.
+        work.step = Step::Transfer { write: false, lba: 0, left: 0, offset: 0 };
+        Progress::Issued
+    }
+
+    /// A command of the request at `head` has completed.
+    #[inline]
+    pub(super) fn command_done(&mut self, head: u16, success: bool) {
+        if !success {
+            self.fail_request(head);
+        }
+        self.end_command(head);
+    }
+
+    #[cold]
+    fn fail_request(&mut self, head: u16) {
+        self.requests[usize::from(head)].failed = true;
+    }
+
+    #[inline]
+    fn end_command(&mut self, head: u16) {
+        let request = &mut self.requests[usize::from(head)];
+        request.pending -= 1;
+        if request.pending > 0 {
+            return;
+        }
+        let (status, written) = if request.failed {
+            self.counters.errors += 1;
+            (BlockStatus::IoError, 1)
+        } else {
+            (BlockStatus::Ok, request.written)
+        };
+        if let Some(place) = request.status {
+            blk::write_status(place, status);
+        }
+        self.queue.push_used(head, written);
+    }
+
+    /// A request that never becomes a command.
+    #[cold]
+    fn reject(&mut self, head: u16, reject: &blk::BlkReject) {
+        if reject.malformed {
+            self.counters.malformed += 1;
+        } else if reject.status == BlockStatus::Unsupported {
+            self.counters.unsupported += 1;
+        } else {
+            self.counters.errors += 1;
+        }
+        if let Some(place) = reject.status_byte {
+            blk::write_status(place, reject.status);
+        }
+        self.queue.push_used(head, reject.used_len());
+    }
+
+    #[cold]
+    fn break_ring(&mut self, _error: &crate::virtio::virtqueue::RingError) -> bool {
+        if self.state == State::Running {
+            self.state = State::Broken;
+            self.counters.malformed += 1;
+            self.config.error.signal();
+        }
+        false
+    }
+
+    /// Makes finished requests visible to the guest, and tells it once if it wants to know.
+    #[inline]
+    pub(super) fn publish(&mut self) {
+        if self.queue.publish_used() && self.queue.needs_signal() && self.config.call.signal() {
+            self.counters.notifications += 1;
+        }
+    }
+}
+
+/// The `len` bytes of `segments` from `offset` on.
+fn piece(segments: &[Segment], offset: u64, len: u32) -> impl Iterator<Item = Segment> {
+    let mut skip = offset;
+    let mut left = len;
+    segments.iter().filter_map(move |segment| {
+        if skip >= u64::from(segment.len) {
+            skip -= u64::from(segment.len);
+            return None;
+        }
+        // `skip` is less than the segment's length, which has 32 bits.
+        let segment = segment.advance(skip as u32);
+        skip = 0;
+        let taken = segment.truncate(left);
+        left -= taken.len;
+        (taken.len > 0).then_some(taken)
+    })
+}
+
+/// Copies `bytes` into guest segments, as many as fit. Returns how many.
+fn copy_out(bytes: &[u8], segments: &[Segment]) -> u32 {
+    let mut copied = 0;
+    for segment in segments {
+        let rest = &bytes[copied..];
+        let len = rest.len().min(segment.len as usize);
+        segment.write_bytes(&rest[..len]);
+        copied += len;
+    }
+    copied as u32
+}

@@ -1,0 +1,12 @@
+//! The data path: virtqueues on one side, an NVMe queue pair on the other. The only room that sees both virtio and
+//! NVMe. Nothing here allocates, locks or blocks once a lane runs; the only system call is the write to a call
+//! eventfd (I9). Start at [`Poller::turn`](poller::Poller), then [`Lane`].
+
+pub mod bounce;
+pub mod lane;
+pub mod poller;
+pub mod signal;
+
+pub use lane::{Lane, LaneConfig, LaneId};
+pub use poller::{Poll, Poller};
+pub use signal::Signal;
