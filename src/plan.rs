@@ -1,2 +1,453 @@
-//! `Config` x `Topology` -> `Plan`: a pure function.
+//! `Config` x `Topology` -> `Plan`: which core polls which virtqueue. A pure function; `--dry-run` prints its answer.
+//!
+//! What it promises: every virtqueue has exactly one core out of the configured ones, and those are all online; the
+//! queues of one disk land on distinct cores while there are enough, and all cores carry the same number of queues, give
+//! or take one. One limit comes first: a queue pair belongs to one core, so a device never has virtqueues on more cores
+//! than it has queue pairs.
+//!
+//! What it does not know: how a machine is asked for its cores, and how many queue pairs a controller grants in the end;
+//! it trusts the configured number.
+//!
+//! Start at [`plan`].
 #![forbid(unsafe_code)]
+
+use std::fmt;
+
+use crate::config::{ByteSize, Config, CoreId, CoreList, DeviceConfig, DiskConfig, Medium, Socket};
+
+/// What the machine has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// The online cores that this process may run on.
+    pub cores: Vec<Core>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Core {
+    pub id: CoreId,
+    pub numa_node: Option<usize>,
+}
+
+impl Topology {
+    /// A machine whose NUMA nodes are not known.
+    pub fn from_online_cores(ids: impl IntoIterator<Item = CoreId>) -> Self {
+        Self {
+            cores: ids
+                .into_iter()
+                .map(|id| Core {
+                    id,
+                    numa_node: None,
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Everything that is decided before anything is touched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    pub devices: Vec<DevicePlan>,
+    pub disks: Vec<DiskPlan>,
+    /// The cores that get a reactor, in the order configured.
+    pub cores: Vec<Core>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DevicePlan {
+    pub config: DeviceConfig,
+    /// Of all its disks together. Beyond `config.model.queue_pairs`, virtqueues of one core share a queue pair.
+    pub virtqueues: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskPlan {
+    pub socket: Socket,
+    /// Index into [`Plan::devices`].
+    pub device: usize,
+    pub nsid: u32,
+    pub readonly: bool,
+    pub serial: String,
+    /// The core of each virtqueue: as many as the disk has queues.
+    pub queue_cores: Vec<CoreId>,
+}
+
+/// Why the request does not fit the machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    #[error(
+        "cannot poll on core {core}: it is not online for this process (available: {available}); change --cores"
+    )]
+    NoSuchCore { core: CoreId, available: CoreList },
+}
+
+/// Assigns every virtqueue of every disk to a core.
+pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
+    let mut cores = Vec::with_capacity(config.cores.as_slice().len());
+    for &core in config.cores.as_slice() {
+        let online = topology.cores.iter().find(|online| online.id == core);
+        cores.push(*online.ok_or_else(|| PlanError::NoSuchCore {
+            core,
+            available: topology.cores.iter().map(|online| online.id).collect(),
+        })?);
+    }
+    let mut load = vec![0; cores.len()];
+    let mut spreads: Vec<Spread> = config
+        .devices
+        .iter()
+        .map(|device| Spread {
+            limit: device.model.queue_pairs.into(),
+            virtqueues: vec![0; cores.len()],
+        })
+        .collect();
+    let disks = config
+        .disks
+        .iter()
+        .map(|disk| DiskPlan {
+            socket: disk.socket.clone(),
+            device: disk.device,
+            nsid: disk.nsid,
+            readonly: disk.readonly,
+            serial: disk.serial.clone(),
+            queue_cores: place(disk, &mut spreads[disk.device], &mut load)
+                .into_iter()
+                .map(|slot| cores[slot].id)
+                .collect(),
+        })
+        .collect();
+    let devices = config
+        .devices
+        .iter()
+        .zip(&spreads)
+        .map(|(device, spread)| DevicePlan {
+            config: device.clone(),
+            virtqueues: spread.virtqueues.iter().sum(),
+        })
+        .collect();
+    Ok(Plan {
+        devices,
+        disks,
+        cores,
+    })
+}
+
+/// Where the virtqueues of one device are so far, per core.
+struct Spread {
+    /// Most cores that may hold any: one queue pair each.
+    limit: usize,
+    virtqueues: Vec<usize>,
+}
+
+/// Each queue in order goes where this disk has the fewest, then where all disks have the fewest, then to the core named
+/// first. While the device has queue pairs to spare this is a round robin that goes on from disk to disk.
+fn place(disk: &DiskConfig, spread: &mut Spread, load: &mut [usize]) -> Vec<usize> {
+    let mut own = vec![0; load.len()];
+    let mut slots = Vec::with_capacity(disk.queues.into());
+    for _ in 0..disk.queues {
+        let cores_used = spread.virtqueues.iter().filter(|&&count| count > 0).count();
+        let slot = (0..load.len())
+            .filter(|&slot| cores_used < spread.limit || spread.virtqueues[slot] > 0)
+            .min_by_key(|&slot| (own[slot], load[slot], slot));
+        // There is always one: `limit` is at least 1, so either a core may be added or one is in use.
+        let Some(slot) = slot else { break };
+        own[slot] += 1;
+        load[slot] += 1;
+        spread.virtqueues[slot] += 1;
+        slots.push(slot);
+    }
+    slots
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for device in &self.devices {
+            fmt_device(device, f)?;
+        }
+        for disk in &self.disks {
+            let device = self.devices[disk.device].config.name.as_str();
+            let access = if disk.readonly {
+                "read-only"
+            } else {
+                "read-write"
+            };
+            writeln!(f, "disk    {}", disk.socket)?;
+            writeln!(
+                f,
+                "  {device} namespace {}, {access}, serial \"{}\"",
+                disk.nsid, disk.serial
+            )?;
+            writeln!(
+                f,
+                "  {}, queue@core: {}",
+                count(disk.queue_cores.len(), "virtqueue"),
+                queues(&disk.queue_cores)
+            )?;
+        }
+        for core in &self.cores {
+            let polled = self
+                .disks
+                .iter()
+                .flat_map(|disk| &disk.queue_cores)
+                .filter(|&&id| id == core.id)
+                .count();
+            write!(
+                f,
+                "core    {:<4} polls {}",
+                core.id,
+                count(polled, "virtqueue")
+            )?;
+            match core.numa_node {
+                Some(node) => writeln!(f, " (NUMA node {node})")?,
+                None => writeln!(f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn fmt_device(device: &DevicePlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let DeviceConfig { name, model } = &device.config;
+    write!(f, "device  {name}  embedded controller, ")?;
+    let size = match &model.medium {
+        Medium::Ram { size } => {
+            write!(f, "ram")?;
+            Some(*size)
+        }
+        Medium::File { path, size } => {
+            write!(f, "image {}", path.display())?;
+            *size
+        }
+    };
+    match size {
+        Some(size) => write!(f, ", {}", ByteSize(size))?,
+        None => write!(f, ", as large as the file")?,
+    }
+    let cache = if model.volatile_write_cache {
+        "volatile"
+    } else {
+        "no"
+    };
+    writeln!(f, ", serial \"{}\", {cache} write cache", model.serial)?;
+    let namespaces = usize::try_from(model.namespaces).unwrap_or(usize::MAX);
+    write!(f, "  {}", count(namespaces, "namespace"))?;
+    if let Some(size) = size {
+        write!(f, " of {}", ByteSize(size / u64::from(model.namespaces)))?;
+    }
+    write!(f, " in {}-byte blocks; ", model.block_size)?;
+    match model.max_transfer {
+        Some(bytes) => write!(f, "at most {} per command", ByteSize(bytes))?,
+        None => write!(f, "transfers without limit")?,
+    }
+    if !model.latency.is_zero() || !model.jitter.is_zero() {
+        let (latency, jitter) = (model.latency.as_nanos(), model.jitter.as_nanos());
+        write!(f, "; delayed by {latency} to {} ns", latency + jitter)?;
+    }
+    writeln!(f)?;
+    write!(
+        f,
+        "  {} of up to {} entries for {}",
+        count(model.queue_pairs.into(), "queue pair"),
+        model.max_queue_entries,
+        count(device.virtqueues, "virtqueue")
+    )?;
+    if device.virtqueues > usize::from(model.queue_pairs) {
+        write!(
+            f,
+            ": SHARED, raise queues= of the device to give each its own"
+        )?;
+    }
+    writeln!(f)
+}
+
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+fn queues(cores: &[CoreId]) -> String {
+    let cells: Vec<String> = cores
+        .iter()
+        .enumerate()
+        .map(|(queue, core)| format!("{queue}@{core}"))
+        .collect();
+    // 16 to a line keeps a 64-queue disk within 120 columns; the continuation lines up with nothing but its disk.
+    cells
+        .chunks(16)
+        .map(|line| line.join(" "))
+        .collect::<Vec<_>>()
+        .join("\n    ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::Options;
+
+    /// A device per entry of `queue_pairs`, a disk per `(device, queues)`; every core named is online.
+    fn plan_of(queue_pairs: &[u16], disks: &[(usize, u16)], cores: &str) -> Plan {
+        let mut text = format!("server.cores = \"{cores}\"\n");
+        for pairs in queue_pairs {
+            text += &format!(
+                "[[device]]\nkind = \"model\"\nmedium = \"ram\"\nsize = \"1G\"\nnamespaces = 1024\nqueues = {pairs}\n"
+            );
+        }
+        for (index, (device, queues)) in disks.iter().enumerate() {
+            text += &format!(
+                "[[blk]]\nfd = {}\nns = {}\ndevice = \"d{device}\"\n",
+                index + 3,
+                index + 1
+            );
+            text += &format!("queues = {queues}\n");
+        }
+        let config = Options::from_toml(&text, Path::new("plan"))
+            .unwrap()
+            .resolve()
+            .unwrap();
+        plan(&config, &Topology::from_online_cores((0..64).map(CoreId))).unwrap()
+    }
+
+    fn cores_of(plan: &Plan) -> Vec<Vec<usize>> {
+        plan.disks
+            .iter()
+            .map(|disk| disk.queue_cores.iter().map(|core| core.0).collect())
+            .collect()
+    }
+
+    #[test]
+    fn queues_of_one_disk_land_on_distinct_cores() {
+        assert_eq!(cores_of(&plan_of(&[64], &[(0, 4)], "0-3")), [[0, 1, 2, 3]]);
+    }
+
+    #[test]
+    fn queues_beyond_the_cores_go_round_in_the_order_configured() {
+        assert_eq!(
+            cores_of(&plan_of(&[64], &[(0, 5)], "7,2")),
+            [[7, 2, 7, 2, 7]]
+        );
+    }
+
+    #[test]
+    fn several_disks_go_on_where_the_last_ended() {
+        let plan = plan_of(&[64, 64], &[(0, 1), (1, 1), (0, 3), (1, 2)], "0-3");
+        assert_eq!(
+            cores_of(&plan),
+            [vec![0], vec![1], vec![2, 3, 0], vec![1, 2]]
+        );
+        assert_eq!(
+            plan.devices
+                .iter()
+                .map(|device| device.virtqueues)
+                .collect::<Vec<_>>(),
+            [4, 3]
+        );
+    }
+
+    #[test]
+    fn device_with_fewer_queue_pairs_than_cores_keeps_to_as_many_cores() {
+        let plan = plan_of(&[2, 64], &[(0, 4), (1, 2), (0, 1)], "0-3");
+        assert_eq!(cores_of(&plan), [vec![0, 1, 0, 1], vec![2, 3], vec![0]]);
+    }
+
+    #[test]
+    fn core_that_is_not_online_is_named_with_those_that_are() {
+        let config = Options::from_toml(
+            "server.cores = \"0,9\"\n[[device]]\nkind = \"model\"\nmedium = \"ram\"\nsize = \"1G\"\n[[blk]]\nfd = 3\n",
+            Path::new("plan"),
+        )
+        .unwrap()
+        .resolve()
+        .unwrap();
+        let error = plan(
+            &config,
+            &Topology::from_online_cores([0, 1, 2, 3, 8].map(CoreId)),
+        )
+        .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "cannot poll on core 9: it is not online for this process (available: 0-3,8); change --cores"
+        );
+    }
+
+    #[test]
+    fn plan_prints_devices_disks_and_the_core_of_each_queue() {
+        let config = Options::from_toml(
+            "server.cores = \"0-1\"\n\
+             [[device]]\nkind = \"model\"\nmedium = \"ram\"\nsize = \"3G\"\nnamespaces = 3\nqueues = 4\nlatency = \"10us\"\n\
+             [[device]]\nkind = \"model\"\nmedium = \"file\"\npath = \"disk.img\"\nblock = 4096\nmdts = 0\nvwc = \"off\"\n\
+             [[blk]]\npath = \"/run/tandem/vm0.sock\"\ndevice = \"d0\"\nqueues = 18\n\
+             [[blk]]\nfd = 5\ndevice = \"d1\"\nreadonly = true\nserial = \"tools\"\n",
+            Path::new("plan"),
+        )
+        .unwrap()
+        .resolve()
+        .unwrap();
+        let topology = Topology {
+            cores: vec![
+                Core {
+                    id: CoreId(0),
+                    numa_node: Some(1),
+                },
+                Core {
+                    id: CoreId(1),
+                    numa_node: None,
+                },
+            ],
+        };
+        assert_eq!(
+            plan(&config, &topology).unwrap().to_string(),
+            "\
+device  d0  embedded controller, ram, 3G, serial \"tandem-d0\", volatile write cache
+  3 namespaces of 1G in 512-byte blocks; at most 128K per command; delayed by 10000 to 10000 ns
+  4 queue pairs of up to 1024 entries for 18 virtqueues: SHARED, raise queues= of the device to give each its own
+device  d1  embedded controller, image disk.img, as large as the file, serial \"tandem-d1\", no write cache
+  1 namespace in 4096-byte blocks; transfers without limit
+  64 queue pairs of up to 1024 entries for 1 virtqueue
+disk    /run/tandem/vm0.sock
+  d0 namespace 1, read-write, serial \"d0-ns1\"
+  18 virtqueues, queue@core: 0@0 1@1 2@0 3@1 4@0 5@1 6@0 7@1 8@0 9@1 10@0 11@1 12@0 13@1 14@0 15@1
+    16@0 17@1
+disk    fd 5
+  d1 namespace 1, read-only, serial \"tools\"
+  1 virtqueue, queue@core: 0@0
+core    0    polls 10 virtqueues (NUMA node 1)
+core    1    polls 9 virtqueues
+"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_plan_keeps_its_promises(
+            pairs in prop::collection::vec(1..20u16, 1..4),
+            disks in prop::collection::vec((any::<prop::sample::Index>(), 1..=64u16), 1..8),
+            core_count in 1..32usize,
+        ) {
+            let disks: Vec<_> = disks.iter().map(|(device, queues)| (device.index(pairs.len()), *queues)).collect();
+            let plan = plan_of(&pairs, &disks, &format!("0-{}", core_count - 1));
+            for (disk, (_, queues)) in plan.disks.iter().zip(&disks) {
+                prop_assert_eq!(disk.queue_cores.len(), usize::from(*queues));
+                prop_assert!(disk.queue_cores.iter().all(|core| core.0 < core_count));
+            }
+            for (device, &limit) in pairs.iter().enumerate() {
+                let mut used: Vec<_> =
+                    plan.disks.iter().filter(|disk| disk.device == device).flat_map(|disk| &disk.queue_cores).collect();
+                used.sort();
+                used.dedup();
+                prop_assert!(used.len() <= usize::from(limit), "device {} on {} cores", device, used.len());
+            }
+        }
+
+        #[test]
+        fn plan_with_queue_pairs_to_spare_is_one_round_robin(
+            queues in prop::collection::vec(1..=64u16, 1..8),
+            core_count in 1..32usize,
+        ) {
+            let disks: Vec<_> = queues.iter().map(|&queues| (0, queues)).collect();
+            let placed = cores_of(&plan_of(&[64], &disks, &format!("0-{}", core_count - 1))).concat();
+            let expected: Vec<_> = (0..placed.len()).map(|queue| queue % core_count).collect();
+            prop_assert_eq!(placed, expected);
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The command line: `tandem serve` and `tandem identify`, as clap sees them.
+//!
+//! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
+//! comes first and flags come on top: `--device` and `--blk` add to it, `--cores` and `--log` replace what it says.
+//! clap ends the process with code 2 on a bad flag; so does `main` on a [`ConfigError`].
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{BlkOptions, Config, ConfigError, CoreList, DeviceOptions, LogLevel, Options};
+
+/// A polled-mode userspace storage server: each virtqueue of a guest's disk rides in tandem with one NVMe queue pair.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve disks to virtual machines until SIGTERM
+    Serve(ServeArgs),
+    /// Print what a controller says of itself and of its namespaces
+    Identify(IdentifyArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = SERVE_HELP)]
+pub struct ServeArgs {
+    /// TOML file; flags come on top of it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// An NVMe controller: model:ram,size=1G or model:file,path=disk.img (repeatable)
+    #[arg(long, value_name = "SPEC")]
+    pub device: Vec<DeviceOptions>,
+    /// A vhost-user-blk disk: path=/run/tandem/vm0.sock,queues=4 (repeatable)
+    #[arg(long, value_name = "SPEC")]
+    pub blk: Vec<BlkOptions>,
+    /// Cores that busy-poll, each fully used from start to end: 0-3,5
+    #[arg(long, value_name = "LIST")]
+    pub cores: Option<CoreList>,
+    /// Print the plan (which core polls which queue) and touch nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    pub log: Option<LogLevel>,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = DEVICE_HELP)]
+pub struct IdentifyArgs {
+    /// An NVMe controller: model:ram,size=1G or model:file,path=disk.img
+    #[arg(long, value_name = "SPEC")]
+    pub device: DeviceOptions,
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl ServeArgs {
+    /// The file, then the flags, then the defaults.
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        let mut options = match &self.config {
+            Some(path) => Options::read(path)?,
+            None => Options::default(),
+        };
+        options.device.extend_from_slice(&self.device);
+        options.blk.extend_from_slice(&self.blk);
+        options.server.cores = self.cores.clone().or(options.server.cores);
+        options.server.log = self.log.or(options.server.log);
+        options.resolve()
+    }
+}
+
+macro_rules! device_help {
+    () => {
+        "\
+Keys of --device (a comma within a value is written ,,):
+  size=1G           capacity, shared equally by the namespaces; an image file is
+                    created when absent and extended when shorter
+  path=disk.img     the image file (model:file only)
+  name=d0           what disks call it                        [d0, d1, ... in order]
+  block=512|4096    logical block size                        [512]
+  namespaces=N      1 to 1024                                 [1]
+  queues=N          I/O queue pairs that it grants            [64]
+  mqes=N            largest queue in entries, 2 to 65536      [1024]
+  mdts=128K         largest transfer per command, 0: no limit [128K]
+  vwc=on|off        has a volatile write cache                [on]
+  latency=10us      added to each command (ns, us, ms, s)     [0]
+  jitter=5us        and up to this much more                  [0]
+  serial=TEXT       controller serial, 20 characters at most  [tandem-NAME]"
+    };
+}
+
+const DEVICE_HELP: &str = device_help!();
+const SERVE_HELP: &str = concat!(
+    device_help!(),
+    "
+
+Keys of --blk:
+  path=SOCKET       Unix socket to create, or fd=N: one inherited and listening
+  queues=N          virtqueues, 1 to 64                       [1]
+  device=NAME       needed when there are several devices
+  ns=N              namespace                                 [1]
+  readonly=on|off   several disks may share a namespace if all are read-only [off]
+  serial=TEXT       what the guest sees, 20 characters        [NAME-nsN]"
+);
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn serve(flags: &[&str]) -> Result<ServeArgs, clap::Error> {
+        match Cli::try_parse_from(["tandem", "serve"].iter().chain(flags))?.command {
+            Command::Serve(args) => Ok(args),
+            Command::Identify(_) => panic!("serve was parsed as identify"),
+        }
+    }
+
+    #[test]
+    fn clap_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_with_unknown_key_names_flag_value_and_key_and_exits_2() {
+        let error = serve(&["--device", "model:ram,sise=1G"]).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.starts_with(
+                "error: invalid value 'model:ram,sise=1G' for '--device <SPEC>': unknown field `sise`, expected one of \
+                 `kind`, `medium`, `name`"
+            ),
+            "{text}"
+        );
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn serve_with_pci_device_says_what_this_version_serves() {
+        let text = serve(&["--device", "pci:0000:5e:00.0"])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            text.contains(
+                "this version serves only the embedded software controller, model:ram or model:file"
+            ),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn serve_with_file_and_flags_adds_disks_and_replaces_cores() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/config/two-vms.toml");
+        let args = serve(&[
+            "--config",
+            file,
+            "--device",
+            "model:ram,size=4M,name=extra",
+            "--blk",
+            "fd=3,device=extra",
+            "--cores",
+            "7",
+            "--log",
+            "trace",
+        ])
+        .unwrap();
+        let alone = serve(&["--config", file]).unwrap().config().unwrap();
+        let both = args.config().unwrap();
+        assert_eq!(both.devices[..alone.devices.len()], alone.devices);
+        assert_eq!(
+            both.devices.last().map(|device| device.name.as_str()),
+            Some("extra")
+        );
+        assert_eq!(both.disks.len(), alone.disks.len() + 1);
+        assert_eq!(both.cores.to_string(), "7");
+        assert_eq!(both.log, LogLevel::Trace);
+    }
+
+    #[test]
+    fn help_names_every_key_of_device_and_blk() {
+        // serde lists the keys that it knows when it meets one that it does not.
+        for (spec, help) in [
+            (
+                "model:ram,no-such-key=1"
+                    .parse::<DeviceOptions>()
+                    .unwrap_err(),
+                DEVICE_HELP,
+            ),
+            (
+                "no-such-key=1".parse::<BlkOptions>().unwrap_err(),
+                SERVE_HELP,
+            ),
+        ] {
+            let message = spec.to_string();
+            let keys = message.split('`').skip(3).step_by(2);
+            for key in keys.filter(|key| !["kind", "medium"].contains(key)) {
+                assert!(
+                    help.contains(&format!("{key}=")),
+                    "--help does not explain {key}="
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn identify_takes_one_device_and_json() {
+        let cli = Cli::try_parse_from([
+            "tandem",
+            "identify",
+            "--device",
+            "model:ram,size=1G",
+            "--json",
+        ])
+        .unwrap();
+        let Command::Identify(args) = cli.command else {
+            panic!("identify was parsed as serve")
+        };
+        assert!(args.json);
+        assert_eq!(args.device.resolve_alone().unwrap().name, "d0");
+    }
+}

@@ -1,0 +1,426 @@
+//! What the user asked for: a TOML file and the flags of the command line become one [`Config`].
+//!
+//! ```text
+//!  config.toml --serde--+
+//!                       +--> Options (what was written) --resolve--> Config (complete, checked)
+//!  --device, --blk  ----+
+//! ```
+//! Both forms pass through the same [`Options`], so they cannot drift apart: a flag's `key=value` list is read as a
+//! one-table TOML document. A [`Config`] holds no default to be guessed and no contradiction that can be seen without
+//! the machine: every name resolves, no namespace is served writable beside another disk, no socket is named twice.
+//! Whether a core is online, a socket free or an image file readable is not known here.
+//!
+//! Start at [`Options::resolve`].
+#![forbid(unsafe_code)]
+
+mod options;
+mod values;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
+pub use values::{BlockSize, ByteSize, CoreId, CoreList, LogLevel, ValueError};
+
+/// Everything `tandem serve` was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The controllers, in the order written. Never empty, names are unique.
+    pub devices: Vec<DeviceConfig>,
+    /// The disks, in the order written. Never empty.
+    pub disks: Vec<DiskConfig>,
+    /// The cores that busy-poll. Never empty, none twice.
+    pub cores: CoreList,
+    pub log: LogLevel,
+}
+
+/// One NVMe controller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// How disks and log lines call it: `d0`, `d1`, ... unless named.
+    pub name: String,
+    pub model: ModelConfig,
+}
+
+/// The embedded software controller: what its registers and Identify pages will say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelConfig {
+    pub medium: Medium,
+    pub block_size: BlockSize,
+    /// The medium is divided among them in equal parts; NSIDs are 1 to this.
+    pub namespaces: u32,
+    /// I/O queue pairs that it grants.
+    pub queue_pairs: u16,
+    /// Largest queue, in entries: CAP.MQES is one less.
+    pub max_queue_entries: u32,
+    /// Largest transfer of one command in bytes; `None` is no limit.
+    pub max_transfer: Option<u64>,
+    /// Identify VWC: whether Flush has something to do.
+    pub volatile_write_cache: bool,
+    /// Each command completes `latency` plus up to `jitter` after its doorbell.
+    pub latency: Duration,
+    pub jitter: Duration,
+    /// Identify Controller SN: at most 20 printable ASCII bytes.
+    pub serial: String,
+}
+
+/// Where the embedded controller keeps its blocks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Medium {
+    /// Zeroes at start, gone at exit.
+    Ram { size: u64 },
+    /// An image file. With `size` it is created when absent and extended when shorter; without, it must exist.
+    File { path: PathBuf, size: Option<u64> },
+}
+
+/// One vhost-user-blk disk: a socket, and the namespace behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    pub socket: Socket,
+    /// Most virtqueues a front-end may use: 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// Index into [`Config::devices`].
+    pub device: usize,
+    /// 1 to the device's namespace count.
+    pub nsid: u32,
+    pub readonly: bool,
+    /// What GET_ID answers: at most 20 printable ASCII bytes. `<device>-ns<nsid>` unless given.
+    pub serial: String,
+}
+
+/// Where a front-end connects.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Socket {
+    /// Created by us, and removed at exit.
+    Path(PathBuf),
+    /// Inherited, already listening (systemd activation, a test harness).
+    Fd(i32),
+}
+
+impl fmt::Display for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Fd(fd) => write!(f, "fd {fd}"),
+        }
+    }
+}
+
+/// Most virtqueues of one disk: one bit each in the masks of the control path.
+pub const MAX_QUEUES: u32 = 64;
+/// `sun_path` is 108 bytes and the kernel wants a terminator to bind by name.
+pub const MAX_SOCKET_PATH: usize = 107;
+/// Identify Controller SN and VIRTIO_BLK_T_GET_ID are both 20 bytes.
+pub const MAX_SERIAL: usize = 20;
+/// `<name>-ns<nsid>` and `tandem-<name>` then always fit [`MAX_SERIAL`].
+pub const MAX_DEVICE_NAME: usize = 13;
+/// One Active Namespace ID list page holds this many.
+pub const MAX_NAMESPACES: u32 = 1024;
+
+/// Why the request makes no sense, before any machine was touched.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read configuration {}: {source}", path.display())]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    /// Syntax, unknown fields and single values that are out of range: everything a line can be blamed for.
+    #[error("{}:{line}: {message}\n  {line} | {text}", path.display())]
+    File {
+        path: PathBuf,
+        line: usize,
+        message: String,
+        text: String,
+    },
+    #[error(
+        "no device: describe at least one NVMe controller, for example --device model:ram,size=1G or a [[device]] table"
+    )]
+    NoDevice,
+    #[error(
+        "no disk: describe at least one, for example --blk path=/run/tandem/vm0.sock,queues=4 or a [[blk]] table"
+    )]
+    NoDisk,
+    #[error(
+        "no cores to poll on: name them, for example --cores 0-3,5 or cores = \"0-3,5\" in [server]"
+    )]
+    NoCores,
+    #[error("device {name} is described twice: give each a name=... of its own")]
+    DuplicateDevice { name: String },
+    #[error("device {device}: {medium} needs {key}=..., for example {example}")]
+    MissingKey {
+        device: String,
+        medium: MediumKind,
+        key: &'static str,
+        example: &'static str,
+    },
+    #[error("device {device}: a ram medium has no path (got {}): drop it, or use the file medium", path.display())]
+    PathOfRam { device: String, path: PathBuf },
+    #[error("devices {first} and {second} would both write image {}: give each its own file", path.display())]
+    SharedImage {
+        first: String,
+        second: String,
+        path: PathBuf,
+    },
+    #[error(
+        "device {device}: size {size} does not divide into {namespaces} namespace(s) of whole {block_size}-byte blocks: \
+         make it a multiple of {unit} bytes"
+    )]
+    UnevenSize {
+        device: String,
+        size: ByteSize,
+        namespaces: u32,
+        block_size: BlockSize,
+        unit: u64,
+    },
+    #[error(
+        "device {device}: a transfer limit of {mdts} cannot be expressed: MDTS is a power of two of at least 8K, or 0 for \
+         no limit"
+    )]
+    TransferLimit { device: String, mdts: ByteSize },
+    #[error(
+        "a disk needs either path=... (a socket to create) or fd=... (one already listening): {found}"
+    )]
+    SocketChoice { found: &'static str },
+    #[error("socket {socket} is given to two disks: each disk needs its own")]
+    DuplicateSocket { socket: Socket },
+    #[error("disk {disk}: there is no device {device} (devices: {known})")]
+    UnknownDevice {
+        disk: Socket,
+        device: String,
+        known: String,
+    },
+    #[error("disk {disk}: say which device it is on with device=... (devices: {known})")]
+    AmbiguousDevice { disk: Socket, known: String },
+    #[error("disk {disk}: device {device} has namespaces 1 to {namespaces}, not {nsid}")]
+    UnknownNamespace {
+        disk: Socket,
+        device: String,
+        namespaces: u32,
+        nsid: u32,
+    },
+    #[error(
+        "namespace {nsid} of device {device} would be served by {first} and by {second}, of which {writable} writable: \
+         two guests would destroy each other's file system; make both readonly=on or use another ns="
+    )]
+    SharedNamespace {
+        device: String,
+        nsid: u32,
+        first: Socket,
+        second: Socket,
+        writable: &'static str,
+    },
+}
+
+impl Options {
+    /// Fills in the defaults and refuses contradictions.
+    pub fn resolve(self) -> Result<Config, ConfigError> {
+        let devices = resolve_devices(self.device)?;
+        if devices.is_empty() {
+            return Err(ConfigError::NoDevice);
+        }
+        if self.blk.is_empty() {
+            return Err(ConfigError::NoDisk);
+        }
+        let mut disks: Vec<DiskConfig> = Vec::with_capacity(self.blk.len());
+        for options in self.blk {
+            let disk = resolve_disk(options, &devices)?;
+            for earlier in &disks {
+                check_pair(earlier, &disk, &devices)?;
+            }
+            disks.push(disk);
+        }
+        Ok(Config {
+            devices,
+            disks,
+            cores: self.server.cores.ok_or(ConfigError::NoCores)?,
+            log: self.server.log.unwrap_or_default(),
+        })
+    }
+}
+
+impl DeviceOptions {
+    /// The device alone, as `tandem identify` needs it; called `d0` unless it was named.
+    pub fn resolve_alone(self) -> Result<DeviceConfig, ConfigError> {
+        resolve_device(self, 0)
+    }
+}
+
+fn resolve_devices(options: Vec<DeviceOptions>) -> Result<Vec<DeviceConfig>, ConfigError> {
+    let mut devices: Vec<DeviceConfig> = Vec::with_capacity(options.len());
+    for (index, options) in options.into_iter().enumerate() {
+        let device = resolve_device(options, index)?;
+        for earlier in &devices {
+            if earlier.name == device.name {
+                return Err(ConfigError::DuplicateDevice { name: device.name });
+            }
+            if let (Medium::File { path: first, .. }, Medium::File { path: second, .. }) =
+                (&earlier.model.medium, &device.model.medium)
+                && first == second
+            {
+                return Err(ConfigError::SharedImage {
+                    first: earlier.name.clone(),
+                    second: device.name.clone(),
+                    path: second.clone(),
+                });
+            }
+        }
+        devices.push(device);
+    }
+    Ok(devices)
+}
+
+fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, ConfigError> {
+    let name = options
+        .name
+        .map_or_else(|| format!("d{index}"), |name| name.0);
+    let block_size = options.block.unwrap_or_default();
+    let namespaces = options.namespaces.map_or(1, |count| count.0);
+    let missing = |key, example| ConfigError::MissingKey {
+        device: name.clone(),
+        medium: options.medium,
+        key,
+        example,
+    };
+    let medium = match (options.medium, options.path) {
+        (MediumKind::Ram, None) => Medium::Ram {
+            size: options.size.ok_or_else(|| missing("size", "size=1G"))?.0,
+        },
+        (MediumKind::Ram, Some(path)) => {
+            return Err(ConfigError::PathOfRam {
+                device: name,
+                path: path.0,
+            });
+        }
+        (MediumKind::File, Some(path)) => Medium::File {
+            path: path.0,
+            size: options.size.map(|size| size.0),
+        },
+        (MediumKind::File, None) => return Err(missing("path", "path=disk.img")),
+    };
+    if let Some(size) = options.size {
+        let unit = u64::from(namespaces) * block_size.bytes();
+        if size.0 == 0 || !size.0.is_multiple_of(unit) {
+            return Err(ConfigError::UnevenSize {
+                device: name,
+                size,
+                namespaces,
+                block_size,
+                unit,
+            });
+        }
+    }
+    // MDTS counts in powers of two of the 4 KiB page, and its zero is taken by "no limit".
+    let mdts = options.mdts.unwrap_or(ByteSize(128 << 10));
+    if mdts.0 != 0 && (!mdts.0.is_power_of_two() || mdts.0 < 8 << 10) {
+        return Err(ConfigError::TransferLimit { device: name, mdts });
+    }
+    Ok(DeviceConfig {
+        model: ModelConfig {
+            medium,
+            block_size,
+            namespaces,
+            queue_pairs: options.queues.map_or(64, |count| count.0),
+            max_queue_entries: options.mqes.map_or(1024, |entries| entries.0),
+            max_transfer: (mdts.0 != 0).then_some(mdts.0),
+            volatile_write_cache: options.vwc.is_none_or(|vwc| vwc.0),
+            latency: options.latency.map_or(Duration::ZERO, |latency| latency.0),
+            jitter: options.jitter.map_or(Duration::ZERO, |jitter| jitter.0),
+            serial: options
+                .serial
+                .map_or_else(|| format!("tandem-{name}"), |serial| serial.0),
+        },
+        name,
+    })
+}
+
+fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskConfig, ConfigError> {
+    let socket = match (options.path, options.fd) {
+        (Some(path), None) => Socket::Path(path.0),
+        (None, Some(fd)) => Socket::Fd(fd.0),
+        (Some(_), Some(_)) => {
+            return Err(ConfigError::SocketChoice {
+                found: "this one has both",
+            });
+        }
+        (None, None) => {
+            return Err(ConfigError::SocketChoice {
+                found: "this one has neither",
+            });
+        }
+    };
+    let known = || {
+        devices
+            .iter()
+            .map(|device| device.name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let index = match options.device {
+        Some(name) => devices
+            .iter()
+            .position(|device| device.name == name.0)
+            .ok_or_else(|| ConfigError::UnknownDevice {
+                disk: socket.clone(),
+                device: name.0.clone(),
+                known: known(),
+            })?,
+        None if devices.len() == 1 => 0,
+        None => {
+            return Err(ConfigError::AmbiguousDevice {
+                disk: socket,
+                known: known(),
+            });
+        }
+    };
+    let device = &devices[index];
+    let nsid = options.ns.map_or(1, |nsid| nsid.0);
+    if nsid > device.model.namespaces {
+        return Err(ConfigError::UnknownNamespace {
+            disk: socket,
+            device: device.name.clone(),
+            namespaces: device.model.namespaces,
+            nsid,
+        });
+    }
+    Ok(DiskConfig {
+        socket,
+        queues: options.queues.map_or(1, |count| count.0),
+        device: index,
+        nsid,
+        readonly: options.readonly.is_some_and(|readonly| readonly.0),
+        serial: options
+            .serial
+            .map_or_else(|| format!("{}-ns{nsid}", device.name), |serial| serial.0),
+    })
+}
+
+fn check_pair(
+    first: &DiskConfig,
+    second: &DiskConfig,
+    devices: &[DeviceConfig],
+) -> Result<(), ConfigError> {
+    if first.socket == second.socket {
+        return Err(ConfigError::DuplicateSocket {
+            socket: second.socket.clone(),
+        });
+    }
+    let shared = first.device == second.device && first.nsid == second.nsid;
+    let writable = match (first.readonly, second.readonly) {
+        (true, true) => return Ok(()),
+        (false, false) => "both are",
+        (false, true) => "the first is",
+        (true, false) => "the second is",
+    };
+    if shared {
+        return Err(ConfigError::SharedNamespace {
+            device: devices[second.device].name.clone(),
+            nsid: second.nsid,
+            first: first.socket.clone(),
+            second: second.socket.clone(),
+            writable,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! What was written, field by field, before defaults: the `[[device]]`, `[[blk]]` and `[server]` tables of a TOML file,
+//! and the same as `key=value,key=value` flags.
+//!
+//! One serde structure reads both forms, so a key that one form knows the other knows too.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::ConfigError;
+use super::values::{
+    BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, Serial,
+    SocketPath, Switch, Within,
+};
+
+/// A configuration as written; [`Options::resolve`] completes and checks it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    pub server: ServerOptions,
+    pub device: Vec<DeviceOptions>,
+    pub blk: Vec<BlkOptions>,
+}
+
+/// `[server]`, or `--cores` and `--log`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServerOptions {
+    pub cores: Option<CoreList>,
+    pub log: Option<LogLevel>,
+}
+
+/// One `[[device]]`, or `--device model:MEDIUM,key=value,...`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceOptions {
+    pub(super) kind: Kind,
+    pub(super) medium: MediumKind,
+    pub(super) name: Option<DeviceName>,
+    pub(super) path: Option<ImagePath>,
+    pub(super) size: Option<ByteSize>,
+    pub(super) block: Option<BlockSize>,
+    pub(super) namespaces: Option<Within<u32, 1, { super::MAX_NAMESPACES as u64 }>>,
+    pub(super) queues: Option<Within<u16, 1, 65535>>,
+    pub(super) mqes: Option<Within<u32, 2, 65536>>,
+    pub(super) mdts: Option<ByteSize>,
+    pub(super) vwc: Option<Switch>,
+    pub(super) latency: Option<Delay>,
+    pub(super) jitter: Option<Delay>,
+    pub(super) serial: Option<Serial>,
+}
+
+/// Where the embedded controller keeps its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MediumKind {
+    Ram,
+    File,
+}
+
+impl fmt::Display for MediumKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ram => "model:ram",
+            Self::File => "model:file",
+        })
+    }
+}
+
+/// One `[[blk]]`, or `--blk key=value,...`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlkOptions {
+    pub(super) path: Option<SocketPath>,
+    /// 0 to 2 are the standard streams; systemd hands out sockets from 3.
+    pub(super) fd: Option<Within<i32, 3, { i32::MAX as u64 }>>,
+    pub(super) queues: Option<Within<u16, 1, { super::MAX_QUEUES as u64 }>>,
+    pub(super) device: Option<DeviceName>,
+    pub(super) ns: Option<Within<u32, 1, { super::MAX_NAMESPACES as u64 }>>,
+    pub(super) readonly: Option<Switch>,
+    pub(super) serial: Option<Serial>,
+}
+
+impl Options {
+    /// Reads a TOML file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::from_toml(&text, path)
+    }
+
+    /// Reads the text of a TOML file; `path` is what errors call it.
+    pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error: toml::de::Error| {
+            let start = error.span().map_or(0, |span| span.start.min(text.len()));
+            let line = text[..start].matches('\n').count();
+            ConfigError::File {
+                path: path.to_owned(),
+                line: line + 1,
+                message: error.message().to_owned(),
+                text: text
+                    .lines()
+                    .nth(line)
+                    .unwrap_or_default()
+                    .trim_end()
+                    .to_owned(),
+            }
+        })
+    }
+}
+
+/// Why a `key=value,key=value` flag was refused. The flag and its whole text are named by whoever prints this.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct SpecError(String);
+
+impl FromStr for DeviceOptions {
+    type Err = SpecError;
+    fn from_str(spec: &str) -> Result<Self, SpecError> {
+        let (head, rest) = spec
+            .split_once(',')
+            .map_or((spec, None), |(head, rest)| (head, Some(rest)));
+        let (kind, medium) = head.split_once(':').unwrap_or((head, ""));
+        // First, so that `pci:0000:5e:00.0` is told what it is, not that its address is no medium.
+        kind.parse::<Kind>()
+            .map_err(|error| SpecError(error.to_string()))?;
+        let mut table = toml::Table::new();
+        table.insert("kind".to_owned(), kind.into());
+        table.insert("medium".to_owned(), medium.into());
+        if let Some(rest) = rest {
+            insert_pairs(&mut table, rest)?;
+        }
+        read_table(table)
+    }
+}
+
+impl FromStr for BlkOptions {
+    type Err = SpecError;
+    fn from_str(spec: &str) -> Result<Self, SpecError> {
+        let mut table = toml::Table::new();
+        insert_pairs(&mut table, spec)?;
+        read_table(table)
+    }
+}
+
+fn read_table<T: DeserializeOwned>(table: toml::Table) -> Result<T, SpecError> {
+    // The error of a value knows its key only in the second line of its display.
+    toml::Value::Table(table)
+        .try_into()
+        .map_err(|error: toml::de::Error| {
+            SpecError(error.to_string().trim_end().replace('\n', " "))
+        })
+}
+
+fn insert_pairs(table: &mut toml::Table, spec: &str) -> Result<(), SpecError> {
+    for pair in split_at_commas(spec) {
+        let Some((key, value)) = pair.split_once('=') else {
+            return Err(SpecError(match pair.as_str() {
+                "" => "an option is empty: write key=value,key=value".to_owned(),
+                _ => format!("option `{pair}` has no value: write {pair}=..."),
+            }));
+        };
+        if table.insert(key.to_owned(), value.into()).is_some() {
+            return Err(SpecError(format!("key `{key}` is given twice")));
+        }
+    }
+    Ok(())
+}
+
+/// Splits as QEMU does: `,` separates, `,,` is a comma within a value.
+fn split_at_commas(spec: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = spec.chars().peekable();
+    while let Some(char) = chars.next() {
+        let separates = char == ',' && chars.next_if_eq(&',').is_none();
+        match parts.last_mut() {
+            Some(part) if !separates => part.push(char),
+            _ => parts.push(String::new()),
+        }
+    }
+    parts
+}

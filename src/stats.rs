@@ -1,0 +1,405 @@
+//! What each virtqueue did: plain counters for its poller, a published copy for everybody else, a table for people.
+//!
+//! ```text
+//!  poller: QueueCounters --publish, now and then--> SharedCounters --snapshot--> QueueRow --Display--> Table
+//! ```
+//! The poller counts in plain words that no other thread reads. What others read are relaxed atomics, so a snapshot is a
+//! little old and its fields need not be of one instant; the last publication of a drained poller is exact. Nothing here
+//! knows what a request is or who prints the table.
+//!
+//! Start at [`QueueCounters`].
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])+ $name:ident,)+) => {
+        /// The counters of one virtqueue, owned by the poller that counts.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[repr(C)]
+        pub struct QueueCounters {
+            $($(#[$doc])+ pub $name: u64,)+
+        }
+
+        /// The copy of a poller's counters that other threads read. One writer, any number of readers.
+        // Aligned so that two queues never share a cache line: their pollers publish from different cores.
+        #[derive(Debug, Default)]
+        #[repr(C, align(64))]
+        pub struct SharedCounters {
+            $($name: AtomicU64,)+
+        }
+
+        impl SharedCounters {
+            /// Some twenty stores: for every few thousand turns and the last one, not for every turn.
+            pub fn publish(&self, counters: &QueueCounters) {
+                // Relaxed: each field stands alone, nothing is reached through it.
+                $(self.$name.store(counters.$name, Ordering::Relaxed);)+
+            }
+
+            /// What was published last.
+            pub fn snapshot(&self) -> QueueCounters {
+                QueueCounters { $($name: self.$name.load(Ordering::Relaxed),)+ }
+            }
+        }
+
+        impl QueueCounters {
+            /// Adds the counters of another queue, for totals. A total stops at its maximum instead of lying.
+            pub fn add(&mut self, other: &Self) {
+                $(self.$name = self.$name.saturating_add(other.$name);)+
+            }
+        }
+    };
+}
+
+// Busiest first: what a turn with one read or write touches lies in the first two cache lines.
+counters! {
+    /// Turns of the poller.
+    polls,
+    /// Turns that found nothing to do.
+    idle_polls,
+    /// Read requests of the guest.
+    reads,
+    /// Bytes that they returned.
+    bytes_read,
+    /// Write requests of the guest.
+    writes,
+    /// Bytes that they wrote.
+    bytes_written,
+    /// NVMe commands submitted. More than requests where a request was split.
+    commands,
+    /// Writes to the submission queue's doorbell: one for a batch of commands.
+    sq_doorbells,
+    /// Writes to the completion queue's doorbell.
+    cq_doorbells,
+    /// Signals to the guest's call eventfd.
+    notifications,
+    /// Flush requests.
+    flushes,
+    /// Discard requests.
+    discards,
+    /// Write-zeroes requests.
+    write_zeroes,
+    /// Requests for the serial number.
+    get_ids,
+    /// Requests that ended with IOERR.
+    errors,
+    /// Chains that were no request: loops, addresses outside memory, missing status bytes.
+    malformed,
+    /// Requests that ended with UNSUPP.
+    unsupported,
+    /// Requests whose data went through a buffer of ours, because the device could not reach it in place.
+    bounced,
+    /// Requests that took more than one NVMe command.
+    split,
+}
+
+/// One virtqueue in a [`Table`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueRow {
+    /// The disk, by its socket.
+    pub disk: String,
+    /// Index of the virtqueue within the disk.
+    pub queue: usize,
+    /// The core that polls it.
+    pub core: usize,
+    /// NVMe queue identifier of its queue pair.
+    pub queue_pair: u16,
+    pub counters: QueueCounters,
+}
+
+/// Counters for people: one row for each virtqueue and a row of totals, first what the guest asked for, then what the
+/// rings did. Numbers are exact, grouped by thousands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    pub rows: Vec<QueueRow>,
+}
+
+type Column = (&'static str, fn(&QueueCounters) -> String);
+
+const REQUESTS: &[Column] = &[
+    ("reads", |c| grouped(c.reads)),
+    ("bytes read", |c| grouped(c.bytes_read)),
+    ("writes", |c| grouped(c.writes)),
+    ("bytes written", |c| grouped(c.bytes_written)),
+    ("flushes", |c| grouped(c.flushes)),
+    ("discards", |c| grouped(c.discards)),
+    ("zeroes", |c| grouped(c.write_zeroes)),
+    ("ids", |c| grouped(c.get_ids)),
+    ("errors", |c| grouped(c.errors)),
+    ("malformed", |c| grouped(c.malformed)),
+    ("unsupp", |c| grouped(c.unsupported)),
+];
+
+const RINGS: &[Column] = &[
+    ("commands", |c| grouped(c.commands)),
+    ("SQ doorbells", |c| grouped(c.sq_doorbells)),
+    ("CQ doorbells", |c| grouped(c.cq_doorbells)),
+    ("notifications", |c| grouped(c.notifications)),
+    ("bounced", |c| grouped(c.bounced)),
+    ("split", |c| grouped(c.split)),
+    ("polls", |c| grouped(c.polls)),
+    ("idle polls", |c| grouped(c.idle_polls)),
+    ("idle", |c| percent(c.idle_polls, c.polls)),
+];
+
+/// Longest disk name shown. Of a longer socket path the end tells more than the beginning.
+const DISK_WIDTH: usize = 24;
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.block(REQUESTS, f)?;
+        writeln!(f)?;
+        self.block(RINGS, f)
+    }
+}
+
+impl Table {
+    fn block(&self, columns: &[Column], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut total = QueueCounters::default();
+        let head = ["disk", "vq", "core", "qp"]
+            .into_iter()
+            .chain(columns.iter().map(|(name, _)| *name));
+        let mut lines: Vec<Vec<String>> = vec![head.map(str::to_owned).collect()];
+        for row in &self.rows {
+            let place = [
+                shortened(&row.disk),
+                row.queue.to_string(),
+                row.core.to_string(),
+                row.queue_pair.to_string(),
+            ];
+            lines.push(
+                place
+                    .into_iter()
+                    .chain(columns.iter().map(|(_, cell)| cell(&row.counters)))
+                    .collect(),
+            );
+            total.add(&row.counters);
+        }
+        let place = ["total", "", "", ""].map(str::to_owned);
+        lines.push(
+            place
+                .into_iter()
+                .chain(columns.iter().map(|(_, cell)| cell(&total)))
+                .collect(),
+        );
+
+        let width = |column: usize| {
+            lines
+                .iter()
+                .map(|line| line[column].chars().count())
+                .max()
+                .unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..lines[0].len()).map(width).collect();
+        for line in &lines {
+            write!(f, "{:<width$}", line[0], width = widths[0])?;
+            for (cell, width) in line.iter().zip(&widths).skip(1) {
+                write!(f, " {cell:>width$}")?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
+
+fn shortened(disk: &str) -> String {
+    let length = disk.chars().count();
+    if length <= DISK_WIDTH {
+        return disk.to_owned();
+    }
+    let end: String = disk.chars().skip(length + 1 - DISK_WIDTH).collect();
+    format!("…{end}")
+}
+
+/// 1234567 as `1,234,567`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() * 4 / 3 + 1);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A share in percent with one decimal, cut off: 100.0% means all.
+fn percent(part: u64, whole: u64) -> String {
+    let tenths = u128::from(part) * 1000 / u128::from(whole.max(1));
+    format!("{}.{}%", tenths / 10, tenths % 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every field another value. A new counter must be added here before this compiles.
+    fn distinct(base: u64) -> QueueCounters {
+        QueueCounters {
+            polls: base + 1,
+            idle_polls: base + 2,
+            reads: base + 3,
+            bytes_read: base + 4,
+            writes: base + 5,
+            bytes_written: base + 6,
+            commands: base + 7,
+            sq_doorbells: base + 8,
+            cq_doorbells: base + 9,
+            notifications: base + 10,
+            flushes: base + 11,
+            discards: base + 12,
+            write_zeroes: base + 13,
+            get_ids: base + 14,
+            errors: base + 15,
+            malformed: base + 16,
+            unsupported: base + 17,
+            bounced: base + 18,
+            split: base + 19,
+        }
+    }
+
+    #[test]
+    fn snapshot_after_publish_returns_every_counter() {
+        let shared = SharedCounters::default();
+        assert_eq!(shared.snapshot(), QueueCounters::default());
+        shared.publish(&distinct(100));
+        assert_eq!(shared.snapshot(), distinct(100));
+        shared.publish(&distinct(200));
+        assert_eq!(shared.snapshot(), distinct(200));
+    }
+
+    #[test]
+    fn snapshot_from_another_thread_never_runs_backwards() {
+        let shared = SharedCounters::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for base in 0..10_000 {
+                    shared.publish(&distinct(base));
+                }
+            });
+            let mut last = 0;
+            while last < 10_000 {
+                let polls = shared.snapshot().polls;
+                assert!(polls >= last);
+                last = polls;
+                std::thread::yield_now();
+            }
+        });
+    }
+
+    #[test]
+    fn shared_counters_of_two_queues_lie_on_separate_cache_lines() {
+        assert_eq!(align_of::<SharedCounters>(), 64);
+        assert_eq!(size_of::<SharedCounters>() % 64, 0);
+    }
+
+    #[test]
+    fn add_sums_every_counter_and_stops_at_the_maximum() {
+        let mut total = distinct(0);
+        total.add(&distinct(1000));
+        let expected = QueueCounters {
+            polls: 1002,
+            split: 1038,
+            errors: 1030,
+            ..total
+        };
+        assert_eq!(total, expected);
+        let mut doubled = distinct(7);
+        doubled.add(&distinct(7));
+        for (double, single) in [
+            (doubled.reads, 10),
+            (doubled.get_ids, 21),
+            (doubled.bytes_written, 13),
+        ] {
+            assert_eq!(double, 2 * single);
+        }
+        total.reads = u64::MAX;
+        total.add(&distinct(0));
+        assert_eq!(total.reads, u64::MAX);
+    }
+
+    #[test]
+    fn table_shows_exact_numbers_per_queue_and_totals() {
+        let row = |queue, counters| QueueRow {
+            disk: "/run/tandem/vm0.sock".to_owned(),
+            queue,
+            core: 3,
+            queue_pair: 1 + u16::try_from(queue).unwrap(),
+            counters,
+        };
+        let busy = QueueCounters {
+            reads: 1_234_567,
+            bytes_read: 5_056_786_432,
+            flushes: 12,
+            commands: 1_234_600,
+            sq_doorbells: 40_000,
+            cq_doorbells: 20_000,
+            notifications: 39_999,
+            polls: 10_000_000,
+            idle_polls: 9_999_999,
+            ..QueueCounters::default()
+        };
+        let quiet = QueueCounters {
+            writes: 1,
+            bytes_written: 512,
+            errors: 1,
+            ..QueueCounters::default()
+        };
+        let table = Table {
+            rows: vec![row(0, busy), row(1, quiet)],
+        };
+        assert_eq!(
+            table.to_string(),
+            "\
+disk                 vq core qp     reads    bytes read writes bytes written flushes discards zeroes ids errors malformed unsupp
+/run/tandem/vm0.sock  0    3  1 1,234,567 5,056,786,432      0             0      12        0      0   0      0         0      0
+/run/tandem/vm0.sock  1    3  2         0             0      1           512       0        0      0   0      1         0      0
+total                           1,234,567 5,056,786,432      1           512      12        0      0   0      1         0      0
+
+disk                 vq core qp  commands SQ doorbells CQ doorbells notifications bounced split      polls idle polls  idle
+/run/tandem/vm0.sock  0    3  1 1,234,600       40,000       20,000        39,999       0     0 10,000,000  9,999,999 99.9%
+/run/tandem/vm0.sock  1    3  2         0            0            0             0       0     0          0          0  0.0%
+total                           1,234,600       40,000       20,000        39,999       0     0 10,000,000  9,999,999 99.9%
+"
+        );
+    }
+
+    #[test]
+    fn table_of_a_long_busy_day_stays_within_160_columns() {
+        // A day of 500,000 reads and as many writes of 4 KiB a second, and 20 million polls.
+        let requests = 500_000 * 86_400;
+        let counters = QueueCounters {
+            polls: requests * 40,
+            idle_polls: requests * 20,
+            reads: requests,
+            bytes_read: requests * 4096,
+            writes: requests,
+            bytes_written: requests * 4096,
+            commands: requests * 2,
+            sq_doorbells: requests,
+            cq_doorbells: requests,
+            notifications: requests,
+            ..distinct(1000)
+        };
+        let disk = "/var/lib/machines/customers/0123456789/disk.sock".to_owned();
+        let table = Table {
+            rows: vec![QueueRow {
+                disk,
+                queue: 63,
+                core: 127,
+                queue_pair: 128,
+                counters,
+            }],
+        }
+        .to_string();
+        assert!(table.contains("…rs/0123456789/disk.sock "), "{table}");
+        let widest = table.lines().map(|line| line.chars().count()).max();
+        assert!(widest <= Some(160), "{widest:?}\n{table}");
+    }
+
+    #[test]
+    fn table_without_queues_still_prints_its_totals() {
+        assert!(Table::default().to_string().contains("total"));
+    }
+}
