@@ -2,6 +2,7 @@
 //! pair, on one pinned core that busy-polls both rings.
 
 pub mod cli;
+pub mod block;
 pub mod config;
 pub mod plan;
 pub mod stats;

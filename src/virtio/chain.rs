@@ -1,0 +1,499 @@
+//! One request's descriptors, copied out of the ring and resolved: readable segments, then writable ones.
+//!
+//! Promises that each descriptor is read once (I6), that the walk ends after at most queue-size descriptors (I8)
+//! whatever the guest wrote, and that nothing is allocated after [`Chain::new`]. Framing does not matter to what
+//! comes behind: a header is the first bytes of the readable part however many descriptors it takes, a status is
+//! the last byte of the writable part. Does not know what the bytes mean. Start at [`Chain::readable`]; the walk
+//! itself is `Chain::walk`.
+
+use super::memory::{Gpa, GuestMemory, Segment, StatusByte};
+use super::virtqueue::{HeadIndex, RingError};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Virtio 1.2, 2.7.5 "The Virtqueue Descriptor Table": the size of an entry.
+pub(super) const DESCRIPTOR_BYTES: u32 = 16;
+pub(super) const DESC_F_NEXT: u16 = 1;
+pub(super) const DESC_F_WRITE: u16 = 2;
+pub(super) const DESC_F_INDIRECT: u16 = 4;
+
+/// A chain that cannot be carried out. Its head goes back with used length 0, and IOERR into the status byte if
+/// [`Chain::take_status`] still finds one. The ring itself is sound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChainFault {
+    /// More descriptors than the queue has entries: a loop, or a chain no driver may build.
+    TooLong,
+    /// The chain continues at an entry outside its table.
+    NextOutOfRange,
+    /// A buffer lies, wholly or in part, in no region of guest memory.
+    Unmapped,
+    /// The end address of a buffer or table does not fit 64 bits.
+    Wraps,
+    /// A readable buffer behind a writable one.
+    ReadableAfterWritable,
+    /// A descriptor of an indirect table points to another table.
+    NestedIndirect,
+    /// A descriptor points to a table and continues as well.
+    IndirectWithNext,
+    /// The length of an indirect table is no positive multiple of 16.
+    IndirectLength,
+    /// An indirect table with more entries than the queue.
+    IndirectTooLong,
+    /// An indirect table lies, wholly or in part, in no region of guest memory.
+    IndirectUnmapped,
+    /// 4 GiB of buffers or more: used lengths have 32 bits.
+    TotalLength,
+    /// The buffers touch more pieces of guest regions than were preallocated.
+    TooManySegments,
+}
+
+/// Our copy of one descriptor.
+#[derive(Debug, Clone, Copy)]
+struct Descriptor {
+    gpa: Gpa,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    /// Splits the two little-endian words of a descriptor, already in host order: address; then length, flags
+    /// and next.
+    #[inline]
+    fn from_words(address: u64, rest: u64) -> Self {
+        Self {
+            gpa: Gpa(address),
+            len: (rest & 0xffff_ffff) as u32,
+            flags: ((rest >> 32) & 0xffff) as u16,
+            next: (rest >> 48) as u16,
+        }
+    }
+
+    const fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// A contiguous, 8-byte aligned table of descriptors in guest memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DescriptorTable {
+    base: NonNull<AtomicU64>,
+    count: u16,
+}
+
+impl DescriptorTable {
+    /// # Safety
+    /// `count` descriptors at `base`, which is aligned to 8, stay mapped as long as this value is used (I2).
+    pub(super) const unsafe fn new(base: NonNull<AtomicU64>, count: u16) -> Self {
+        Self { base, count }
+    }
+
+    /// Brings descriptor `index` near. Only a hint, so the index may be anything.
+    #[inline]
+    pub(super) fn prefetch(&self, index: u16) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let entry = self.base.as_ptr().wrapping_add(2 * usize::from(index));
+            // SAFETY: a prefetch has no architectural effect and faults on no address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(entry.cast_const().cast()) };
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        let _ = index;
+    }
+
+    /// Copies descriptor `index`; `None` outside the table.
+    #[inline]
+    fn read(&self, index: u16) -> Option<Descriptor> {
+        if index >= self.count {
+            return None;
+        }
+        // SAFETY: `index < count` (checked above) and the table is `count * 16` mapped, aligned bytes (`new`).
+        // References to atomics are the one kind that guest memory is reached through (I1).
+        let [address, rest] = unsafe {
+            let entry = self.base.add(2 * usize::from(index));
+            [entry.as_ref(), entry.add(1).as_ref()]
+        };
+        // Relaxed: the acquire load of avail.idx in `Virtqueue::available` ordered them after the guest's writes.
+        Some(Descriptor::from_words(
+            u64::from_le(address.load(Relaxed)),
+            u64::from_le(rest.load(Relaxed)),
+        ))
+    }
+}
+
+/// How the walk over one table ended.
+enum Ended {
+    /// At a descriptor without NEXT: the whole chain is known.
+    Complete,
+    /// Somewhere else: what would be the last writable byte is not known.
+    Broken,
+    /// At a pointer to an indirect table.
+    Indirect(Descriptor),
+}
+
+/// The descriptors of one request. Built once per queue, filled by `Virtqueue::pop`, consumed from both ends.
+#[derive(Debug)]
+pub struct Chain {
+    segments: Box<[Segment]>,
+    /// `segments[front..split]` are readable, `segments[split..end]` writable.
+    front: usize,
+    split: usize,
+    end: usize,
+    readable_len: u64,
+    writable_len: u64,
+    fault: Option<ChainFault>,
+    /// Where a faulty chain's status goes.
+    fault_status: Option<StatusByte>,
+    head: HeadIndex,
+}
+
+impl Chain {
+    /// An empty chain with room for `max_segments` pieces of guest regions, the header's and the status'
+    /// included. One more than the queue size serves every buffer of a chain with a region boundary in one.
+    pub fn new(max_segments: usize) -> Self {
+        Self {
+            segments: vec![Segment::EMPTY; max_segments].into(),
+            front: 0,
+            split: 0,
+            end: 0,
+            readable_len: 0,
+            writable_len: 0,
+            fault: None,
+            fault_status: None,
+            head: HeadIndex::default(),
+        }
+    }
+
+    /// The head of the chain popped last: what goes back to the used ring.
+    #[inline]
+    pub const fn head(&self) -> HeadIndex {
+        self.head
+    }
+
+    /// Why the chain cannot be carried out, if so. It then shows no segments.
+    #[inline]
+    pub const fn fault(&self) -> Option<ChainFault> {
+        self.fault
+    }
+
+    /// The readable segments, then the writable ones, without what was taken off.
+    #[inline]
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments[self.front..self.end]
+    }
+
+    /// What the guest filled for the device: the data of a write.
+    #[inline]
+    pub fn readable(&self) -> &[Segment] {
+        &self.segments[self.front..self.split]
+    }
+
+    /// What the device is to fill: the data of a read.
+    #[inline]
+    pub fn writable(&self) -> &[Segment] {
+        &self.segments[self.split..self.end]
+    }
+
+    /// Bytes in [`Self::readable`].
+    #[inline]
+    pub const fn readable_len(&self) -> u64 {
+        self.readable_len
+    }
+
+    /// Bytes in [`Self::writable`]. With the readable ones they are fewer than 2^32.
+    #[inline]
+    pub const fn writable_len(&self) -> u64 {
+        self.writable_len
+    }
+
+    /// Takes the first `N` readable bytes off: a header, copied once (I6) however it was framed. `None` if there
+    /// are fewer, and then nothing was taken.
+    #[inline]
+    pub fn take_front<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.readable_len = self.readable_len.checked_sub(N as u64)?;
+        let mut bytes = [0; N];
+        let mut done = 0;
+        while done < N {
+            let segment = &mut self.segments[self.front];
+            let copied = segment.read_once(&mut bytes[done..]);
+            done += copied;
+            if copied == segment.len() as usize {
+                self.front += 1;
+            } else {
+                // `copied <= N`, and no control structure comes near 4 GiB.
+                *segment = segment.suffix(u32::try_from(copied).unwrap_or(u32::MAX));
+            }
+        }
+        Some(bytes)
+    }
+
+    /// Takes the last writable byte off: the status of a block request. Of a faulty chain too, where it could be
+    /// located. `None` if there is none.
+    #[inline]
+    pub fn take_status(&mut self) -> Option<StatusByte> {
+        if self.fault.is_some() {
+            return self.fault_status.take();
+        }
+        if self.split == self.end {
+            return None;
+        }
+        let last = &mut self.segments[self.end - 1];
+        let status = last.last_byte()?;
+        self.writable_len -= 1;
+        if last.len() == 1 {
+            self.end -= 1;
+        } else {
+            *last = last.prefix(last.len() - 1);
+        }
+        Some(status)
+    }
+
+    /// Fills the chain from `head` on. An error is one of the ring; a fault of the chain alone is kept.
+    ///
+    /// Descriptors that hold buffers count towards the bound; the one that leads to an indirect table does not.
+    #[inline]
+    pub(super) fn walk(
+        &mut self,
+        head: HeadIndex,
+        table: DescriptorTable,
+        indirect_negotiated: bool,
+        memory: &GuestMemory,
+    ) -> Result<(), RingError> {
+        let mut walk = Walk {
+            memory,
+            segments: &mut self.segments,
+            split: 0,
+            end: 0,
+            readable_len: 0,
+            writable_len: 0,
+            last_writable: (Gpa(0), 0),
+            budget: table.count,
+            fault: None,
+        };
+        let mut ended = walk.table(head.get(), false, |index| table.read(index));
+        if let Ended::Indirect(pointer) = ended {
+            if !indirect_negotiated {
+                return Err(RingError::IndirectNotNegotiated { head: head.get() });
+            }
+            ended = walk.indirect(pointer, table.count);
+        }
+        let total = walk.readable_len.saturating_add(walk.writable_len);
+        if total > u64::from(u32::MAX) {
+            walk.fail(ChainFault::TotalLength);
+        }
+        let Walk {
+            split,
+            end,
+            readable_len,
+            writable_len,
+            last_writable,
+            fault,
+            ..
+        } = walk;
+        self.head = head;
+        self.front = 0;
+        self.split = split;
+        self.end = end;
+        self.readable_len = readable_len;
+        self.writable_len = writable_len;
+        self.fault = fault;
+        if fault.is_some() {
+            self.keep_only_status(matches!(ended, Ended::Complete), last_writable, memory);
+        }
+        Ok(())
+    }
+
+    /// Drops the segments of a faulty chain, so that nobody transfers a part of them, and looks for its status.
+    #[cold]
+    fn keep_only_status(&mut self, complete: bool, (gpa, len): (Gpa, u32), memory: &GuestMemory) {
+        (self.split, self.end) = (0, 0);
+        (self.readable_len, self.writable_len) = (0, 0);
+        self.fault_status = (complete && len > 0)
+            .then(|| gpa.checked_add(u64::from(len) - 1))
+            .flatten()
+            .and_then(|last| memory.piece(last, 1))
+            .and_then(|byte| byte.last_byte());
+    }
+}
+
+/// The state of one walk, in locals so that it stays in registers.
+struct Walk<'a> {
+    memory: &'a GuestMemory,
+    segments: &'a mut [Segment],
+    split: usize,
+    end: usize,
+    readable_len: u64,
+    writable_len: u64,
+    /// The last writable buffer; length 0 before there is one.
+    last_writable: (Gpa, u32),
+    /// Descriptors the chain may still have (I8).
+    budget: u16,
+    fault: Option<ChainFault>,
+}
+
+impl Walk<'_> {
+    /// Keeps the first fault: it is the one the guest's author wants to hear of.
+    #[cold]
+    fn fail(&mut self, fault: ChainFault) {
+        self.fault.get_or_insert(fault);
+    }
+
+    /// Follows the chain from entry `index` of one table.
+    #[inline]
+    fn table(
+        &mut self,
+        mut index: u16,
+        nested: bool,
+        read: impl Fn(u16) -> Option<Descriptor>,
+    ) -> Ended {
+        loop {
+            let Some(descriptor) = read(index) else {
+                self.fail(ChainFault::NextOutOfRange);
+                return Ended::Broken;
+            };
+            if descriptor.has(DESC_F_INDIRECT) {
+                if !nested && !descriptor.has(DESC_F_NEXT) {
+                    return Ended::Indirect(descriptor);
+                }
+                // Not carried out, but followed to its end: the status byte is there.
+                self.fail(match nested {
+                    true => ChainFault::NestedIndirect,
+                    false => ChainFault::IndirectWithNext,
+                });
+            }
+            if self.budget == 0 {
+                self.fail(ChainFault::TooLong);
+                return Ended::Broken;
+            }
+            self.budget -= 1;
+            self.buffer(&descriptor);
+            if !descriptor.has(DESC_F_NEXT) {
+                return Ended::Complete;
+            }
+            index = descriptor.next;
+        }
+    }
+
+    /// Takes one buffer in: its order, its length, its place.
+    #[inline]
+    fn buffer(&mut self, descriptor: &Descriptor) {
+        let Descriptor { gpa, len, .. } = *descriptor;
+        // Drivers may leave empty buffers in a chain; they hold nothing, so their address does not matter.
+        if len == 0 || descriptor.has(DESC_F_INDIRECT) {
+            return;
+        }
+        let writable = descriptor.has(DESC_F_WRITE);
+        // Neither sum can wrap: at most queue-size (1024) addends of 32 bits.
+        if writable {
+            self.last_writable = (gpa, len);
+            self.writable_len = self.writable_len.wrapping_add(u64::from(len));
+        } else {
+            if self.last_writable.1 != 0 {
+                self.fail(ChainFault::ReadableAfterWritable);
+            }
+            self.readable_len = self.readable_len.wrapping_add(u64::from(len));
+        }
+        if self.fault.is_some() {
+            return;
+        }
+        match self.memory.piece(gpa, len) {
+            Some(segment) if segment.len() == len => self.push(segment),
+            _ => self.scattered(gpa, len),
+        }
+        if !writable {
+            self.split = self.end;
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, segment: Segment) {
+        match self.segments.get_mut(self.end) {
+            Some(slot) => {
+                *slot = segment;
+                self.end += 1;
+            }
+            None => self.fail(ChainFault::TooManySegments),
+        }
+    }
+
+    /// A buffer that goes on in an adjacent region: several segments. Into a hole: a fault.
+    #[cold]
+    fn scattered(&mut self, gpa: Gpa, len: u32) {
+        if gpa.checked_add(u64::from(len)).is_none() {
+            return self.fail(ChainFault::Wraps);
+        }
+        let mut done = 0;
+        // Ends: a piece has at least one byte, and a push without room leaves a fault.
+        while done < len && self.fault.is_none() {
+            let piece = gpa
+                .checked_add(u64::from(done))
+                .and_then(|at| self.memory.piece(at, len - done));
+            match piece {
+                Some(piece) => {
+                    done += piece.len();
+                    self.push(piece);
+                }
+                None => self.fail(ChainFault::Unmapped),
+            }
+        }
+    }
+
+    /// Follows the chain into the table `pointer` names. WRITE is ignored there (virtio 1.2, 2.7.5.3.2).
+    #[inline]
+    fn indirect(&mut self, pointer: Descriptor, queue_size: u16) -> Ended {
+        let Descriptor { gpa, len, .. } = pointer;
+        if len == 0 || !len.is_multiple_of(DESCRIPTOR_BYTES) {
+            self.fail(ChainFault::IndirectLength);
+            return Ended::Broken;
+        }
+        let count = match u16::try_from(len / DESCRIPTOR_BYTES) {
+            Ok(count) if count <= queue_size => count,
+            _ => {
+                self.fail(ChainFault::IndirectTooLong);
+                return Ended::Broken;
+            }
+        };
+        match self.memory.piece(gpa, len) {
+            Some(table) if table.len() == len && table.hva().cast::<AtomicU64>().is_aligned() => {
+                // SAFETY: `count * 16` bytes of one mapped region (`piece`), aligned (checked above), used
+                // during this walk only, while `memory` is borrowed.
+                let table = unsafe { DescriptorTable::new(table.hva().cast(), count) };
+                self.table(0, true, |index| table.read(index))
+            }
+            _ => self.scattered_indirect(gpa, len, count),
+        }
+    }
+
+    /// An indirect table that is unaligned or straddles regions: legal, rare, and read entry by entry.
+    #[cold]
+    fn scattered_indirect(&mut self, table: Gpa, len: u32, count: u16) -> Ended {
+        let Some(end) = table.checked_add(u64::from(len)) else {
+            self.fail(ChainFault::Wraps);
+            return Ended::Broken;
+        };
+        // All of it must be mapped, the entries that the chain leaves out too, as in a contiguous table.
+        let mut at = table;
+        while at < end {
+            let rest = u32::try_from(end.0 - at.0).unwrap_or(u32::MAX);
+            let Some(piece) = self.memory.piece(at, rest) else {
+                self.fail(ChainFault::IndirectUnmapped);
+                return Ended::Broken;
+            };
+            at = Gpa(at.0.wrapping_add(u64::from(piece.len())));
+        }
+        let memory = self.memory;
+        self.table(0, true, |index| {
+            if index >= count {
+                return None;
+            }
+            let offset = u64::from(index) * u64::from(DESCRIPTOR_BYTES);
+            let mut entry = [[0; 8]; 2];
+            let mapped = memory.read_once(table.checked_add(offset)?, entry.as_flattened_mut());
+            // Cannot be otherwise, the table was found mapped above; were it, the chain would end here.
+            mapped.then(|| {
+                Descriptor::from_words(u64::from_le_bytes(entry[0]), u64::from_le_bytes(entry[1]))
+            })
+        })
+    }
+}

@@ -1,0 +1,345 @@
+//! Guest memory as the data path sees it: a flat table of regions, one compare and one add per look-up.
+//!
+//! Promises that a [`Segment`] lies wholly inside one mapped region, and that guest bytes are never lent as a
+//! Rust reference (I1): they are copied, words with volatile accesses and bulk data by raw pointer. Does not know
+//! how the regions were mapped, nor what the device-side address `dma` means. Start at [`GuestMemory::piece`].
+
+use std::any::Any;
+use std::fmt;
+use std::ptr::NonNull;
+use thiserror::Error;
+
+/// A guest-physical address, as it stands in descriptors.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Gpa(pub u64);
+
+impl Gpa {
+    /// The address `bytes` further on; `None` past the end of the 64-bit space.
+    pub const fn checked_add(self, bytes: u64) -> Option<Self> {
+        match self.0.checked_add(bytes) {
+            Some(sum) => Some(Self(sum)),
+            None => None,
+        }
+    }
+}
+
+impl fmt::Debug for Gpa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "gpa {:#x}", self.0)
+    }
+}
+
+/// One region of guest memory and the two places where it is visible to us.
+#[derive(Debug, Clone, Copy)]
+pub struct GuestRegion {
+    /// Where the guest sees the first byte.
+    pub gpa: Gpa,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where this process sees the first byte.
+    pub hva: NonNull<u8>,
+    /// Where the NVMe device sees the first byte (an IOVA). Opaque here.
+    pub dma: u64,
+}
+
+impl GuestRegion {
+    /// The part of `offset..offset + len` that lies inside. The caller has checked `offset < self.len`.
+    #[inline]
+    fn segment(&self, offset: u64, len: u32) -> Segment {
+        let rest = u32::try_from(self.len - offset).unwrap_or(u32::MAX);
+        // The cast cannot truncate: `offset < self.len <= isize::MAX` (checked in `GuestMemory::new`).
+        #[allow(clippy::cast_possible_truncation)]
+        let bytes = offset as usize;
+        Segment {
+            // SAFETY: `bytes` is less than the length of the mapping that starts at `hva` (contract of
+            // `GuestMemory::new`), so the result stays inside that allocation.
+            hva: unsafe { self.hva.add(bytes) },
+            dma: self.dma.wrapping_add(offset),
+            len: len.min(rest),
+        }
+    }
+}
+
+/// Consecutive bytes of guest memory inside one region: an address without a lifetime.
+///
+/// Only [`GuestMemory`] makes segments; that they are used no longer than the memory lives is the promise given
+/// to [`GuestMemory::new`] (I2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    hva: NonNull<u8>,
+    dma: u64,
+    len: u32,
+}
+
+// SAFETY: a segment is an address; its bytes are only ever copied, never lent, from whichever thread (I1).
+unsafe impl Send for Segment {}
+// SAFETY: as above; a shared segment offers nothing but copies.
+unsafe impl Sync for Segment {}
+
+/// Eight bytes at any alignment, so that one volatile access moves them.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Word(u64);
+
+impl Segment {
+    /// A segment of no bytes, to fill preallocated tables with.
+    pub(super) const EMPTY: Self = Self {
+        hva: NonNull::dangling(),
+        dma: 0,
+        len: 0,
+    };
+
+    /// Where this process sees the first byte.
+    #[inline]
+    pub const fn hva(&self) -> NonNull<u8> {
+        self.hva
+    }
+
+    /// Where the device sees the first byte.
+    #[inline]
+    pub const fn dma(&self) -> u64 {
+        self.dma
+    }
+
+    /// Length in bytes.
+    #[inline]
+    #[allow(clippy::len_without_is_empty)]
+    pub const fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// The first `len` bytes; the whole segment if it is shorter.
+    #[inline]
+    pub fn prefix(&self, len: u32) -> Self {
+        Self {
+            len: self.len.min(len),
+            ..*self
+        }
+    }
+
+    /// What is left behind the first `len` bytes; nothing if the segment is shorter.
+    #[inline]
+    pub fn suffix(&self, len: u32) -> Self {
+        let skip = self.len.min(len);
+        Self {
+            // SAFETY: `skip <= self.len`, so the result is inside the region or one past its end.
+            hva: unsafe { self.hva.add(skip as usize) },
+            dma: self.dma.wrapping_add(u64::from(skip)),
+            len: self.len - skip,
+        }
+    }
+
+    /// Copies guest bytes into `out`, as many as both hold, and says how many. For bulk data: when the guest
+    /// writes meanwhile, it gets torn data, which is its own affair.
+    pub fn copy_to(&self, out: &mut [u8]) -> usize {
+        let len = out.len().min(self.len as usize);
+        // SAFETY: `len` bytes at `hva` lie in one mapped region, which outlives this segment (contract of
+        // `GuestMemory::new`); `out` is ours alone, so they do not overlap.
+        unsafe {
+            self.hva
+                .as_ptr()
+                .copy_to_nonoverlapping(out.as_mut_ptr(), len)
+        };
+        len
+    }
+
+    /// Copies `bytes` into guest memory, as many as both hold, and says how many.
+    pub fn copy_from(&self, bytes: &[u8]) -> usize {
+        let len = bytes.len().min(self.len as usize);
+        // SAFETY: as in `copy_to`.
+        unsafe {
+            self.hva
+                .as_ptr()
+                .copy_from_nonoverlapping(bytes.as_ptr(), len)
+        };
+        len
+    }
+
+    /// Copies a control structure into `out`, as many bytes as both hold, and says how many. Each guest byte is
+    /// read exactly once (I6): volatile, so that the compiler cannot go back to memory the guest changed since.
+    #[inline]
+    pub(super) fn read_once(&self, out: &mut [u8]) -> usize {
+        let len = out.len().min(self.len as usize);
+        let mut words = out[..len].chunks_exact_mut(8);
+        let mut at = self.hva.as_ptr().cast_const();
+        for word in &mut words {
+            // SAFETY: 8 of the remaining bytes of the segment, which lies in one mapped region; `Word` has
+            // alignment 1.
+            let value = unsafe { at.cast::<Word>().read_volatile() }.0;
+            word.copy_from_slice(&value.to_ne_bytes());
+            // SAFETY: stays within the `len` bytes of the segment, or one past them.
+            at = unsafe { at.add(8) };
+        }
+        for byte in words.into_remainder() {
+            // SAFETY: one of the remaining bytes of the segment.
+            *byte = unsafe { at.read_volatile() };
+            // SAFETY: as above.
+            at = unsafe { at.add(1) };
+        }
+        len
+    }
+
+    /// The last byte, as a place to write a status to; `None` for an empty segment.
+    #[inline]
+    pub(super) fn last_byte(&self) -> Option<StatusByte> {
+        let last = self.suffix(self.len.checked_sub(1)?);
+        Some(StatusByte(last.hva))
+    }
+}
+
+/// Where the status of one request goes: a writable byte of guest memory. Lives as long as a [`Segment`] does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatusByte(NonNull<u8>);
+
+// SAFETY: an address; the byte behind it is only ever written, never lent (I1).
+unsafe impl Send for StatusByte {}
+// SAFETY: as above; racing writes would come from two owners of one request, which I5 excludes.
+unsafe impl Sync for StatusByte {}
+
+impl StatusByte {
+    /// Writes the status. The guest sees it with the used index published afterwards.
+    #[inline]
+    pub fn write(self, status: u8) {
+        // SAFETY: the byte lies in a mapped region that outlives this value (contract of `GuestMemory::new`).
+        unsafe { self.0.as_ptr().write_volatile(status) };
+    }
+}
+
+/// Why a region table was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum RegionError {
+    /// There is no region at all.
+    #[error("guest memory has no region")]
+    NoRegion,
+    /// The region holds no byte.
+    #[error("guest region at {0:?} has length 0")]
+    Empty(Gpa),
+    /// An end address does not fit 64 bits (or, in this process, an `isize`).
+    #[error("guest region at {gpa:?} of length {len:#x} wraps around an address space")]
+    Wraps {
+        /// Where it starts.
+        gpa: Gpa,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Two regions share guest addresses.
+    #[error("guest regions at {0:?} and {1:?} overlap")]
+    Overlap(Gpa, Gpa),
+}
+
+/// The guest's memory: immutable regions, sorted by guest address, and whatever keeps them mapped.
+pub struct GuestMemory {
+    /// The largest region once more: where nearly all of a guest's buffers are.
+    largest: GuestRegion,
+    regions: Box<[GuestRegion]>,
+    /// Unmaps on drop, so it must go last; nobody looks inside.
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the table is immutable, and its pointers name memory that is reachable from every thread. All
+// accesses through them are atomic, volatile, or copies that tolerate a racing guest (I1).
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above; no method hands out a reference to guest bytes.
+unsafe impl Sync for GuestMemory {}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory")
+            .field("regions", &self.regions)
+            .finish_non_exhaustive()
+    }
+}
+
+impl GuestMemory {
+    /// Takes over mapped `regions`, in any order. `owner` keeps them mapped and is dropped with this value.
+    ///
+    /// # Errors
+    /// Regions that are empty, wrap, or overlap; no region.
+    ///
+    /// # Safety
+    /// - `len` bytes at `hva` of each region are mapped readable and writable as long as `owner` lives, and no
+    ///   Rust reference to them exists meanwhile.
+    /// - The value is dropped only when no [`Segment`], [`StatusByte`] or virtqueue made from it will be used
+    ///   any more: whoever holds such addresses holds the memory as well (I2; the poller holds both).
+    pub unsafe fn new(
+        mut regions: Vec<GuestRegion>,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Result<Self, RegionError> {
+        regions.sort_by_key(|region| region.gpa);
+        for region in &regions {
+            let GuestRegion { gpa, len, hva, dma } = *region;
+            if len == 0 {
+                return Err(RegionError::Empty(gpa));
+            }
+            let fits = gpa.checked_add(len).is_some()
+                && dma.checked_add(len).is_some()
+                && isize::try_from(len).is_ok()
+                && usize::try_from(len).is_ok_and(|len| hva.addr().checked_add(len).is_some());
+            if !fits {
+                return Err(RegionError::Wraps { gpa, len });
+            }
+        }
+        for pair in regions.windows(2) {
+            if pair[1].gpa.0 - pair[0].gpa.0 < pair[0].len {
+                return Err(RegionError::Overlap(pair[0].gpa, pair[1].gpa));
+            }
+        }
+        let largest = *regions
+            .iter()
+            .max_by_key(|region| region.len)
+            .ok_or(RegionError::NoRegion)?;
+        Ok(Self {
+            largest,
+            regions: regions.into(),
+            _owner: owner,
+        })
+    }
+
+    /// The regions, sorted by guest address.
+    pub fn regions(&self) -> &[GuestRegion] {
+        &self.regions
+    }
+
+    /// The longest piece of `gpa..gpa + len` that starts at `gpa` and lies in one region; `None` when `gpa` lies
+    /// in none. A piece shorter than `len` says that the buffer goes on in the adjacent region or in a hole.
+    #[inline]
+    pub fn piece(&self, gpa: Gpa, len: u32) -> Option<Segment> {
+        // An address below the region wraps to an offset beyond any length: one compare serves both ends.
+        let offset = gpa.0.wrapping_sub(self.largest.gpa.0);
+        if offset < self.largest.len {
+            return Some(self.largest.segment(offset, len));
+        }
+        self.piece_elsewhere(gpa, len)
+    }
+
+    fn piece_elsewhere(&self, gpa: Gpa, len: u32) -> Option<Segment> {
+        let after = self.regions.partition_point(|region| region.gpa <= gpa);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        let offset = gpa.0 - region.gpa.0;
+        (offset < region.len).then(|| region.segment(offset, len))
+    }
+
+    /// Where this process sees `gpa..gpa + len` if it lies wholly in one region: how ring addresses are resolved.
+    pub fn contiguous(&self, gpa: Gpa, len: u32) -> Option<NonNull<u8>> {
+        let piece = self.piece(gpa, len)?;
+        (piece.len == len).then_some(piece.hva)
+    }
+
+    /// Copies a control structure out of guest memory, over adjacent regions if need be, each byte read once
+    /// (I6). False if a byte of it is not mapped; `out` is then partly filled.
+    #[must_use]
+    pub(super) fn read_once(&self, gpa: Gpa, out: &mut [u8]) -> bool {
+        let mut done = 0;
+        while done < out.len() {
+            let rest = u32::try_from(out.len() - done).unwrap_or(u32::MAX);
+            let piece = gpa
+                .checked_add(done as u64)
+                .and_then(|gpa| self.piece(gpa, rest));
+            match piece {
+                Some(piece) => done += piece.read_once(&mut out[done..]),
+                None => return false,
+            }
+        }
+        true
+    }
+}
