@@ -74,5 +74,8 @@ fn print(text: &str) {
 
 fn log_to_stderr(level: LogLevel) {
     let level = level.to_string().parse().unwrap_or(tracing::Level::INFO);
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(level)
+        .init();
 }

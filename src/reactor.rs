@@ -41,7 +41,9 @@ pub enum ReactorError {
         error: std::io::Error,
     },
     /// The thread could not be pinned.
-    #[error("cannot pin a reactor to core {core}: the kernel refused (is the core online and in this process's cpuset?)")]
+    #[error(
+        "cannot pin a reactor to core {core}: the kernel refused (is the core online and in this process's cpuset?)"
+    )]
     Pin {
         /// The core.
         core: usize,
@@ -137,7 +139,11 @@ impl Reactor {
         if is_pinned.recv() != Ok(true) {
             return Err(ReactorError::Pin { core });
         }
-        let handle = ReactorHandle { core, mailbox, thread: thread.thread().clone() };
+        let handle = ReactorHandle {
+            core,
+            mailbox,
+            thread: thread.thread().clone(),
+        };
         Ok(Reactor { handle, thread })
     }
 
@@ -215,7 +221,9 @@ impl Loop {
                 }
             }
             Message::Retire(id, reply) => {
-                let idle = |(other, poller): &(PollerId, Box<dyn Poll>)| *other == id && poller.lanes() == 0;
+                let idle = |(other, poller): &(PollerId, Box<dyn Poll>)| {
+                    *other == id && poller.lanes() == 0
+                };
                 if let Some(place) = self.pollers.iter().position(idle) {
                     let _ = reply.send(self.pollers.remove(place).1);
                 }
@@ -226,7 +234,10 @@ impl Loop {
     }
 
     fn poller(&mut self, id: PollerId) -> Option<&mut Box<dyn Poll>> {
-        self.pollers.iter_mut().find(|(other, _)| *other == id).map(|(_, poller)| poller)
+        self.pollers
+            .iter_mut()
+            .find(|(other, _)| *other == id)
+            .map(|(_, poller)| poller)
     }
 
     #[cold]

@@ -108,7 +108,7 @@ pub trait DmaDomain: Send + Sync + Debug {
 }
 
 /// The doorbells of one queue pair. Moves with its queue pair to the thread that polls it (I7).
-pub trait QueuePort: Send {
+pub trait QueuePort: Send + Debug {
     /// Writes the submission queue tail doorbell. Everything stored before is visible to the device first.
     fn ring_sq(&mut self, tail: u16);
 

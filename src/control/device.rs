@@ -78,22 +78,36 @@ where
     }
 
     fn delete_poller(&mut self, poller: Box<dyn Poll>) -> Result<(), DeviceError> {
-        let poller = poller.into_any().downcast::<Poller<T>>().map_err(|_| DeviceError::ForeignPoller)?;
-        Ok(self.controller.delete_queue_pair(poller.into_queue_pair())?)
+        let poller = poller
+            .into_any()
+            .downcast::<Poller<T>>()
+            .map_err(|_| DeviceError::ForeignPoller)?;
+        Ok(self
+            .controller
+            .delete_queue_pair(poller.into_queue_pair())?)
     }
 
     fn next_event(&mut self) -> Result<Option<String>, DeviceError> {
-        let Some(event) = self.controller.next_event()? else { return Ok(None) };
+        let Some(event) = self.controller.next_event()? else {
+            return Ok(None);
+        };
         let what = if event.is_namespace_change() {
             "namespace attributes changed: restart the server to serve the new size".to_owned()
         } else {
-            format!("type {} information {:#04x}", event.event_type(), event.information())
+            format!(
+                "type {} information {:#04x}",
+                event.event_type(),
+                event.information()
+            )
         };
         Ok(Some(what))
     }
 
     fn shutdown(self: Box<Self>) -> Result<(), DeviceError> {
-        self.controller.shutdown().map(drop).map_err(|(_, error)| error.into())
+        self.controller
+            .shutdown()
+            .map(drop)
+            .map_err(|(_, error)| error.into())
     }
 }
 
@@ -159,7 +173,10 @@ impl Device {
     /// The namespace with this identifier, if it is active.
     #[must_use]
     pub fn namespace(&self, nsid: Nsid) -> Option<&Namespace> {
-        self.namespaces.iter().map(|info| &info.namespace).find(|namespace| namespace.nsid == nsid)
+        self.namespaces
+            .iter()
+            .map(|info| &info.namespace)
+            .find(|namespace| namespace.nsid == nsid)
     }
 
     /// Flush means something.
@@ -189,7 +206,10 @@ impl Device {
     /// # Errors
     /// As there, and after a shutdown.
     pub fn create_poller(&self) -> Result<(u16, Box<dyn Poll>), DeviceError> {
-        self.lock().as_mut().ok_or(DeviceError::ForeignPoller)?.create_poller()
+        self.lock()
+            .as_mut()
+            .ok_or(DeviceError::ForeignPoller)?
+            .create_poller()
     }
 
     /// See [`DeviceControl::delete_poller`].
@@ -197,7 +217,10 @@ impl Device {
     /// # Errors
     /// As there, and after a shutdown.
     pub fn delete_poller(&self, poller: Box<dyn Poll>) -> Result<(), DeviceError> {
-        self.lock().as_mut().ok_or(DeviceError::ForeignPoller)?.delete_poller(poller)
+        self.lock()
+            .as_mut()
+            .ok_or(DeviceError::ForeignPoller)?
+            .delete_poller(poller)
     }
 
     /// See [`DeviceControl::next_event`].
@@ -205,7 +228,9 @@ impl Device {
     /// # Errors
     /// As there.
     pub fn next_event(&self) -> Result<Option<String>, DeviceError> {
-        self.lock().as_mut().map_or(Ok(None), |control| control.next_event())
+        self.lock()
+            .as_mut()
+            .map_or(Ok(None), |control| control.next_event())
     }
 
     /// Normal shutdown; the second call does nothing.
@@ -220,6 +245,9 @@ impl Device {
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Device").field("name", &self.name).field("granted", &self.granted).finish_non_exhaustive()
+        f.debug_struct("Device")
+            .field("name", &self.name)
+            .field("granted", &self.granted)
+            .finish_non_exhaustive()
     }
 }

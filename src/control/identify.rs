@@ -27,7 +27,8 @@ fn text(name: &'static str, value: String) -> Field {
 /// 128-bit byte counts: nvme-cli prints them as one decimal number.
 fn bytes128(name: &'static str, value: [u8; 16]) -> Field {
     let value = u128::from_le_bytes(value);
-    let number = u64::try_from(value).map_or_else(|_| json!(value.to_string()), |value| json!(value));
+    let number =
+        u64::try_from(value).map_or_else(|_| json!(value.to_string()), |value| json!(value));
     (name, number, value.to_string())
 }
 
@@ -40,7 +41,14 @@ fn hex_bytes(bytes: &[u8]) -> String {
 
 fn uuid(bytes: &[u8; 16]) -> String {
     let hex = hex_bytes(bytes);
-    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+    format!(
+        "{}-{}-{}-{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..]
+    )
 }
 
 fn controller_fields(id: &IdentifyController) -> Vec<Field> {
@@ -121,11 +129,18 @@ fn namespace_fields(info: &NamespaceInfo) -> Vec<Field> {
 
 fn lba_formats(id: &IdentifyNamespace) -> impl Iterator<Item = (usize, u16, u8, u8)> {
     let count = (usize::from(id.nlbaf) + 1).min(id.lbaf.len());
-    id.lbaf.iter().take(count).enumerate().map(|(i, format)| (i, format.ms.get(), format.lbads, format.rp))
+    id.lbaf
+        .iter()
+        .take(count)
+        .enumerate()
+        .map(|(i, format)| (i, format.ms.get(), format.lbads, format.rp))
 }
 
 fn as_object(fields: Vec<Field>) -> Map<String, Value> {
-    fields.into_iter().map(|(name, value, _)| (name.to_owned(), value)).collect()
+    fields
+        .into_iter()
+        .map(|(name, value, _)| (name.to_owned(), value))
+        .collect()
 }
 
 /// `{"device", "version", "queue_pairs", "controller": {...}, "namespaces": [{"nsid", ...}]}`, fields as nvme-cli
@@ -138,7 +153,8 @@ pub fn to_json(device: &Device) -> Value {
         .map(|info| {
             let mut object = as_object(namespace_fields(info));
             object.insert("nsid".to_owned(), json!(info.namespace.nsid.0));
-            let formats = lba_formats(&info.identify).map(|(_, ms, ds, rp)| json!({"ms": ms, "ds": ds, "rp": rp}));
+            let formats = lba_formats(&info.identify)
+                .map(|(_, ms, ds, rp)| json!({"ms": ms, "ds": ds, "rp": rp}));
             object.insert("lbafs".to_owned(), formats.collect());
             Value::Object(object)
         })
@@ -171,8 +187,15 @@ pub fn to_text(device: &Device) -> String {
         list(&mut out, namespace_fields(info));
         let in_use = info.identify.format();
         for (i, ms, ds, rp) in lba_formats(&info.identify) {
-            let mark = if (ms, ds) == (in_use.ms.get(), in_use.lbads) { " (in use)" } else { "" };
-            let _ = writeln!(out, "lbaf {i:>2} : ms:{ms:<3} lbads:{ds:<2} rp:{rp:#x}{mark}");
+            let mark = if (ms, ds) == (in_use.ms.get(), in_use.lbads) {
+                " (in use)"
+            } else {
+                ""
+            };
+            let _ = writeln!(
+                out,
+                "lbaf {i:>2} : ms:{ms:<3} lbads:{ds:<2} rp:{rp:#x}{mark}"
+            );
         }
     }
     out

@@ -20,7 +20,11 @@ pub struct Place {
 pub fn place(cores: &[usize], granted: usize) -> Vec<Place> {
     let granted = granted.max(1);
     if cores.len() <= granted {
-        return cores.iter().enumerate().map(|(pair, core)| Place { pair, core: *core }).collect();
+        return cores
+            .iter()
+            .enumerate()
+            .map(|(pair, core)| Place { pair, core: *core })
+            .collect();
     }
     let mut distinct: Vec<usize> = Vec::new();
     for core in cores {
@@ -36,11 +40,20 @@ pub fn place(cores: &[usize], granted: usize) -> Vec<Place> {
         .iter()
         .enumerate()
         .map(|(i, planned)| {
-            let core = if distinct.contains(planned) { *planned } else { distinct[i % distinct.len()] };
-            let least = (0..granted).filter(|pair| pair_core(*pair) == core).min_by_key(|pair| load[*pair]);
+            let core = if distinct.contains(planned) {
+                *planned
+            } else {
+                distinct[i % distinct.len()]
+            };
+            let least = (0..granted)
+                .filter(|pair| pair_core(*pair) == core)
+                .min_by_key(|pair| load[*pair]);
             let pair = least.unwrap_or(0);
             load[pair] += 1;
-            Place { pair, core: pair_core(pair) }
+            Place {
+                pair,
+                core: pair_core(pair),
+            }
         })
         .collect()
 }
@@ -50,7 +63,10 @@ mod tests {
     use super::*;
 
     fn pairs(cores: &[usize], granted: usize) -> Vec<(usize, usize)> {
-        place(cores, granted).into_iter().map(|place| (place.pair, place.core)).collect()
+        place(cores, granted)
+            .into_iter()
+            .map(|place| (place.pair, place.core))
+            .collect()
     }
 
     #[test]

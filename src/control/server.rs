@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nvme_driver::Namespace;
 use nvme_driver::spec::Nsid;
 use nvme_model::{Model, ModelHandle};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -19,11 +20,12 @@ use super::device::{Device, DeviceError};
 use super::placement::place;
 use super::session::{Disk, DiskQueue, Session};
 use super::socket::{Listener, SocketError};
+use crate::block::Geometry;
 use crate::config::{DeviceConfig, Medium, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
 use crate::reactor::{PollerId, Reactor, ReactorError, ReactorHandle};
-use crate::stats::{CounterTable, SharedCounters};
+use crate::stats::{QueueRow, SharedCounters, Table};
 
 /// How often a session looks after its memory, and the monitor after its devices, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -83,7 +85,10 @@ struct Stop {
 impl Stop {
     fn new() -> io::Result<Stop> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Stop { flag: AtomicBool::new(false), event })
+        Ok(Stop {
+            flag: AtomicBool::new(false),
+            event,
+        })
     }
 
     fn set(&self) {
@@ -142,22 +147,40 @@ impl Server {
             self.create_disks(plan, index, device)?;
         }
         // `create_disks` went device by device; sockets are in the order of the plan.
-        self.disks.sort_by_key(|disk| plan.disks.iter().position(|planned| planned.socket.to_string() == disk.name));
+        self.disks.sort_by_key(|disk| {
+            plan.disks
+                .iter()
+                .position(|planned| planned.socket.to_string() == disk.name)
+        });
         for (disk, listener) in self.disks.iter().zip(listeners) {
             let (disk, stop) = (Arc::clone(disk), Arc::clone(&self.stop));
             let thread = std::thread::Builder::new().name("listener".to_owned());
-            self.threads.push(thread.spawn(move || accept_loop(&disk, &listener, &stop))?);
+            self.threads
+                .push(thread.spawn(move || accept_loop(&disk, &listener, &stop))?);
         }
         let (devices, stop) = (self.devices.clone(), Arc::clone(&self.stop));
         let thread = std::thread::Builder::new().name("monitor".to_owned());
-        self.threads.push(thread.spawn(move || monitor_loop(&devices, &stop))?);
+        self.threads
+            .push(thread.spawn(move || monitor_loop(&devices, &stop))?);
         Ok(())
     }
 
     /// Makes the queue pairs of one device and the disks that ride on them.
-    fn create_disks(&mut self, plan: &Plan, index: usize, device: &Arc<Device>) -> Result<(), ServerError> {
-        let planned: Vec<&DiskPlan> = plan.disks.iter().filter(|disk| disk.device == index).collect();
-        let cores: Vec<usize> = planned.iter().flat_map(|disk| disk.queue_cores.iter().map(|core| core.0)).collect();
+    fn create_disks(
+        &mut self,
+        plan: &Plan,
+        index: usize,
+        device: &Arc<Device>,
+    ) -> Result<(), ServerError> {
+        let planned: Vec<&DiskPlan> = plan
+            .disks
+            .iter()
+            .filter(|disk| disk.device == index)
+            .collect();
+        let cores: Vec<usize> = planned
+            .iter()
+            .flat_map(|disk| disk.queue_cores.iter().map(|core| core.0))
+            .collect();
         let places = place(&cores, usize::from(device.granted));
         let pairs = places.iter().map(|place| place.pair + 1).max().unwrap_or(0);
         if pairs < places.len() {
@@ -168,12 +191,15 @@ impl Server {
         }
         let mut pollers = Vec::new();
         for pair in 0..pairs {
-            let core = places.iter().find(|place| place.pair == pair).map_or(0, |place| place.core);
+            let core = places
+                .iter()
+                .find(|place| place.pair == pair)
+                .map_or(0, |place| place.core);
             pollers.push(self.create_poller(device, core)?);
         }
         let mut next = 0;
         for disk in planned {
-            let namespace = servable(disk, device)?;
+            let (namespace, geometry) = servable(disk, device)?;
             let queues = disk.queue_cores.iter().map(|_| {
                 let place = places[next];
                 next += 1;
@@ -192,7 +218,7 @@ impl Server {
             self.disks.push(Arc::new(Disk {
                 name: disk.socket.to_string(),
                 device: Arc::clone(device),
-                read_only: disk.readonly || namespace.write_protected,
+                geometry,
                 namespace,
                 serial,
                 queues: queues.collect(),
@@ -202,8 +228,15 @@ impl Server {
         Ok(())
     }
 
-    fn create_poller(&mut self, device: &Arc<Device>, core: usize) -> Result<(ReactorHandle, PollerId, u16), ServerError> {
-        let reactor = self.reactors.iter().find(|reactor| reactor.handle().core() == core);
+    fn create_poller(
+        &mut self,
+        device: &Arc<Device>,
+        core: usize,
+    ) -> Result<(ReactorHandle, PollerId, u16), ServerError> {
+        let reactor = self
+            .reactors
+            .iter()
+            .find(|reactor| reactor.handle().core() == core);
         let reactor = reactor.ok_or(ReactorError::Pin { core })?.handle().clone();
         let (pair, poller) = device.create_poller()?;
         // Fewer than 2^32 queue pairs: a controller has at most 65535.
@@ -216,10 +249,16 @@ impl Server {
     /// The counters of every virtqueue, and what the software controllers say of themselves.
     #[must_use]
     pub fn report(&self) -> String {
-        let mut table = CounterTable::default();
+        let mut table = Table::default();
         for disk in &self.disks {
             for (i, queue) in disk.queues.iter().enumerate() {
-                table.push(&disk.name, i, queue.reactor.core(), queue.pair, queue.counters.snapshot());
+                table.rows.push(QueueRow {
+                    disk: disk.name.clone(),
+                    queue: i,
+                    core: queue.reactor.core(),
+                    queue_pair: queue.pair,
+                    counters: queue.counters.snapshot(),
+                });
             }
         }
         let mut report = table.to_string();
@@ -253,11 +292,15 @@ impl Server {
         let mut result = Ok(());
         for (device, reactor, id) in self.pollers.drain(..) {
             let returned = reactor.retire(id).recv_timeout(RETIRE_DEADLINE);
-            let deleted = returned.map_err(|_| ()).map(|poller: Box<dyn Poll>| device.delete_poller(poller));
+            let deleted = returned
+                .map_err(|_| ())
+                .map(|poller: Box<dyn Poll>| device.delete_poller(poller));
             match deleted {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => result = Err(error.into()),
-                Err(()) => tracing::error!(device = %device.name, "a queue pair still has requests at the device"),
+                Err(()) => {
+                    tracing::error!(device = %device.name, "a queue pair still has requests at the device")
+                }
             }
         }
         for device in self.devices.drain(..) {
@@ -277,7 +320,10 @@ impl Server {
 ///
 /// # Errors
 /// When it cannot be opened.
-pub fn open_device(config: &DeviceConfig, virtqueues: usize) -> Result<(Device, ModelHandle), DeviceError> {
+pub fn open_device(
+    config: &DeviceConfig,
+    virtqueues: usize,
+) -> Result<(Device, ModelHandle), DeviceError> {
     let model = &config.model;
     let namespaces = u64::from(model.namespaces.max(1));
     let (medium, size) = match &model.medium {
@@ -299,7 +345,10 @@ pub fn open_device(config: &DeviceConfig, virtqueues: usize) -> Result<(Device, 
         serial: model.serial.clone(),
         ..nvme_model::ModelConfig::default()
     })
-    .map_err(|error| DeviceError::Model { name: config.name.clone(), error })?;
+    .map_err(|error| DeviceError::Model {
+        name: config.name.clone(),
+        error,
+    })?;
     let handle = transport.handle();
     // At least one, so that a device without disks can be identified.
     let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
@@ -307,7 +356,7 @@ pub fn open_device(config: &DeviceConfig, virtqueues: usize) -> Result<(Device, 
 }
 
 /// The namespace of a disk, if it can be served.
-fn servable(disk: &DiskPlan, device: &Device) -> Result<nvme_driver::Namespace, ServerError> {
+fn servable(disk: &DiskPlan, device: &Device) -> Result<(Namespace, Geometry), ServerError> {
     let refuse = |reason: String| ServerError::Namespace {
         disk: disk.socket.to_string(),
         device: device.name.clone(),
@@ -315,7 +364,11 @@ fn servable(disk: &DiskPlan, device: &Device) -> Result<nvme_driver::Namespace, 
         reason,
     };
     let namespace = device.namespace(Nsid(disk.nsid)).ok_or_else(|| {
-        let active: Vec<u32> = device.namespaces.iter().map(|info| info.namespace.nsid.0).collect();
+        let active: Vec<u32> = device
+            .namespaces
+            .iter()
+            .map(|info| info.namespace.nsid.0)
+            .collect();
         refuse(format!("it is not active (active: {active:?})"))
     })?;
     if namespace.metadata_size != 0 {
@@ -324,13 +377,19 @@ fn servable(disk: &DiskPlan, device: &Device) -> Result<nvme_driver::Namespace, 
             namespace.metadata_size
         )));
     }
-    if namespace.blocks == 0 || namespace.blocks.checked_mul(u64::from(namespace.block_size)).is_none() {
-        return Err(refuse(format!("its size of {} blocks makes no disk", namespace.blocks)));
-    }
     if namespace.block_size > device.max_transfer {
-        return Err(refuse(format!("one block exceeds the {} bytes of one command", device.max_transfer)));
+        return Err(refuse(format!(
+            "one block exceeds the {} bytes of one command",
+            device.max_transfer
+        )));
     }
-    Ok(namespace.clone())
+    let shift = namespace.block_size.trailing_zeros();
+    let read_only = disk.readonly || namespace.write_protected;
+    let geometry =
+        Geometry::new(shift, namespace.blocks, read_only).filter(|geometry| geometry.blocks() > 0);
+    let geometry =
+        geometry.ok_or_else(|| refuse(format!("{} blocks make no disk", namespace.blocks)))?;
+    Ok((namespace.clone(), geometry))
 }
 
 /// A connection and the thread that serves it.
@@ -343,7 +402,10 @@ impl Connection {
     /// The front-end hung up, or its session ended.
     fn is_over(&self) -> bool {
         let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         let hung_up = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0);
         hung_up || self.thread.is_finished()
     }
@@ -360,7 +422,8 @@ impl Connection {
 /// first is still draining waits for that.
 fn accept_loop(disk: &Arc<Disk>, listener: &Listener, stop: &Arc<Stop>) {
     let mut current: Option<Connection> = None;
-    while wait_readable(listener.socket().as_fd(), Some(stop.event.as_fd()), None) && !stop.is_set() {
+    while wait_readable(listener.socket().as_fd(), Some(stop.event.as_fd()), None) && !stop.is_set()
+    {
         let stream = match listener.socket().accept() {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -382,7 +445,10 @@ fn accept_loop(disk: &Arc<Disk>, listener: &Listener, stop: &Arc<Stop>) {
         let thread = std::thread::Builder::new().name("session".to_owned());
         let started = clone.and_then(|clone| {
             let thread = thread.spawn(move || run_session(&session_disk, stream))?;
-            Ok(Connection { stream: clone, thread })
+            Ok(Connection {
+                stream: clone,
+                thread,
+            })
         });
         match started {
             Ok(connection) => current = Some(connection),
@@ -395,13 +461,20 @@ fn accept_loop(disk: &Arc<Disk>, listener: &Listener, stop: &Arc<Stop>) {
 }
 
 /// Waits until `fd` or `stop` is readable, or `timeout` has passed. `false` on an error that will not go away.
-fn wait_readable(fd: BorrowedFd<'_>, stop: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
+fn wait_readable(
+    fd: BorrowedFd<'_>,
+    stop: Option<BorrowedFd<'_>>,
+    timeout: Option<Duration>,
+) -> bool {
     let mut fds = vec![PollFd::new(&fd, PollFlags::IN)];
     if let Some(stop) = &stop {
         fds.push(PollFd::new(stop, PollFlags::IN));
     }
     let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-    matches!(poll(&mut fds, timeout.as_ref()), Ok(_) | Err(rustix::io::Errno::INTR))
+    matches!(
+        poll(&mut fds, timeout.as_ref()),
+        Ok(_) | Err(rustix::io::Errno::INTR)
+    )
 }
 
 fn run_session(disk: &Arc<Disk>, stream: UnixStream) {
@@ -446,8 +519,12 @@ fn monitor_loop(devices: &[Arc<Device>], stop: &Stop) {
         for device in devices {
             match device.next_event() {
                 Ok(None) => {}
-                Ok(Some(event)) => tracing::warn!(device = %device.name, event, "asynchronous event"),
-                Err(error) => tracing::error!(device = %device.name, %error, "cannot read asynchronous events"),
+                Ok(Some(event)) => {
+                    tracing::warn!(device = %device.name, event, "asynchronous event")
+                }
+                Err(error) => {
+                    tracing::error!(device = %device.name, %error, "cannot read asynchronous events")
+                }
             }
         }
         wait_readable(stop.event.as_fd(), None, Some(LOOK_INTERVAL));

@@ -9,14 +9,14 @@ use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserSharedMsg, VhostUserShMemConfig,
-    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
     Backend, Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
@@ -29,18 +29,27 @@ use crate::datapath::{Lane, LaneConfig, LaneId, Signal};
 use crate::reactor::{PollerId, ReactorHandle};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
-use crate::virtio::blk::{self, BlkLimits, VirtioBlkConfig};
-use crate::virtio::virtqueue::{MAX_QUEUE_SIZE, Virtqueue, VirtqueueConfig};
+use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
+use crate::virtio::virtqueue::{self, MAX_QUEUE_SIZE, Virtqueue, VirtqueueConfig};
 
 /// How long a drain may take: longer than any healthy SSD needs for its slowest command.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// The configuration space that a front-end may read: QEMU's own limit for one message.
 const CONFIG_SPACE: usize = 256;
+/// Data segments of one request. With header and status a chain has 128 descriptors: QEMU's default queue size, so
+/// that a chain never exceeds its queue. A guest with smaller queues must limit its requests itself.
+const SEG_MAX: u32 = 126;
+/// DISCARD and WRITE_ZEROES: just below 4 GiB a segment, in whole blocks of any size up to 64 KiB; 256 segments are
+/// one Dataset Management command.
+const RANGE_LIMITS: RangeLimits = RangeLimits {
+    max_sectors: 0x7f_ff80,
+    max_segments: 256,
+};
+/// Where `writeback` stands in the configuration space: its only writable byte.
+const WRITEBACK_OFFSET: u32 = 32;
 
-const F_EVENT_IDX: u64 = 1 << 29;
-const F_INDIRECT: u64 = 1 << 28;
+/// VHOST_USER_F_PROTOCOL_FEATURES.
 const F_PROTOCOL: u64 = 1 << 30;
-const F_VERSION_1: u64 = 1 << 32;
 /// Descriptors would hold I/O virtual addresses that only the front-end can translate.
 const F_ACCESS_PLATFORM: u64 = 1 << 33;
 const F_RING_PACKED: u64 = 1 << 34;
@@ -67,8 +76,8 @@ pub struct Disk {
     pub device: Arc<Device>,
     /// The namespace behind it.
     pub namespace: Namespace,
-    /// The guest may only read.
-    pub read_only: bool,
+    /// Its size as the guest sees it, and whether the guest may only read.
+    pub geometry: Geometry,
     /// What GET_ID answers.
     pub serial: [u8; 20],
     /// Its virtqueues.
@@ -82,25 +91,31 @@ impl Disk {
     /// Feature bits offered to the guest, and bit 30.
     #[must_use]
     pub fn features(&self) -> u64 {
-        let mut features = F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_PROTOCOL;
-        features |= blk::F_SEG_MAX | blk::F_BLK_SIZE | blk::F_TOPOLOGY | blk::F_MQ | blk::F_FLUSH | blk::F_CONFIG_WCE;
-        if self.read_only {
-            return features | blk::F_RO;
+        let mut features =
+            F_PROTOCOL | feature::VERSION_1 | feature::INDIRECT_DESC | feature::EVENT_IDX;
+        features |= feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY | feature::MQ;
+        features |= feature::FLUSH | feature::CONFIG_WCE;
+        if self.geometry.read_only() {
+            return features | feature::RO;
         }
         if self.device.can_deallocate() {
-            features |= blk::F_DISCARD;
+            features |= feature::DISCARD;
         }
         if self.device.can_write_zeroes() {
-            features |= blk::F_WRITE_ZEROES;
+            features |= feature::WRITE_ZEROES;
         }
         features
     }
 
-    fn geometry(&self) -> Geometry {
-        Geometry {
-            block_shift: self.namespace.block_size.trailing_zeros(),
-            blocks: self.namespace.blocks,
-            read_only: self.read_only,
+    /// What a front-end that acknowledged `features` may ask for.
+    fn limits(&self, features: u64) -> BlkLimits {
+        let offered = features & self.features();
+        let ranges = |feature: u64| (offered & feature != 0).then_some(RANGE_LIMITS);
+        BlkLimits {
+            geometry: self.geometry,
+            flush: offered & feature::FLUSH != 0,
+            discard: ranges(feature::DISCARD),
+            write_zeroes: ranges(feature::WRITE_ZEROES),
         }
     }
 
@@ -108,7 +123,22 @@ impl Disk {
         let writeback = self.writeback.load(Ordering::Relaxed);
         // At most 64 queues: the configuration refuses more.
         let queues = u16::try_from(self.queues.len()).unwrap_or(u16::MAX);
-        let config = VirtioBlkConfig::new(&self.geometry(), queues, writeback);
+        let block_sectors = self.geometry.block_bytes() >> blk::SECTOR_SHIFT;
+        let config = VirtioBlkConfig {
+            capacity: self.geometry.sectors().into(),
+            seg_max: SEG_MAX.into(),
+            blk_size: self.geometry.block_bytes().into(),
+            min_io_size: 1.into(),
+            writeback: u8::from(writeback),
+            num_queues: queues.into(),
+            max_discard_sectors: RANGE_LIMITS.max_sectors.into(),
+            max_discard_seg: RANGE_LIMITS.max_segments.into(),
+            discard_sector_alignment: block_sectors.into(),
+            max_write_zeroes_sectors: RANGE_LIMITS.max_sectors.into(),
+            max_write_zeroes_seg: RANGE_LIMITS.max_segments.into(),
+            write_zeroes_may_unmap: 1,
+            ..VirtioBlkConfig::default()
+        };
         let mut space = [0; CONFIG_SPACE];
         let bytes = zerocopy::IntoBytes::as_bytes(&config);
         space[..bytes.len()].copy_from_slice(bytes);
@@ -175,9 +205,19 @@ impl Session {
     /// # Errors
     /// When the process has no file descriptor left.
     pub fn new(disk: Arc<Disk>) -> io::Result<Session> {
-        let vrings = disk.queues.iter().map(|_| Vring::new()).collect::<io::Result<_>>()?;
+        let vrings = disk
+            .queues
+            .iter()
+            .map(|_| Vring::new())
+            .collect::<io::Result<_>>()?;
         let memory = MemoryTable::new(Arc::clone(&disk.device.space));
-        Ok(Session { disk, owned: false, features: 0, memory, vrings })
+        Ok(Session {
+            disk,
+            owned: false,
+            features: 0,
+            memory,
+            vrings,
+        })
     }
 
     /// The front-end shrank its memory under us.
@@ -220,7 +260,9 @@ impl Session {
         if stuck.is_empty() {
             return Ok(());
         }
-        Err(refuse(format!("virtqueues {stuck:?} still have requests at the device after {DRAIN_DEADLINE:?}")))
+        Err(refuse(format!(
+            "virtqueues {stuck:?} still have requests at the device after {DRAIN_DEADLINE:?}"
+        )))
     }
 
     /// Starts every virtqueue that has all it needs and does not run yet.
@@ -234,28 +276,39 @@ impl Session {
     fn start_queue(&mut self, index: usize) -> VhostResult<()> {
         let vring = &self.vrings[index];
         let enabled = vring.enabled || self.features & F_PROTOCOL == 0;
-        let Some(addresses) = vring.addresses else { return Ok(()) };
-        if vring.running.is_some() || !enabled || !vring.kicked || vring.size == 0 || self.memory.is_empty() {
+        let Some(addresses) = vring.addresses else {
+            return Ok(());
+        };
+        if vring.running.is_some()
+            || !enabled
+            || !vring.kicked
+            || vring.size == 0
+            || self.memory.is_empty()
+        {
             return Ok(());
         }
-        let memory = self.memory.snapshot().map_err(|error| refuse(error.to_string()))?;
+        let memory = self
+            .memory
+            .snapshot()
+            .map_err(|error| refuse(error.to_string()))?;
         let rings = self.resolve(index, addresses)?;
         // The used index in guest memory says where the driver has got to (it survives a server's restart).
-        // SAFETY: `resolve` found the whole used ring in mapped memory, 4-byte aligned; atomics only (I1).
-        let next_used = unsafe { rings.used.add(2).cast::<AtomicU16>().as_ref() }.load(Ordering::Acquire);
+        // SAFETY: `resolve` found the whole used ring in mapped memory, 4-byte aligned.
+        let next_used = unsafe { virtqueue::used_index(rings.used) };
         let config = VirtqueueConfig {
             size: vring.size,
             descriptor_table: rings.descriptor_table,
             avail: rings.avail,
             used: rings.used,
-            event_idx: self.features & F_EVENT_IDX != 0,
-            indirect: self.features & F_INDIRECT != 0,
+            event_idx: self.features & feature::EVENT_IDX != 0,
+            indirect: self.features & feature::INDIRECT_DESC != 0,
             next_avail: vring.base,
-            next_used: u16::from_le(next_used),
+            next_used,
         };
         // SAFETY: the three rings lie wholly in memory that `memory` keeps mapped, aligned (`resolve`); the lane owns
         // `memory` for as long as the queue exists.
-        let queue = unsafe { Virtqueue::new(config) }.map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
+        let queue = unsafe { Virtqueue::new(config) }
+            .map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
         let disk = &self.disk;
         let place = &disk.queues[index];
         let id = next_lane_id();
@@ -263,7 +316,7 @@ impl Session {
             id,
             queue,
             memory,
-            limits: BlkLimits { geometry: disk.geometry(), features: self.features & disk.features() },
+            limits: disk.limits(self.features),
             nsid: disk.namespace.nsid,
             serial: disk.serial,
             write_through: self.write_through(),
@@ -281,26 +334,43 @@ impl Session {
 
     /// I11: a guest without FLUSH, or one that asked for writeback = 0, gets write-through.
     fn write_through(&self) -> bool {
-        let flush = self.features & blk::F_FLUSH != 0;
-        let configured = self.features & blk::F_CONFIG_WCE != 0;
+        let flush = self.features & feature::FLUSH != 0;
+        let configured = self.features & feature::CONFIG_WCE != 0;
         !flush || (configured && !self.disk.writeback.load(Ordering::Relaxed))
     }
 
     fn resolve(&self, index: usize, addresses: RingAddresses) -> VhostResult<ResolvedRings> {
-        let size = u64::from(self.vrings[index].size);
-        let part = |what: &str, at: u64, len: u64, align: usize| {
-            let hva = self.memory.resolve_user(at, len).ok_or_else(|| {
+        let size = self.vrings[index].size;
+        let part = |what: &str, at: u64, len: u32, align: usize| {
+            let hva = self.memory.resolve_user(at, u64::from(len)).ok_or_else(|| {
                 refuse(format!("virtqueue {index}: {what} at {at:#x} of {len} bytes is not in shared memory"))
             })?;
             if !hva.addr().get().is_multiple_of(align) {
-                return Err(refuse(format!("virtqueue {index}: {what} at {at:#x} is not aligned to {align}")));
+                return Err(refuse(format!(
+                    "virtqueue {index}: {what} at {at:#x} is not aligned to {align}"
+                )));
             }
             Ok(hva)
         };
         Ok(ResolvedRings {
-            descriptor_table: part("descriptor table", addresses.descriptor_table, 16 * size, 16)?,
-            avail: part("avail ring", addresses.avail, 6 + 2 * size, 2)?,
-            used: part("used ring", addresses.used, 6 + 8 * size, 4)?,
+            descriptor_table: part(
+                "descriptor table",
+                addresses.descriptor_table,
+                virtqueue::descriptor_table_bytes(size),
+                16,
+            )?,
+            avail: part(
+                "avail ring",
+                addresses.avail,
+                virtqueue::avail_ring_bytes(size),
+                2,
+            )?,
+            used: part(
+                "used ring",
+                addresses.used,
+                virtqueue::used_ring_bytes(size),
+                4,
+            )?,
         })
     }
 
@@ -374,9 +444,14 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_features(&mut self, features: u64) -> VhostResult<()> {
         // QEMU passes on bits of its own (such as ANY_LAYOUT) that we did not offer: harmless. These two are not.
-        for (bit, what) in [(F_RING_PACKED, "packed rings"), (F_ACCESS_PLATFORM, "an IOMMU in the guest")] {
+        for (bit, what) in [
+            (F_RING_PACKED, "packed rings"),
+            (F_ACCESS_PLATFORM, "an IOMMU in the guest"),
+        ] {
             if features & bit & !self.disk.features() != 0 {
-                return Err(refuse(format!("the guest wants {what}, which was not offered")));
+                return Err(refuse(format!(
+                    "the guest wants {what}, which was not offered"
+                )));
             }
         }
         if features != self.features {
@@ -395,13 +470,18 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> VhostResult<Option<Vec<u64>>> {
         self.change_memory(|table| {
             table.clear();
-            regions.iter().zip(files).try_for_each(|(region, file)| table.add(region.into(), file))
+            regions
+                .iter()
+                .zip(files)
+                .try_for_each(|(region, file)| table.add(region.into(), file))
         })?;
         Ok(None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
-        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_QUEUE_SIZE);
+        let size = u16::try_from(num)
+            .ok()
+            .filter(|size| size.is_power_of_two() && *size <= MAX_QUEUE_SIZE);
         let size = size.ok_or_else(|| {
             refuse(format!("virtqueue {index}: a size of {num} (a power of two up to {MAX_QUEUE_SIZE} is needed)"))
         })?;
@@ -418,12 +498,22 @@ impl VhostUserBackendReqHandlerMut for Session {
         available: u64,
         _log: u64,
     ) -> VhostResult<()> {
-        let addresses = RingAddresses { descriptor_table: descriptor, avail: available, used };
+        let addresses = RingAddresses {
+            descriptor_table: descriptor,
+            avail: available,
+            used,
+        };
         let index = self.index(index)?;
         if self.vrings[index].running.is_some() {
             // The same addresses again change nothing (QEMU repeats them when it starts or stops logging).
             let same = self.vrings[index].addresses == Some(addresses);
-            return if same { Ok(()) } else { Err(refuse(format!("new addresses of virtqueue {index} while it runs"))) };
+            return if same {
+                Ok(())
+            } else {
+                Err(refuse(format!(
+                    "new addresses of virtqueue {index} while it runs"
+                )))
+            };
         }
         self.resolve(index, addresses)?;
         self.vrings[index].addresses = Some(addresses);
@@ -433,7 +523,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
         let base16 = u16::try_from(base);
         let vring = self.stopped(index, "the base")?;
-        vring.base = base16.map_err(|_| refuse(format!("virtqueue {index}: a base of {base} on a split ring")))?;
+        vring.base = base16.map_err(|_| {
+            refuse(format!(
+                "virtqueue {index}: a base of {base} on a split ring"
+            ))
+        })?;
         Ok(())
     }
 
@@ -441,7 +535,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         let at = self.index(index)?;
         self.stop_queues(&[at])?;
         self.vrings[at].kicked = false;
-        Ok(VhostUserVringState::new(index, u32::from(self.vrings[at].base)))
+        Ok(VhostUserVringState::new(
+            index,
+            u32::from(self.vrings[at].base),
+        ))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
@@ -456,12 +553,18 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let index = self.index(u32::from(index))?;
-        self.vrings[index].call.replace(fd).map_err(VhostError::ReqHandlerError)
+        self.vrings[index]
+            .call
+            .replace(fd)
+            .map_err(VhostError::ReqHandlerError)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let index = self.index(u32::from(index))?;
-        self.vrings[index].error.replace(fd).map_err(VhostError::ReqHandlerError)
+        self.vrings[index]
+            .error
+            .replace(fd)
+            .map_err(VhostError::ReqHandlerError)
     }
 
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
@@ -476,7 +579,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
         let offered = self.get_protocol_features()?.bits();
         if features & !offered != 0 {
-            return Err(refuse(format!("protocol features {:#x} were not offered", features & !offered)));
+            return Err(refuse(format!(
+                "protocol features {:#x} were not offered",
+                features & !offered
+            )));
         }
         Ok(())
     }
@@ -488,24 +594,44 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
         let index = self.index(index)?;
         self.vrings[index].enabled = enable;
-        if enable { self.start_queue(index) } else { self.stop_queues(&[index]) }
+        if enable {
+            self.start_queue(index)
+        } else {
+            self.stop_queues(&[index])
+        }
     }
 
-    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> VhostResult<Vec<u8>> {
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<Vec<u8>> {
         let space = self.disk.config_space();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.checked_add(usize::try_from(size).unwrap_or(usize::MAX));
         let bytes = end.and_then(|end| space.get(start..end));
-        let bytes = bytes.ok_or_else(|| refuse(format!("{size} bytes at {offset} of the configuration space")))?;
+        let bytes = bytes.ok_or_else(|| {
+            refuse(format!(
+                "{size} bytes at {offset} of the configuration space"
+            ))
+        })?;
         Ok(bytes.to_vec())
     }
 
-    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> VhostResult<()> {
+    fn set_config(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<()> {
         let writeback = match bytes {
-            [writeback @ (0 | 1)] if offset == blk::CONFIG_WRITEBACK_OFFSET => *writeback == 1,
+            [writeback @ (0 | 1)] if offset == WRITEBACK_OFFSET => *writeback == 1,
             _ => {
                 let len = bytes.len();
-                return Err(refuse(format!("write of {len} bytes at {offset} of the configuration space: read only")));
+                return Err(refuse(format!(
+                    "write of {len} bytes at {offset} of the configuration space: read only"
+                )));
             }
         };
         if self.disk.writeback.swap(writeback, Ordering::Relaxed) != writeback {
@@ -540,7 +666,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.change_memory(|table| table.remove(info))
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> VhostResult<(VhostUserInflight, File)> {
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> VhostResult<(VhostUserInflight, File)> {
         Err(not_offered("GET_INFLIGHT_FD"))
     }
 

@@ -17,7 +17,9 @@ pub enum SocketError {
         path: PathBuf,
     },
     /// A file that is not a socket is there.
-    #[error("cannot listen on {path}: a file that is not a socket exists there (remove it or choose another path)")]
+    #[error(
+        "cannot listen on {path}: a file that is not a socket exists there (remove it or choose another path)"
+    )]
     NotASocket {
         /// The path.
         path: PathBuf,
@@ -53,19 +55,33 @@ impl Listener {
     /// # Errors
     /// [`SocketError`].
     pub fn bind(path: &Path) -> Result<Listener, SocketError> {
-        let error = |error| SocketError::Bind { path: path.to_owned(), error };
+        let error = |error| SocketError::Bind {
+            path: path.to_owned(),
+            error,
+        };
         match fs::symlink_metadata(path) {
             Ok(metadata) if !metadata.file_type().is_socket() => {
-                return Err(SocketError::NotASocket { path: path.to_owned() });
+                return Err(SocketError::NotASocket {
+                    path: path.to_owned(),
+                });
             }
             Ok(_) => match UnixStream::connect(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(error)?,
-                _ => return Err(SocketError::Taken { path: path.to_owned() }),
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path).map_err(error)?
+                }
+                _ => {
+                    return Err(SocketError::Taken {
+                        path: path.to_owned(),
+                    });
+                }
             },
             Err(_) => {}
         }
         let listener = UnixListener::bind(path).map_err(error)?;
-        Ok(Listener { listener, path: Some(path.to_owned()) })
+        Ok(Listener {
+            listener,
+            path: Some(path.to_owned()),
+        })
     }
 
     /// Takes over an already listening socket (systemd activation).
@@ -82,13 +98,19 @@ impl Listener {
         // that is named twice).
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
         let listening = rustix::net::sockopt::socket_acceptconn(&owned).unwrap_or(false);
-        let unix = rustix::net::sockopt::socket_domain(&owned).is_ok_and(|d| d == rustix::net::AddressFamily::UNIX);
+        let unix = rustix::net::sockopt::socket_domain(&owned)
+            .is_ok_and(|d| d == rustix::net::AddressFamily::UNIX);
         if !(listening && unix) {
             return Err(bad("it is not a listening UNIX stream socket".to_owned()));
         }
         let listener = UnixListener::from(owned);
-        listener.set_nonblocking(false).map_err(|error| bad(error.to_string()))?;
-        Ok(Listener { listener, path: None })
+        listener
+            .set_nonblocking(false)
+            .map_err(|error| bad(error.to_string()))?;
+        Ok(Listener {
+            listener,
+            path: None,
+        })
     }
 
     /// The socket.
@@ -120,7 +142,10 @@ mod tests {
     fn bind_on_a_served_socket_is_taken_and_on_a_stale_one_works() {
         let path = temp("taken");
         let first = Listener::bind(&path).unwrap();
-        assert!(matches!(Listener::bind(&path), Err(SocketError::Taken { .. })));
+        assert!(matches!(
+            Listener::bind(&path),
+            Err(SocketError::Taken { .. })
+        ));
         assert!(path.exists());
         drop(first);
         assert!(!path.exists());
@@ -134,17 +159,29 @@ mod tests {
     fn bind_on_a_regular_file_keeps_the_file() {
         let path = temp("file");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(Listener::bind(&path), Err(SocketError::NotASocket { .. })));
+        assert!(matches!(
+            Listener::bind(&path),
+            Err(SocketError::NotASocket { .. })
+        ));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         fs::remove_file(&path).unwrap();
     }
 
     #[test]
     fn inherit_of_a_closed_or_foreign_descriptor_is_refused() {
-        assert!(matches!(Listener::inherit(-1), Err(SocketError::BadDescriptor { .. })));
-        assert!(matches!(Listener::inherit(987), Err(SocketError::BadDescriptor { .. })));
+        assert!(matches!(
+            Listener::inherit(-1),
+            Err(SocketError::BadDescriptor { .. })
+        ));
+        assert!(matches!(
+            Listener::inherit(987),
+            Err(SocketError::BadDescriptor { .. })
+        ));
         let file = OwnedFd::from(fs::File::open("/proc/self/exe").unwrap());
         let fd = std::os::fd::IntoRawFd::into_raw_fd(file);
-        assert!(matches!(Listener::inherit(fd), Err(SocketError::BadDescriptor { .. })));
+        assert!(matches!(
+            Listener::inherit(fd),
+            Err(SocketError::BadDescriptor { .. })
+        ));
     }
 }

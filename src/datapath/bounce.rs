@@ -41,7 +41,9 @@ impl BouncePool {
         Ok(BouncePool {
             memory: DmaBuffer::new(space, bytes, DmaAccess::Both)?,
             free: (0..CHUNKS).rev().map(ChunkId).collect(),
-            scatter: (0..CHUNKS).map(|_| Vec::with_capacity(max_segments)).collect(),
+            scatter: (0..CHUNKS)
+                .map(|_| Vec::with_capacity(max_segments))
+                .collect(),
         })
     }
 
@@ -59,7 +61,10 @@ impl BouncePool {
     /// The first `len` bytes of a chunk, as the device sees them.
     #[must_use]
     pub fn data(&self, chunk: ChunkId, len: u32) -> DataSegment {
-        DataSegment { iova: self.memory.iova(self.offset(chunk)), len }
+        DataSegment {
+            iova: self.memory.iova(self.offset(chunk)),
+            len,
+        }
     }
 
     /// Copies the guest's bytes into a chunk, before a write.
@@ -101,9 +106,9 @@ fn copy_each(
 ) {
     let mut offset = 0_usize;
     for segment in segments {
-        let len = (segment.len as usize).min(CHUNK_SIZE as usize - offset);
+        let len = (segment.len() as usize).min(CHUNK_SIZE as usize - offset);
         // SAFETY: `offset <= CHUNK_SIZE` by the line above, and a chunk is CHUNK_SIZE bytes.
-        copy(unsafe { base.add(offset) }, segment.hva, len);
+        copy(unsafe { base.add(offset) }, segment.hva(), len);
         offset += len;
     }
 }

@@ -16,13 +16,18 @@ use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
 use super::signal::Signal;
 use crate::block::{BlockOp, BlockRange, BlockStatus, RangeList};
 use crate::stats::{QueueCounters, SharedCounters};
-use crate::virtio::blk::{self, BlkLimits};
+use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest};
 use crate::virtio::chain::Chain;
-use crate::virtio::memory::{GuestMemory, Segment};
-use crate::virtio::virtqueue::Virtqueue;
+use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
+use crate::virtio::virtqueue::{HeadIndex, RingError, Virtqueue};
 
 /// Requests that one lane takes from its ring in one turn: four cache lines of used elements.
 const FETCH_BUDGET: u16 = 32;
+
+/// Pieces of guest memory that one request may consist of: its descriptors, and the region boundaries they cross.
+pub(super) fn max_segments(queue_size: u16) -> usize {
+    usize::from(queue_size) + 64
+}
 
 /// Names a lane among all that the process ever had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,10 +74,10 @@ enum State {
 /// A request between pop and used ring, at its head's place.
 #[derive(Clone, Copy, Debug)]
 struct Request {
-    /// Where the status byte goes; `None` when the guest gave no place for it.
-    status: Option<Segment>,
-    /// Used length on success.
-    written: u32,
+    /// Where the answer goes; `None` while nothing is in flight here.
+    status: Option<StatusByte>,
+    /// Bytes of data that the guest gets on success.
+    data_in: u32,
     /// Commands outstanding, plus one while the request is still being issued.
     pending: u32,
     failed: bool,
@@ -81,18 +86,28 @@ struct Request {
 /// A request that takes several commands, and how far it has come.
 #[derive(Clone, Copy, Debug)]
 struct Work {
-    head: u16,
+    head: HeadIndex,
     step: Step,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// `left` blocks from `lba`; `offset` bytes of the data segments are behind us.
-    Transfer { write: bool, lba: u64, left: u32, offset: u64 },
+    Transfer {
+        write: bool,
+        lba: u64,
+        left: u32,
+        offset: u64,
+    },
     /// `left` blocks from `lba` of range `range`; ranges after it follow.
-    WriteZeroes { range: usize, done: u32 },
+    WriteZeroes {
+        range: usize,
+        done: u32,
+    },
     /// All ranges from `range` on.
-    Discard { range: usize },
+    Discard {
+        range: usize,
+    },
     Flush,
 }
 
@@ -108,7 +123,7 @@ enum Progress {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CommandContext {
     pub(super) lane: u16,
-    pub(super) head: u16,
+    pub(super) head: HeadIndex,
     pub(super) bounce: Option<ChunkId>,
 }
 
@@ -161,18 +176,24 @@ impl Lane {
     #[must_use]
     pub fn new(config: LaneConfig) -> Lane {
         let size = config.queue.size();
-        let idle = Request { status: None, written: 0, pending: 0, failed: false };
+        let idle = Request {
+            status: None,
+            data_in: 0,
+            pending: 0,
+            failed: false,
+        };
         let mut queue = config.queue;
         // After a (re)start the guest may wait for an interrupt that its last server owed it: one spurious signal.
         queue.request_signal();
+        queue.suppress_kicks();
         Lane {
             queue,
-            chain: Chain::new(usize::from(size)),
+            chain: Chain::new(max_segments(size)),
             requests: vec![idle; usize::from(size)].into_boxed_slice(),
             work: None,
             state: State::Running,
             slot: 0,
-            block_shift: config.limits.geometry.block_shift,
+            block_shift: config.limits.geometry.block_shift(),
             counters: config.shared.snapshot(),
             ranges: RangeList::new(),
             config: LaneParts {
@@ -257,37 +278,55 @@ impl Lane {
         let parsed = blk::parse(&mut self.chain, &mut self.ranges, &self.config.limits);
         let request = match parsed {
             Ok(request) => request,
-            Err(reject) => return self.reject(head, &reject),
+            Err(reject) => return self.reject(head, reject),
         };
         let (write, range) = match request.op {
             BlockOp::Read(range) => (false, range),
             BlockOp::Write(range) => (true, range),
-            op => return self.start_other(pair, head, request.status, op),
+            _ => return self.start_other(pair, head, &request),
         };
-        let bytes = u64::from(range.count.get()) << self.block_shift;
-        let written = if write {
+        let bytes = range.count.bytes(self.block_shift);
+        if write {
             self.counters.writes += 1;
             self.counters.bytes_written += bytes;
-            1
         } else {
             self.counters.reads += 1;
             self.counters.bytes_read += bytes;
-            // `parse` refuses chains of 2^32 bytes and more, data and status together.
-            (bytes as u32).wrapping_add(1)
+        }
+        let slot = &mut self.requests[usize::from(head.get())];
+        *slot = Request {
+            status: Some(request.status),
+            data_in: request.data_in,
+            pending: 1,
+            failed: false,
         };
-        let slot = &mut self.requests[usize::from(head)];
-        *slot = Request { status: Some(request.status), written, pending: 1, failed: false };
-        if bytes <= u64::from(pair.queue.max_transfer()) {
+        // Chains hold fewer than 2^32 bytes, so only a request beyond the limit fails the conversion.
+        let short = u32::try_from(bytes)
+            .ok()
+            .filter(|bytes| *bytes <= pair.queue.max_transfer());
+        if let Some(bytes) = short {
             let entry = self.transfer_entry(write, range.lba.get(), range.count.get());
-            let segments = if write { self.chain.readable() } else { self.chain.writable() };
-            let segments = segments.iter().map(|segment| DataSegment { iova: Iova(segment.dma), len: segment.len });
-            match pair.queue.submit(entry, segments, bytes as u32) {
+            let segments = if write {
+                self.chain.readable()
+            } else {
+                self.chain.writable()
+            };
+            match pair
+                .queue
+                .submit(entry, segments.iter().map(as_data), bytes)
+            {
                 Ok(cid) => {
-                    pair.commands[cid.index()] = CommandContext { lane: self.slot, head, bounce: None };
+                    pair.commands[cid.index()] = CommandContext {
+                        lane: self.slot,
+                        head,
+                        bounce: None,
+                    };
                     self.counters.commands += 1;
                     return;
                 }
-                Err(SubmitError::Full | SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong)) => {}
+                Err(
+                    SubmitError::Full | SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong),
+                ) => {}
                 Err(SubmitError::Prp(PrpError::LengthMismatch)) => {
                     self.fail_request(head);
                     self.end_command(head);
@@ -295,10 +334,15 @@ impl Lane {
                 }
             }
         }
-        if bytes > u64::from(pair.queue.max_transfer()) {
+        if short.is_none() {
             self.counters.split += 1;
         }
-        let step = Step::Transfer { write, lba: range.lba.get(), left: range.count.get(), offset: 0 };
+        let step = Step::Transfer {
+            write,
+            lba: range.lba.get(),
+            left: range.count.get(),
+            offset: 0,
+        };
         self.begin_work(pair, head, step);
     }
 
@@ -314,10 +358,19 @@ impl Lane {
 
     /// Everything that is neither a read nor a write.
     #[cold]
-    fn start_other<T: Transport>(&mut self, pair: &mut Pair<T>, head: u16, status: Segment, op: BlockOp) {
-        let request = Request { status: Some(status), written: 1, pending: 1, failed: false };
-        self.requests[usize::from(head)] = request;
-        let step = match op {
+    fn start_other<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        head: HeadIndex,
+        request: &BlkRequest,
+    ) {
+        self.requests[usize::from(head.get())] = Request {
+            status: Some(request.status),
+            data_in: request.data_in,
+            pending: 1,
+            failed: false,
+        };
+        let step = match request.op {
             BlockOp::Flush => {
                 self.counters.flushes += 1;
                 self.config.volatile_cache.then_some(Step::Flush)
@@ -325,16 +378,17 @@ impl Lane {
             BlockOp::Discard => {
                 self.counters.discards += 1;
                 // Advisory: without Dataset Management there is nothing to tell the device.
-                (self.config.deallocate && !self.ranges.is_empty()).then_some(Step::Discard { range: 0 })
+                (self.config.deallocate && !self.ranges.as_slice().is_empty())
+                    .then_some(Step::Discard { range: 0 })
             }
             BlockOp::WriteZeroes => {
                 self.counters.write_zeroes += 1;
-                (!self.ranges.is_empty()).then_some(Step::WriteZeroes { range: 0, done: 0 })
+                (!self.ranges.as_slice().is_empty())
+                    .then_some(Step::WriteZeroes { range: 0, done: 0 })
             }
             BlockOp::DeviceId => {
                 self.counters.get_ids += 1;
-                let copied = copy_out(&self.config.serial, self.chain.writable());
-                self.requests[usize::from(head)].written = copied + 1;
+                copy_out(&self.config.serial, self.chain.writable());
                 None
             }
             // Reads and writes do not come here.
@@ -346,7 +400,7 @@ impl Lane {
         }
     }
 
-    fn begin_work<T: Transport>(&mut self, pair: &mut Pair<T>, head: u16, step: Step) {
+    fn begin_work<T: Transport>(&mut self, pair: &mut Pair<T>, head: HeadIndex, step: Step) {
         self.work = Some(Work { head, step });
         self.continue_work(pair);
     }
@@ -354,7 +408,9 @@ impl Lane {
     /// Issues as much of the current work as there is room for. `true` when none is left.
     #[cold]
     fn continue_work<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
-        let Some(mut work) = self.work.take() else { return true };
+        let Some(mut work) = self.work.take() else {
+            return true;
+        };
         // Each round issues a command, so the free slots bound the loop.
         loop {
             let progress = match work.step {
@@ -366,7 +422,7 @@ impl Lane {
             match progress {
                 Progress::Issued => {
                     self.counters.commands += 1;
-                    self.requests[usize::from(work.head)].pending += 1;
+                    self.requests[usize::from(work.head.get())].pending += 1;
                 }
                 Progress::Blocked => {
                     self.work = Some(work);
@@ -385,7 +441,15 @@ impl Lane {
     }
 
     fn issue_transfer<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
-        let Step::Transfer { write, lba, left, offset } = work.step else { return Progress::Failed };
+        let Step::Transfer {
+            write,
+            lba,
+            left,
+            offset,
+        } = work.step
+        else {
+            return Progress::Failed;
+        };
         if left == 0 {
             return Progress::Finished;
         }
@@ -393,40 +457,60 @@ impl Lane {
             return Progress::Blocked;
         }
         let shift = self.block_shift;
-        let segments = if write { self.chain.readable() } else { self.chain.writable() };
-        let blocks = left.min(pair.queue.max_transfer() >> shift).min(MAX_BLOCKS).max(1);
+        let segments = if write {
+            self.chain.readable()
+        } else {
+            self.chain.writable()
+        };
+        let blocks = left
+            .min(pair.queue.max_transfer() >> shift)
+            .min(MAX_BLOCKS)
+            .max(1);
         let bytes = blocks << shift;
         let direct = piece(segments, offset, bytes);
-        let as_data = |segment: Segment| DataSegment { iova: Iova(segment.dma), len: segment.len };
         let entry = self.transfer_entry(write, lba, blocks);
-        let (cid, blocks, bounce) = match pair.queue.submit(entry, direct.map(as_data), bytes) {
-            Ok(cid) => (cid, blocks, None),
-            Err(SubmitError::Full) => return Progress::Blocked,
-            Err(SubmitError::Prp(PrpError::LengthMismatch)) => return Progress::Failed,
-            Err(SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong)) => {
-                let Some(chunk) = pair.bounce.take() else { return Progress::Blocked };
-                let blocks = blocks.min(CHUNK_SIZE >> shift).max(1);
-                let bytes = blocks << shift;
-                let through = piece(segments, offset, bytes);
-                if write {
-                    pair.bounce.gather(chunk, through);
-                } else {
-                    pair.bounce.remember(chunk, through);
-                }
-                let entry = self.transfer_entry(write, lba, blocks);
-                let data = std::iter::once(pair.bounce.data(chunk, bytes));
-                self.counters.bounced += 1;
-                match pair.queue.submit(entry, data, bytes) {
-                    Ok(cid) => (cid, blocks, Some(chunk)),
-                    Err(error) => {
-                        pair.bounce.release(chunk);
-                        let full = error == SubmitError::Full;
-                        return if full { Progress::Blocked } else { Progress::Failed };
+        let (cid, blocks, bounce) =
+            match pair
+                .queue
+                .submit(entry, direct.map(|segment| as_data(&segment)), bytes)
+            {
+                Ok(cid) => (cid, blocks, None),
+                Err(SubmitError::Full) => return Progress::Blocked,
+                Err(SubmitError::Prp(PrpError::LengthMismatch)) => return Progress::Failed,
+                Err(SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong)) => {
+                    let Some(chunk) = pair.bounce.take() else {
+                        return Progress::Blocked;
+                    };
+                    let blocks = blocks.min(CHUNK_SIZE >> shift).max(1);
+                    let bytes = blocks << shift;
+                    let through = piece(segments, offset, bytes);
+                    if write {
+                        pair.bounce.gather(chunk, through);
+                    } else {
+                        pair.bounce.remember(chunk, through);
+                    }
+                    let entry = self.transfer_entry(write, lba, blocks);
+                    let data = std::iter::once(pair.bounce.data(chunk, bytes));
+                    self.counters.bounced += 1;
+                    match pair.queue.submit(entry, data, bytes) {
+                        Ok(cid) => (cid, blocks, Some(chunk)),
+                        Err(error) => {
+                            pair.bounce.release(chunk);
+                            let full = error == SubmitError::Full;
+                            return if full {
+                                Progress::Blocked
+                            } else {
+                                Progress::Failed
+                            };
+                        }
                     }
                 }
-            }
+            };
+        pair.commands[cid.index()] = CommandContext {
+            lane: self.slot,
+            head: work.head,
+            bounce,
         };
-        pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce };
         work.step = Step::Transfer {
             write,
             lba: lba + u64::from(blocks),
@@ -436,19 +520,39 @@ impl Lane {
         Progress::Issued
     }
 
-    fn issue_write_zeroes<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
-        let Step::WriteZeroes { range, done } = work.step else { return Progress::Failed };
-        let Some(BlockRange { lba, count, unmap }) = self.ranges.as_slice().get(range).copied() else {
+    fn issue_write_zeroes<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        work: &mut Work,
+    ) -> Progress {
+        let Step::WriteZeroes { range, done } = work.step else {
+            return Progress::Failed;
+        };
+        let Some(BlockRange { lba, count, unmap }) = self.ranges.as_slice().get(range).copied()
+        else {
             return Progress::Finished;
         };
         let blocks = (count.get() - done).min(MAX_BLOCKS);
-        let at = LbaRange { slba: lba.get() + u64::from(done), blocks };
-        let entry = SubmissionEntry::write_zeroes(self.config.nsid, at, unmap, self.config.write_through);
-        let Ok(cid) = pair.queue.submit_without_data(entry) else { return Progress::Blocked };
-        pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce: None };
+        let at = LbaRange {
+            slba: lba.get() + u64::from(done),
+            blocks,
+        };
+        let entry =
+            SubmissionEntry::write_zeroes(self.config.nsid, at, unmap, self.config.write_through);
+        let Ok(cid) = pair.queue.submit_without_data(entry) else {
+            return Progress::Blocked;
+        };
+        pair.commands[cid.index()] = CommandContext {
+            lane: self.slot,
+            head: work.head,
+            bounce: None,
+        };
         let done = done + blocks;
         work.step = if done == count.get() {
-            Step::WriteZeroes { range: range + 1, done: 0 }
+            Step::WriteZeroes {
+                range: range + 1,
+                done: 0,
+            }
         } else {
             Step::WriteZeroes { range, done }
         };
@@ -456,16 +560,30 @@ impl Lane {
     }
 
     fn issue_discard<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
-        let Step::Discard { range } = work.step else { return Progress::Failed };
+        let Step::Discard { range } = work.step else {
+            return Progress::Failed;
+        };
         let ranges = &self.ranges.as_slice()[range..];
         if ranges.is_empty() {
             return Progress::Finished;
         }
-        let as_wire = |range: &BlockRange| LbaRange { slba: range.lba.get(), blocks: range.count.get() };
-        match pair.queue.submit_deallocate(self.config.nsid, ranges.iter().map(as_wire)) {
+        let as_wire = |range: &BlockRange| LbaRange {
+            slba: range.lba.get(),
+            blocks: range.count.get(),
+        };
+        match pair
+            .queue
+            .submit_deallocate(self.config.nsid, ranges.iter().map(as_wire))
+        {
             Ok(cid) => {
-                pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce: None };
-                work.step = Step::Discard { range: range + ranges.len() };
+                pair.commands[cid.index()] = CommandContext {
+                    lane: self.slot,
+                    head: work.head,
+                    bounce: None,
+                };
+                work.step = Step::Discard {
+                    range: range + ranges.len(),
+                };
                 Progress::Issued
             }
             Err(SubmitError::Full) => Progress::Blocked,
@@ -475,16 +593,27 @@ impl Lane {
 
     fn issue_flush<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
         let entry = SubmissionEntry::flush(self.config.nsid);
-        let Ok(cid) = pair.queue.submit_without_data(entry) else { return Progress::Blocked };
-        pair.commands[cid.index()] = CommandContext { lane: self.slot, head: work.head, bounce: None };
+        let Ok(cid) = pair.queue.submit_without_data(entry) else {
+            return Progress::Blocked;
+        };
+        pair.commands[cid.index()] = CommandContext {
+            lane: self.slot,
+            head: work.head,
+            bounce: None,
+        };
         // No ranges follow: the next look finds this work finished.
-        work.step = Step::Transfer { write: false, lba: 0, left: 0, offset: 0 };
+        work.step = Step::Transfer {
+            write: false,
+            lba: 0,
+            left: 0,
+            offset: 0,
+        };
         Progress::Issued
     }
 
     /// A command of the request at `head` has completed.
     #[inline]
-    pub(super) fn command_done(&mut self, head: u16, success: bool) {
+    pub(super) fn command_done(&mut self, head: HeadIndex, success: bool) {
         if !success {
             self.fail_request(head);
         }
@@ -492,47 +621,45 @@ impl Lane {
     }
 
     #[cold]
-    fn fail_request(&mut self, head: u16) {
-        self.requests[usize::from(head)].failed = true;
+    fn fail_request(&mut self, head: HeadIndex) {
+        self.requests[usize::from(head.get())].failed = true;
     }
 
     #[inline]
-    fn end_command(&mut self, head: u16) {
-        let request = &mut self.requests[usize::from(head)];
+    fn end_command(&mut self, head: HeadIndex) {
+        let request = &mut self.requests[usize::from(head.get())];
         request.pending -= 1;
         if request.pending > 0 {
             return;
         }
-        let (status, written) = if request.failed {
-            self.counters.errors += 1;
-            (BlockStatus::IoError, 1)
+        let status = if request.failed {
+            BlockStatus::IoError
         } else {
-            (BlockStatus::Ok, request.written)
+            BlockStatus::Ok
         };
-        if let Some(place) = request.status {
-            blk::write_status(place, status);
+        if let Some(place) = request.status.take() {
+            let written = blk::finish(place, status, request.data_in);
+            self.queue.push_used(head, written);
         }
-        self.queue.push_used(head, written);
+        if status != BlockStatus::Ok {
+            self.counters.errors += 1;
+        }
     }
 
     /// A request that never becomes a command.
     #[cold]
-    fn reject(&mut self, head: u16, reject: &blk::BlkReject) {
-        if reject.malformed {
-            self.counters.malformed += 1;
-        } else if reject.status == BlockStatus::Unsupported {
-            self.counters.unsupported += 1;
-        } else {
-            self.counters.errors += 1;
+    fn reject(&mut self, head: HeadIndex, reject: BlkReject) {
+        let malformed = self.chain.fault().is_some() || reject.location.is_none();
+        match reject.status {
+            _ if malformed => self.counters.malformed += 1,
+            BlockStatus::Unsupported => self.counters.unsupported += 1,
+            BlockStatus::Ok | BlockStatus::IoError => self.counters.errors += 1,
         }
-        if let Some(place) = reject.status_byte {
-            blk::write_status(place, reject.status);
-        }
-        self.queue.push_used(head, reject.used_len());
+        self.queue.push_used(head, reject.finish());
     }
 
     #[cold]
-    fn break_ring(&mut self, _error: &crate::virtio::virtqueue::RingError) -> bool {
+    fn break_ring(&mut self, _error: &RingError) -> bool {
         if self.state == State::Running {
             self.state = State::Broken;
             self.counters.malformed += 1;
@@ -544,7 +671,8 @@ impl Lane {
     /// Makes finished requests visible to the guest, and tells it once if it wants to know.
     #[inline]
     pub(super) fn publish(&mut self) {
-        if self.queue.publish_used() && self.queue.needs_signal() && self.config.call.signal() {
+        self.queue.publish_used();
+        if self.queue.needs_signal() && self.config.call.signal() {
             self.counters.notifications += 1;
         }
     }
@@ -555,27 +683,31 @@ fn piece(segments: &[Segment], offset: u64, len: u32) -> impl Iterator<Item = Se
     let mut skip = offset;
     let mut left = len;
     segments.iter().filter_map(move |segment| {
-        if skip >= u64::from(segment.len) {
-            skip -= u64::from(segment.len);
+        if skip >= u64::from(segment.len()) {
+            skip -= u64::from(segment.len());
             return None;
         }
         // `skip` is less than the segment's length, which has 32 bits.
-        let segment = segment.advance(skip as u32);
+        let rest = segment.suffix(u32::try_from(skip).unwrap_or(u32::MAX));
         skip = 0;
-        let taken = segment.truncate(left);
-        left -= taken.len;
-        (taken.len > 0).then_some(taken)
+        let taken = rest.prefix(left);
+        left -= taken.len();
+        (taken.len() > 0).then_some(taken)
     })
 }
 
-/// Copies `bytes` into guest segments, as many as fit. Returns how many.
-fn copy_out(bytes: &[u8], segments: &[Segment]) -> u32 {
-    let mut copied = 0;
-    for segment in segments {
-        let rest = &bytes[copied..];
-        let len = rest.len().min(segment.len as usize);
-        segment.write_bytes(&rest[..len]);
-        copied += len;
+#[inline]
+fn as_data(segment: &Segment) -> DataSegment {
+    DataSegment {
+        iova: Iova(segment.dma()),
+        len: segment.len(),
     }
-    copied as u32
+}
+
+/// Copies `bytes` into guest segments, as many as fit.
+fn copy_out(bytes: &[u8], segments: &[Segment]) {
+    let mut rest = bytes;
+    for segment in segments {
+        rest = &rest[segment.copy_from(rest)..];
+    }
 }

@@ -12,14 +12,13 @@ use nvme_driver::transport::Transport;
 use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
-use super::lane::{CommandContext, Lane, LaneId, Pair};
+use super::lane::{CommandContext, Lane, LaneId, Pair, max_segments};
+use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
 const POLL_BUDGET: usize = 64;
 /// A lane's counters are shown to others every so many turns.
 const PUBLISH_INTERVAL: u64 = 1024;
-/// The most segments of one request: descriptors are bounded by the queue size of 1024, and a few cross regions.
-const MAX_SEGMENTS: usize = 1280;
 
 /// What a reactor drives: one turn at a time, whatever the transport. The one virtual call of a turn is here.
 pub trait Poll: Send {
@@ -54,11 +53,19 @@ impl<T: Transport> Poller<T> {
     /// # Errors
     /// When there is no memory for bounce buffers; the queue pair is lost then (its memory is leaked, and says so).
     pub fn new(queue: QueuePair<T>, space: &Arc<DmaSpace>) -> Result<Poller<T>, DmaError> {
-        let idle = CommandContext { lane: 0, head: 0, bounce: None };
+        let idle = CommandContext {
+            lane: 0,
+            head: HeadIndex::default(),
+            bounce: None,
+        };
         let commands = vec![idle; usize::from(queue.depth())].into_boxed_slice();
-        let bounce = BouncePool::new(space, MAX_SEGMENTS)?;
+        let bounce = BouncePool::new(space, max_segments(MAX_QUEUE_SIZE))?;
         Ok(Poller {
-            pair: Pair { queue, commands, bounce },
+            pair: Pair {
+                queue,
+                commands,
+                bounce,
+            },
             lanes: Vec::with_capacity(64),
             lane_count: 0,
             draining: 0,
@@ -94,7 +101,9 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         let mut busy = false;
         self.pair.queue.service();
         for _ in 0..POLL_BUDGET {
-            let Some(completion) = self.pair.queue.poll() else { break };
+            let Some(completion) = self.pair.queue.poll() else {
+                break;
+            };
             busy = true;
             self.complete(completion);
         }
@@ -132,10 +141,14 @@ impl<T: Transport + 'static> Poll for Poller<T> {
     }
 
     fn attach(&mut self, mut lane: Box<Lane>) {
-        let place = self.lanes.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.lanes.push(None);
-            self.lanes.len() - 1
-        });
+        let place = self
+            .lanes
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or_else(|| {
+                self.lanes.push(None);
+                self.lanes.len() - 1
+            });
         // A process has far fewer than 65536 lanes on one queue pair: each needs two descriptors of its own.
         lane.set_slot(u16::try_from(place).unwrap_or(u16::MAX));
         lane.publish();
@@ -158,7 +171,8 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         if self.draining == 0 {
             return None;
         }
-        let drained = |lane: &Option<Box<Lane>>| lane.as_ref().is_some_and(|lane| lane.is_drained());
+        let drained =
+            |lane: &Option<Box<Lane>>| lane.as_ref().is_some_and(|lane| lane.is_drained());
         let place = self.lanes.iter().position(drained)?;
         let mut lane = self.lanes[place].take()?;
         self.draining -= 1;

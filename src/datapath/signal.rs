@@ -72,7 +72,10 @@ pub fn require_eventfd(file: &File) -> io::Result<()> {
     if target.to_string_lossy() == "anon_inode:[eventfd]" {
         return Ok(());
     }
-    let what = format!("the notification descriptor is {}, not an eventfd", target.display());
+    let what = format!(
+        "the notification descriptor is {}, not an eventfd",
+        target.display()
+    );
     Err(io::Error::new(io::ErrorKind::InvalidInput, what))
 }
 
@@ -117,7 +120,10 @@ mod tests {
 
     #[test]
     fn replace_with_a_regular_file_is_refused() {
-        let error = Signal::new().unwrap().replace(Some(File::open("/proc/self/exe").unwrap())).unwrap_err();
+        let error = Signal::new()
+            .unwrap()
+            .replace(Some(File::open("/proc/self/exe").unwrap()))
+            .unwrap_err();
         assert!(error.to_string().contains("not an eventfd"), "{error}");
     }
 }

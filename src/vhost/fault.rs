@@ -33,7 +33,11 @@ struct Slot {
 }
 
 static SLOTS: [Slot; MAX_GUARDS] = [const {
-    Slot { start: AtomicUsize::new(0), len: AtomicUsize::new(0), flag: AtomicPtr::new(std::ptr::null_mut()) }
+    Slot {
+        start: AtomicUsize::new(0),
+        len: AtomicUsize::new(0),
+        flag: AtomicPtr::new(std::ptr::null_mut()),
+    }
 }; MAX_GUARDS];
 /// Slots below this have been used: what the handler scans.
 static USED: AtomicUsize = AtomicUsize::new(0);
@@ -53,13 +57,22 @@ impl FaultGuard {
     pub fn register(hva: NonNull<u8>, len: usize, flag: &Poisoned) -> Option<FaultGuard> {
         install();
         let _registry = REGISTRY.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = SLOTS.iter().position(|slot| slot.len.load(Ordering::Relaxed) == 0)?;
-        SLOTS[slot].start.store(hva.as_ptr().addr(), Ordering::Relaxed);
-        SLOTS[slot].flag.store(Arc::as_ptr(&flag.0).cast_mut(), Ordering::Relaxed);
+        let slot = SLOTS
+            .iter()
+            .position(|slot| slot.len.load(Ordering::Relaxed) == 0)?;
+        SLOTS[slot]
+            .start
+            .store(hva.as_ptr().addr(), Ordering::Relaxed);
+        SLOTS[slot]
+            .flag
+            .store(Arc::as_ptr(&flag.0).cast_mut(), Ordering::Relaxed);
         // Release: pairs with the handler's Acquire of `len`, which makes the two above visible.
         SLOTS[slot].len.store(len, Ordering::Release);
         USED.fetch_max(slot + 1, Ordering::Release);
-        Some(FaultGuard { slot, flag: flag.clone() })
+        Some(FaultGuard {
+            slot,
+            flag: flag.clone(),
+        })
     }
 }
 
@@ -87,7 +100,11 @@ fn install() {
     });
 }
 
-extern "C" fn on_sigbus(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+extern "C" fn on_sigbus(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
     // SAFETY: the kernel passes a valid siginfo for SA_SIGINFO handlers.
     let address = unsafe { (*info).si_addr() }.addr();
     for slot in SLOTS.iter().take(USED.load(Ordering::Acquire)) {

@@ -12,8 +12,8 @@ use nvme_driver::dma::{DmaAccess, DmaError, DmaMapping, DmaSpace};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::vhost::fault::FaultGuard;
-use crate::virtio::memory::{Gpa, GuestMemory, GuestRegion, MemoryError};
+use super::fault::{FaultGuard, Poisoned};
+use crate::virtio::memory::{Gpa, GuestMemory, GuestRegion, RegionError};
 
 /// The most regions of one table. QEMU's own limit for a vhost-user device is lower (512 with memory slots).
 pub const MAX_REGIONS: usize = 256;
@@ -69,7 +69,7 @@ pub enum TableError {
     },
     /// The table as a whole.
     #[error("memory table: {0}")]
-    Table(#[from] MemoryError),
+    Table(#[from] RegionError),
 }
 
 /// One region: mapped here and for the device. Dropping it unmaps from the device first.
@@ -92,7 +92,7 @@ unsafe impl Sync for Region {}
 #[derive(Debug)]
 pub struct MemoryTable {
     space: Arc<DmaSpace>,
-    poisoned: crate::vhost::fault::Poisoned,
+    poisoned: Poisoned,
     regions: Vec<Arc<Region>>,
 }
 
@@ -102,7 +102,7 @@ impl MemoryTable {
     pub fn new(space: Arc<DmaSpace>) -> MemoryTable {
         MemoryTable {
             space,
-            poisoned: crate::vhost::fault::Poisoned::default(),
+            poisoned: Poisoned::default(),
             regions: Vec::new(),
         }
     }
@@ -134,32 +134,56 @@ impl MemoryTable {
             size: info.size,
             reason: reason.to_owned(),
         };
-        let end = |start: u64| start.checked_add(info.size).ok_or_else(|| refuse("its end wraps around"));
+        let end = |start: u64| {
+            start
+                .checked_add(info.size)
+                .ok_or_else(|| refuse("its end wraps around"))
+        };
         if info.size == 0 {
             return Err(refuse("it is empty"));
         }
-        let (gpa_end, user_end, file_end) = (end(info.gpa)?, end(info.user_addr)?, end(info.mmap_offset)?);
-        if !info.size.is_multiple_of(PAGE) || !info.mmap_offset.is_multiple_of(PAGE) || !info.gpa.is_multiple_of(PAGE) {
-            return Err(refuse("address, size and file offset must be multiples of 4096"));
+        let (gpa_end, user_end, file_end) =
+            (end(info.gpa)?, end(info.user_addr)?, end(info.mmap_offset)?);
+        if !info.size.is_multiple_of(PAGE)
+            || !info.mmap_offset.is_multiple_of(PAGE)
+            || !info.gpa.is_multiple_of(PAGE)
+        {
+            return Err(refuse(
+                "address, size and file offset must be multiples of 4096",
+            ));
         }
         if self.regions.len() >= MAX_REGIONS {
-            return Err(refuse(&format!("the table already holds {MAX_REGIONS} regions")));
+            return Err(refuse(&format!(
+                "the table already holds {MAX_REGIONS} regions"
+            )));
         }
         for other in &self.regions {
             let other = &other.info;
             if info.gpa < other.gpa + other.size && other.gpa < gpa_end {
-                return Err(refuse(&format!("it overlaps the region at gpa {:#x}", other.gpa)));
+                return Err(refuse(&format!(
+                    "it overlaps the region at gpa {:#x}",
+                    other.gpa
+                )));
             }
             if info.user_addr < other.user_addr + other.size && other.user_addr < user_end {
-                return Err(refuse(&format!("its user address overlaps the region at gpa {:#x}", other.gpa)));
+                return Err(refuse(&format!(
+                    "its user address overlaps the region at gpa {:#x}",
+                    other.gpa
+                )));
             }
         }
         // A region larger than its file would be SIGBUS on first touch.
-        let file_size = file.metadata().map_err(|error| refuse(&format!("cannot stat its file: {error}")))?.len();
+        let file_size = file
+            .metadata()
+            .map_err(|error| refuse(&format!("cannot stat its file: {error}")))?
+            .len();
         if file_end > file_size {
-            return Err(refuse(&format!("its file has only {file_size:#x} bytes, {file_end:#x} are needed")));
+            return Err(refuse(&format!(
+                "its file has only {file_size:#x} bytes, {file_end:#x} are needed"
+            )));
         }
-        let size = usize::try_from(info.size).map_err(|_| refuse("it does not fit this process"))?;
+        let size =
+            usize::try_from(info.size).map_err(|_| refuse("it does not fit this process"))?;
         let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, info.mmap_offset), size)
             .map_err(|error| refuse(&format!("cannot map its file: {error}")))?;
         let hva = NonNull::new(mapping.as_ptr()).ok_or_else(|| refuse("mapped at address 0"))?;
@@ -167,9 +191,26 @@ impl MemoryTable {
             .ok_or_else(|| refuse("too many guest regions are mapped in this process"))?;
         // SAFETY: `mapping` keeps the pages mapped and is owned by the DMA mapping; guest memory is never lent as a
         // Rust reference (I1).
-        let dma = unsafe { DmaMapping::new(&self.space, hva, info.size, DmaAccess::Both, Box::new(mapping)) }
-            .map_err(|error| TableError::Dma { gpa: info.gpa, size: info.size, error })?;
-        self.regions.push(Arc::new(Region { info, hva, _guard: guard, dma }));
+        let dma = unsafe {
+            DmaMapping::new(
+                &self.space,
+                hva,
+                info.size,
+                DmaAccess::Both,
+                Box::new(mapping),
+            )
+        }
+        .map_err(|error| TableError::Dma {
+            gpa: info.gpa,
+            size: info.size,
+            error,
+        })?;
+        self.regions.push(Arc::new(Region {
+            info,
+            hva,
+            _guard: guard,
+            dma,
+        }));
         Ok(())
     }
 
@@ -179,13 +220,18 @@ impl MemoryTable {
     /// When there is no such region.
     pub fn remove(&mut self, info: RegionInfo) -> Result<(), TableError> {
         let same = |region: &Arc<Region>| {
-            (region.info.gpa, region.info.user_addr, region.info.size) == (info.gpa, info.user_addr, info.size)
+            (region.info.gpa, region.info.user_addr, region.info.size)
+                == (info.gpa, info.user_addr, info.size)
         };
-        let at = self.regions.iter().position(same).ok_or_else(|| TableError::Invalid {
-            gpa: info.gpa,
-            size: info.size,
-            reason: "it is to be removed but is not in the table".to_owned(),
-        })?;
+        let at = self
+            .regions
+            .iter()
+            .position(same)
+            .ok_or_else(|| TableError::Invalid {
+                gpa: info.gpa,
+                size: info.size,
+                reason: "it is to be removed but is not in the table".to_owned(),
+            })?;
         self.regions.remove(at);
         Ok(())
     }
@@ -202,7 +248,8 @@ impl MemoryTable {
             dma: region.dma.iova().0,
         });
         // SAFETY: the regions are mapped as they say, and the owner keeps them so.
-        let memory = unsafe { GuestMemory::new(regions.collect(), Box::new(self.regions.clone()))? };
+        let memory =
+            unsafe { GuestMemory::new(regions.collect(), Box::new(self.regions.clone()))? };
         Ok(Arc::new(memory))
     }
 
