@@ -1,5 +1,57 @@
-//! Tandem: a polled-mode userspace storage server. Each guest virtqueue rides in tandem with one NVMe queue
-//! pair, on one pinned core that busy-polls both rings.
+//! Tandem: a polled-mode userspace storage server. Each guest virtqueue rides in tandem with one NVMe queue pair, on
+//! one pinned core that busy-polls both rings: no lock, no allocation, no interrupt and no system call per request.
+//!
+//! ```text
+//!  guest avail ring                                                 guest used ring, then the call eventfd
+//!       | virtio::virtqueue   one Acquire load of avail.idx a turn        ^ used elements, used.idx, one signal
+//!       v                                                                 |
+//!  virtio::chain      each descriptor copied once               datapath::lane   last command of a request?
+//!       v                                                                 |
+//!  virtio::blk        header -> block::BlockOp, checked         QueuePair::poll  phase, CID -> context
+//!       v                                                                 |
+//!  datapath::lane     PRPs in place, split at MDTS, or bounced            |
+//!       v                                                                 |
+//!  QueuePair::submit  SQEs; one doorbell a turn  ------------->  NVMe controller (or nvme-model) ---+
+//! ```
+//! A turn goes: completions first (they free slots), submissions, one doorbell, then the guests' used rings.
+//!
+//! # Rooms
+//! | room | what it is |
+//! |---|---|
+//! | [`cli`], [`config`], [`plan`] | flags and TOML -> `Config` -> `Plan`, before anything is touched |
+//! | [`control`] | the life of the process: devices, sockets, one [`control::session`] per front-end |
+//! | [`vhost`] | a front-end's memory: mapped here and for the device, faults contained |
+//! | [`reactor`] | a pinned core with a mailbox and pollers |
+//! | [`datapath`] | lanes (a virtqueue in service) and pollers (a queue pair and its lanes) |
+//! | [`virtio`] | split virtqueue, descriptor walk, virtio-blk; knows no NVMe |
+//! | [`block`] | the vocabulary between the two |
+//! | [`stats`] | counters of each virtqueue |
+//! | [`sim`] | a simulated guest driver, for tests and benchmarks |
+//!
+//! The NVMe side is the crate `nvme-driver`, usable alone; `nvme-model` is the embedded controller behind it.
+//! Dependencies point downwards only; `tests/tidy.rs` holds that. Start reading at [`datapath::lane`].
+//!
+//! # Invariants
+//! SAFETY comments and assertions cite these numbers.
+//!
+//! - **I1** No Rust reference is made to bytes that a guest or the device also writes; they are reached as atomics or
+//!   copied.
+//! - **I2** A mapping outlives every command that names it: only a drained lane gives up its memory.
+//! - **I3** A CID is outstanding at most once per submission queue.
+//! - **I4** A submission queue slot is reused only after SQHD passed it, a CID only after its completion.
+//! - **I5** Every head taken from the avail ring is returned to the used ring exactly once.
+//! - **I6** What a guest wrote is read once, validated, and then only the copy is used.
+//! - **I7** One thread touches a queue pair or a virtqueue: ownership moves by value.
+//! - **I8** Every wait has a deadline, every loop a bound.
+//! - **I9** Nothing on a reactor allocates, locks, formats or blocks; its only system call is the write to an eventfd.
+//! - **I10** The device is not trusted for indices, nor the guest for anything.
+//! - **I11** A completed FLUSH makes every earlier completed write durable; a guest without FLUSH gets write-through.
+//! - **I12** Shutdown returns every queue pair and leaves the controller clean (CC.SHN).
+//!
+//! # Words
+//! Names are the specifications': SQ, CQ, CID, PRP, MDTS, NSID (NVMe); virtqueue, descriptor, head, avail, used
+//! (virtio); front-end, back-end (vhost-user). Ours: a *lane* is one guest virtqueue in service, a *poller* is one
+//! queue pair with the lanes that ride on it, a *reactor* is one core that polls.
 
 pub mod block;
 pub mod cli;
@@ -8,6 +60,7 @@ pub mod control;
 pub mod datapath;
 pub mod plan;
 pub mod reactor;
+pub mod sim;
 pub mod stats;
 pub mod vhost;
 pub mod virtio;
