@@ -120,7 +120,7 @@ fn render_flags(config: &Config) -> Vec<String> {
         "--cores".to_owned(),
         config.cores.to_string(),
         "--log".to_owned(),
-        config.log.as_str().to_owned(),
+        config.log.to_string(),
     ];
     for device in &config.devices {
         flags.extend([
@@ -160,8 +160,7 @@ fn render_toml(config: &Config, bare: bool) -> String {
     };
     let mut text = format!(
         "[server]\ncores = \"{}\"\nlog = \"{}\"\n",
-        config.cores,
-        config.log.as_str()
+        config.cores, config.log
     );
     for device in &config.devices {
         text += &format!(
