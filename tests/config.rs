@@ -10,6 +10,7 @@ use tandem::config::{
     BlkOptions, BlockSize, ByteSize, Config, ConfigError, CoreId, CoreList, DeviceConfig,
     DeviceOptions, DiskConfig, LogLevel, MAX_DEVICE_NAME, Medium, ModelConfig, Options, Socket,
 };
+use tandem::plan::{Topology, plan};
 
 fn from_toml(text: &str) -> Result<Config, ConfigError> {
     Options::from_toml(text, Path::new("vm.toml"))?.resolve()
@@ -835,5 +836,43 @@ fn disk_on_unknown_device_or_namespace_is_refused_with_those_there_are() {
             &["path = \"a\"\nns = 3"]
         )),
         "disk a: device d0 has namespaces 1 to 2, not 3"
+    );
+}
+
+// ---- what the documentation shows ----
+
+#[test]
+fn readme_shows_the_plan_of_the_demo_configuration() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let config = Options::read(&root.join("config/demo.toml"))
+        .and_then(Options::resolve)
+        .unwrap();
+    let plan = plan(&config, &Topology::from_online_cores([CoreId(0)]))
+        .unwrap()
+        .to_string();
+    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+    assert!(
+        readme.contains(&format!("```text\n{plan}```")),
+        "README.md should show this plan:\n{plan}"
+    );
+}
+
+/// The flags that config/demo.toml gives as its equal are its equal.
+#[test]
+fn demo_file_and_the_flags_in_its_comment_give_the_same_config() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/demo.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let command = text
+        .lines()
+        .find_map(|line| line.strip_prefix("#   tandem serve --device "))
+        .unwrap();
+    let flags: Vec<String> = ["--device"]
+        .into_iter()
+        .chain(command.split_whitespace())
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(
+        from_flags(&flags),
+        Ok(Options::read(&path).unwrap().resolve().unwrap())
     );
 }
