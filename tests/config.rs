@@ -445,8 +445,7 @@ fn delays_need_a_unit() {
         assert_eq!(
             error.to_string(),
             format!(
-                "`{text}` is not a duration: write a whole number and its unit ns, us, ms or s, such as 10us in \
-                 `latency`"
+                "`latency`: `{text}` is not a duration: write a whole number and its unit ns, us, ms or s, such as 10us"
             )
         );
     }
@@ -581,29 +580,29 @@ fn blk_spec_refusals_name_the_key() {
         ),
         (
             "path=a,queues=0",
-            "`0` is not a whole number from 1 to 64 in `queues`",
+            "`queues`: `0` is not a whole number from 1 to 64",
         ),
         (
             "path=a,queues=65",
-            "`65` is not a whole number from 1 to 64 in `queues`",
+            "`queues`: `65` is not a whole number from 1 to 64",
         ),
         (
             "fd=2",
-            "`2` is not a whole number from 3 to 2147483647 in `fd`",
+            "`fd`: `2` is not a whole number from 3 to 2147483647",
         ),
         (
             "fd=-1",
-            "`-1` is not a whole number from 3 to 2147483647 in `fd`",
+            "`fd`: `-1` is not a whole number from 3 to 2147483647",
         ),
         (
             "path=a,ns=0",
-            "`0` is not a whole number from 1 to 1024 in `ns`",
+            "`ns`: `0` is not a whole number from 1 to 1024",
         ),
         (
             "path=a,readonly=true",
-            "`true` is neither on nor off in `readonly`",
+            "`readonly`: `true` is neither on nor off",
         ),
-        ("path=", "`` is not a path in `path`"),
+        ("path=", "`path`: `` is not a path"),
     ] {
         assert_eq!(
             spec.parse::<BlkOptions>().unwrap_err().to_string(),
@@ -618,7 +617,7 @@ fn blk_spec_refusals_name_the_key() {
             .unwrap_err()
             .to_string(),
         format!(
-            "socket path `{path}` is 108 bytes long, a Unix socket takes at most 107: use a shorter directory in `path`"
+            "`path`: socket path `{path}` is 108 bytes long, a Unix socket takes at most 107: use a shorter directory"
         )
     );
     assert!(
@@ -633,11 +632,11 @@ fn device_spec_refusals_name_the_key() {
     for (spec, reason) in [
         (
             "model",
-            "unknown variant ``, expected `ram` or `file` in `medium`",
+            "`medium`: unknown variant ``, expected `ram` or `file`",
         ),
         (
             "model:rom",
-            "unknown variant `rom`, expected `ram` or `file` in `medium`",
+            "`medium`: unknown variant `rom`, expected `ram` or `file`",
         ),
         (
             "",
