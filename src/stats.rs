@@ -1,7 +1,7 @@
 //! What each virtqueue did: plain counters for its poller, a published copy for everybody else, a table for people.
 //!
 //! ```text
-//!  poller: QueueCounters --publish, now and then--> SharedCounters --snapshot--> QueueRow --Display--> Table
+//!  poller: QueueCounters --publish, now and then--> SharedCounters --snapshot--> CounterTable
 //! ```
 //! The poller counts in plain words that no other thread reads. What others read are relaxed atomics, so a snapshot is a
 //! little old and its fields need not be of one instant; the last publication of a drained poller is exact. Nothing here
@@ -93,25 +93,39 @@ counters! {
     split,
 }
 
-/// One virtqueue in a [`Table`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct QueueRow {
-    /// The disk, by its socket.
-    pub disk: String,
-    /// Index of the virtqueue within the disk.
-    pub queue: usize,
-    /// The core that polls it.
-    pub core: usize,
-    /// NVMe queue identifier of its queue pair.
-    pub queue_pair: u16,
-    pub counters: QueueCounters,
-}
-
 /// Counters for people: one row for each virtqueue and a row of totals, first what the guest asked for, then what the
 /// rings did. Numbers are exact, grouped by thousands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Table {
-    pub rows: Vec<QueueRow>,
+#[derive(Clone, Debug, Default)]
+pub struct CounterTable {
+    rows: Vec<Row>,
+}
+
+#[derive(Clone, Debug)]
+struct Row {
+    /// Disk, virtqueue, core, queue pair.
+    place: [String; 4],
+    counters: QueueCounters,
+}
+
+impl CounterTable {
+    /// Adds virtqueue `queue` of a disk, polled on `core` and riding with the queue pair of that NVMe identifier. A disk
+    /// goes by its socket.
+    pub fn push(
+        &mut self,
+        disk: &str,
+        queue: usize,
+        core: usize,
+        queue_pair: u16,
+        counters: QueueCounters,
+    ) {
+        let place = [
+            shortened(disk),
+            queue.to_string(),
+            core.to_string(),
+            queue_pair.to_string(),
+        ];
+        self.rows.push(Row { place, counters });
+    }
 }
 
 type Column = (&'static str, fn(&QueueCounters) -> String);
@@ -145,7 +159,7 @@ const RINGS: &[Column] = &[
 /// Longest disk name shown. Of a longer socket path the end tells more than the beginning.
 const DISK_WIDTH: usize = 24;
 
-impl fmt::Display for Table {
+impl fmt::Display for CounterTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.block(REQUESTS, f)?;
         writeln!(f)?;
@@ -153,7 +167,7 @@ impl fmt::Display for Table {
     }
 }
 
-impl Table {
+impl CounterTable {
     fn block(&self, columns: &[Column], f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut total = QueueCounters::default();
         let head = ["disk", "vq", "core", "qp"]
@@ -161,18 +175,8 @@ impl Table {
             .chain(columns.iter().map(|(name, _)| *name));
         let mut lines: Vec<Vec<String>> = vec![head.map(str::to_owned).collect()];
         for row in &self.rows {
-            let place = [
-                shortened(&row.disk),
-                row.queue.to_string(),
-                row.core.to_string(),
-                row.queue_pair.to_string(),
-            ];
-            lines.push(
-                place
-                    .into_iter()
-                    .chain(columns.iter().map(|(_, cell)| cell(&row.counters)))
-                    .collect(),
-            );
+            let cells = columns.iter().map(|(_, cell)| cell(&row.counters));
+            lines.push(row.place.iter().cloned().chain(cells).collect());
             total.add(&row.counters);
         }
         let place = ["total", "", "", ""].map(str::to_owned);
@@ -321,13 +325,6 @@ mod tests {
 
     #[test]
     fn table_shows_exact_numbers_per_queue_and_totals() {
-        let row = |queue, counters| QueueRow {
-            disk: "/run/tandem/vm0.sock".to_owned(),
-            queue,
-            core: 3,
-            queue_pair: 1 + u16::try_from(queue).unwrap(),
-            counters,
-        };
         let busy = QueueCounters {
             reads: 1_234_567,
             bytes_read: 5_056_786_432,
@@ -346,9 +343,9 @@ mod tests {
             errors: 1,
             ..QueueCounters::default()
         };
-        let table = Table {
-            rows: vec![row(0, busy), row(1, quiet)],
-        };
+        let mut table = CounterTable::default();
+        table.push("/run/tandem/vm0.sock", 0, 3, 1, busy);
+        table.push("/run/tandem/vm0.sock", 1, 3, 2, quiet);
         assert_eq!(
             table.to_string(),
             "\
@@ -382,17 +379,15 @@ total                           1,234,600       40,000       20,000        39,99
             notifications: requests,
             ..distinct(1000)
         };
-        let disk = "/var/lib/machines/customers/0123456789/disk.sock".to_owned();
-        let table = Table {
-            rows: vec![QueueRow {
-                disk,
-                queue: 63,
-                core: 127,
-                queue_pair: 128,
-                counters,
-            }],
-        }
-        .to_string();
+        let mut table = CounterTable::default();
+        table.push(
+            "/var/lib/machines/customers/0123456789/disk.sock",
+            63,
+            127,
+            128,
+            counters,
+        );
+        let table = table.to_string();
         assert!(table.contains("…rs/0123456789/disk.sock "), "{table}");
         let widest = table.lines().map(|line| line.chars().count()).max();
         assert!(widest <= Some(160), "{widest:?}\n{table}");
@@ -400,6 +395,6 @@ total                           1,234,600       40,000       20,000        39,99
 
     #[test]
     fn table_without_queues_still_prints_its_totals() {
-        assert!(Table::default().to_string().contains("total"));
+        assert!(CounterTable::default().to_string().contains("total"));
     }
 }

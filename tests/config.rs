@@ -10,6 +10,7 @@ use tandem::config::{
     BlkOptions, BlockSize, ByteSize, Config, ConfigError, CoreId, CoreList, DeviceConfig,
     DeviceOptions, DiskConfig, LogLevel, MAX_DEVICE_NAME, Medium, ModelConfig, Options, Socket,
 };
+use tandem::plan::{Topology, plan};
 
 fn from_toml(text: &str) -> Result<Config, ConfigError> {
     Options::from_toml(text, Path::new("vm.toml"))?.resolve()
@@ -120,7 +121,7 @@ fn render_flags(config: &Config) -> Vec<String> {
         "--cores".to_owned(),
         config.cores.to_string(),
         "--log".to_owned(),
-        config.log.as_str().to_owned(),
+        config.log.to_string(),
     ];
     for device in &config.devices {
         flags.extend([
@@ -160,8 +161,7 @@ fn render_toml(config: &Config, bare: bool) -> String {
     };
     let mut text = format!(
         "[server]\ncores = \"{}\"\nlog = \"{}\"\n",
-        config.cores,
-        config.log.as_str()
+        config.cores, config.log
     );
     for device in &config.devices {
         text += &format!(
@@ -445,8 +445,7 @@ fn delays_need_a_unit() {
         assert_eq!(
             error.to_string(),
             format!(
-                "`{text}` is not a duration: write a whole number and its unit ns, us, ms or s, such as 10us in \
-                 `latency`"
+                "`latency`: `{text}` is not a duration: write a whole number and its unit ns, us, ms or s, such as 10us"
             )
         );
     }
@@ -581,29 +580,29 @@ fn blk_spec_refusals_name_the_key() {
         ),
         (
             "path=a,queues=0",
-            "`0` is not a whole number from 1 to 64 in `queues`",
+            "`queues`: `0` is not a whole number from 1 to 64",
         ),
         (
             "path=a,queues=65",
-            "`65` is not a whole number from 1 to 64 in `queues`",
+            "`queues`: `65` is not a whole number from 1 to 64",
         ),
         (
             "fd=2",
-            "`2` is not a whole number from 3 to 2147483647 in `fd`",
+            "`fd`: `2` is not a whole number from 3 to 2147483647",
         ),
         (
             "fd=-1",
-            "`-1` is not a whole number from 3 to 2147483647 in `fd`",
+            "`fd`: `-1` is not a whole number from 3 to 2147483647",
         ),
         (
             "path=a,ns=0",
-            "`0` is not a whole number from 1 to 1024 in `ns`",
+            "`ns`: `0` is not a whole number from 1 to 1024",
         ),
         (
             "path=a,readonly=true",
-            "`true` is neither on nor off in `readonly`",
+            "`readonly`: `true` is neither on nor off",
         ),
-        ("path=", "`` is not a path in `path`"),
+        ("path=", "`path`: `` is not a path"),
     ] {
         assert_eq!(
             spec.parse::<BlkOptions>().unwrap_err().to_string(),
@@ -618,7 +617,7 @@ fn blk_spec_refusals_name_the_key() {
             .unwrap_err()
             .to_string(),
         format!(
-            "socket path `{path}` is 108 bytes long, a Unix socket takes at most 107: use a shorter directory in `path`"
+            "`path`: socket path `{path}` is 108 bytes long, a Unix socket takes at most 107: use a shorter directory"
         )
     );
     assert!(
@@ -633,11 +632,11 @@ fn device_spec_refusals_name_the_key() {
     for (spec, reason) in [
         (
             "model",
-            "unknown variant ``, expected `ram` or `file` in `medium`",
+            "`medium`: unknown variant ``, expected `ram` or `file`",
         ),
         (
             "model:rom",
-            "unknown variant `rom`, expected `ram` or `file` in `medium`",
+            "`medium`: unknown variant `rom`, expected `ram` or `file`",
         ),
         (
             "",
@@ -836,5 +835,43 @@ fn disk_on_unknown_device_or_namespace_is_refused_with_those_there_are() {
             &["path = \"a\"\nns = 3"]
         )),
         "disk a: device d0 has namespaces 1 to 2, not 3"
+    );
+}
+
+// ---- what the documentation shows ----
+
+#[test]
+fn readme_shows_the_plan_of_the_demo_configuration() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let config = Options::read(&root.join("config/demo.toml"))
+        .and_then(Options::resolve)
+        .unwrap();
+    let plan = plan(&config, &Topology::from_online_cores([CoreId(0)]))
+        .unwrap()
+        .to_string();
+    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+    assert!(
+        readme.contains(&format!("```text\n{plan}```")),
+        "README.md should show this plan:\n{plan}"
+    );
+}
+
+/// The flags that config/demo.toml gives as its equal are its equal.
+#[test]
+fn demo_file_and_the_flags_in_its_comment_give_the_same_config() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/demo.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let command = text
+        .lines()
+        .find_map(|line| line.strip_prefix("#   tandem serve --device "))
+        .unwrap();
+    let flags: Vec<String> = ["--device"]
+        .into_iter()
+        .chain(command.split_whitespace())
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(
+        from_flags(&flags),
+        Ok(Options::read(&path).unwrap().resolve().unwrap())
     );
 }

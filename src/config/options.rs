@@ -150,11 +150,15 @@ impl FromStr for BlkOptions {
 }
 
 fn read_table<T: DeserializeOwned>(table: toml::Table) -> Result<T, SpecError> {
-    // The error of a value knows its key only in the second line of its display.
     toml::Value::Table(table)
         .try_into()
         .map_err(|error: toml::de::Error| {
-            SpecError(error.to_string().trim_end().replace('\n', " "))
+            // Without a line to point at, the key is only in the last line of the display.
+            let text = error.to_string();
+            SpecError(match text.trim_end().rsplit_once("\nin ") {
+                Some((reason, key)) => format!("{key}: {reason}"),
+                None => error.message().to_owned(),
+            })
         })
 }
 
