@@ -4,4 +4,5 @@
 pub mod block;
 pub mod config;
 pub mod plan;
+pub mod sim;
 pub mod virtio;
