@@ -25,7 +25,7 @@ use crate::config::{DeviceConfig, Medium, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
 use crate::reactor::{PollerId, Reactor, ReactorError, ReactorHandle};
-use crate::stats::{QueueRow, SharedCounters, Table};
+use crate::stats::{CounterTable, SharedCounters};
 
 /// How often a session looks after its memory, and the monitor after its devices, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -249,16 +249,10 @@ impl Server {
     /// The counters of every virtqueue, and what the software controllers say of themselves.
     #[must_use]
     pub fn report(&self) -> String {
-        let mut table = Table::default();
+        let mut table = CounterTable::default();
         for disk in &self.disks {
             for (i, queue) in disk.queues.iter().enumerate() {
-                table.rows.push(QueueRow {
-                    disk: disk.name.clone(),
-                    queue: i,
-                    core: queue.reactor.core(),
-                    queue_pair: queue.pair,
-                    counters: queue.counters.snapshot(),
-                });
+                table.push(&disk.name, i, queue.reactor.core(), queue.pair, queue.counters.snapshot());
             }
         }
         let mut report = table.to_string();

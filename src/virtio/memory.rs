@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use thiserror::Error;
 
 /// A guest-physical address, as it stands in descriptors.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Gpa(pub u64);
 
 impl Gpa {
