@@ -197,7 +197,7 @@ prop_compose! {
         serial in ODD_TEXT,
     ) -> ModelConfig {
         let block_size = if big_blocks { BlockSize::B4096 } else { BlockSize::B512 };
-        let size = units * u64::from(namespaces) * block_size.bytes();
+        let size = units * u64::from(namespaces) * u64::from(block_size.bytes());
         ModelConfig {
             medium: match file {
                 true => Medium::File { path: PathBuf::from(path), size: sized.then_some(size) },

@@ -10,8 +10,13 @@ use nvme_driver::{Completion, Controller, DataSegment, QueuePair};
 use nvme_model::{Model, ModelConfig};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let transport = Model::new(ModelConfig { size: 1 << 20, ..ModelConfig::default() })?;
-    let mut controller = Controller::new(transport)?.enable(1).map_err(|(_, error)| error)?;
+    let transport = Model::new(ModelConfig {
+        size: 1 << 20,
+        ..ModelConfig::default()
+    })?;
+    let mut controller = Controller::new(transport)?
+        .enable(1)
+        .map_err(|(_, error)| error)?;
     let nsid = controller.active_namespaces()?[0];
     let block_size = controller.namespace(nsid)?.block_size;
     let mut queue = controller.create_queue_pair(64)?;
@@ -21,11 +26,21 @@ fn main() -> Result<(), Box<dyn Error>> {
     let block = LbaRange { slba: 7, blocks: 1 };
 
     buffer.write_bytes(0, greeting.as_bytes());
-    run(&mut queue, SubmissionEntry::write(nsid, block, false), &buffer, block_size)?;
+    run(
+        &mut queue,
+        SubmissionEntry::write(nsid, block, false),
+        &buffer,
+        block_size,
+    )?;
     flush(&mut queue, nsid)?;
 
     buffer.write_bytes(0, &vec![0; block_size as usize]);
-    run(&mut queue, SubmissionEntry::read(nsid, block), &buffer, block_size)?;
+    run(
+        &mut queue,
+        SubmissionEntry::read(nsid, block),
+        &buffer,
+        block_size,
+    )?;
     let mut read = vec![0; greeting.len()];
     buffer.read_bytes(0, &mut read);
     println!("{}", String::from_utf8(read)?);
@@ -42,14 +57,21 @@ fn run<T: Transport>(
     buffer: &DmaBuffer,
     bytes: u32,
 ) -> Result<(), Box<dyn Error>> {
-    let data = DataSegment { iova: buffer.iova(0), len: bytes };
-    queue.submit(entry, std::iter::once(data), bytes).map_err(|error| format!("{error:?}"))?;
+    let data = DataSegment {
+        iova: buffer.iova(0),
+        len: bytes,
+    };
+    queue
+        .submit(entry, std::iter::once(data), bytes)
+        .map_err(|error| format!("{error:?}"))?;
     queue.ring();
     finish(queue)
 }
 
 fn flush<T: Transport>(queue: &mut QueuePair<T>, nsid: Nsid) -> Result<(), Box<dyn Error>> {
-    queue.submit_without_data(SubmissionEntry::flush(nsid)).map_err(|error| format!("{error:?}"))?;
+    queue
+        .submit_without_data(SubmissionEntry::flush(nsid))
+        .map_err(|error| format!("{error:?}"))?;
     queue.ring();
     finish(queue)
 }
@@ -59,7 +81,11 @@ fn finish<T: Transport>(queue: &mut QueuePair<T>) -> Result<(), Box<dyn Error>> 
     loop {
         queue.service();
         if let Some(Completion { status, .. }) = queue.poll() {
-            return if status.is_success() { Ok(()) } else { Err(status.to_string().into()) };
+            return if status.is_success() {
+                Ok(())
+            } else {
+                Err(status.to_string().into())
+            };
         }
     }
 }

@@ -8,18 +8,30 @@ use nvme_driver::spec::ascii_field;
 use nvme_model::{Model, ModelConfig};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let transport = Model::new(ModelConfig { size: 64 << 20, namespaces: 2, ..ModelConfig::default() })?;
-    let mut controller = Controller::new(transport)?.enable(4).map_err(|(_, error)| error)?;
+    let transport = Model::new(ModelConfig {
+        size: 64 << 20,
+        namespaces: 2,
+        ..ModelConfig::default()
+    })?;
+    let mut controller = Controller::new(transport)?
+        .enable(4)
+        .map_err(|(_, error)| error)?;
     let identity = controller.identity();
     println!("model      {}", ascii_field(&identity.mn));
     println!("serial     {}", ascii_field(&identity.sn));
     println!("firmware   {}", ascii_field(&identity.fr));
     println!("version    {}", controller.version());
     println!("transfer   {} bytes per command", controller.max_transfer());
-    println!("queues     {} I/O queue pairs granted", controller.granted_queue_pairs());
+    println!(
+        "queues     {} I/O queue pairs granted",
+        controller.granted_queue_pairs()
+    );
     for nsid in controller.active_namespaces()? {
         let namespace = controller.namespace(nsid)?;
-        println!("namespace  {}: {} blocks of {} bytes", nsid.0, namespace.blocks, namespace.block_size);
+        println!(
+            "namespace  {}: {} blocks of {} bytes",
+            nsid.0, namespace.blocks, namespace.block_size
+        );
     }
     controller.shutdown().map_err(|(_, error)| error)?;
     Ok(())

@@ -300,7 +300,7 @@ fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, 
         (MediumKind::File, None) => return Err(missing("path", "path=disk.img")),
     };
     if let Some(size) = options.size {
-        let unit = u64::from(namespaces) * block_size.bytes();
+        let unit = u64::from(namespaces) * u64::from(block_size.bytes());
         if size.0 == 0 || !size.0.is_multiple_of(unit) {
             return Err(ConfigError::UnevenSize {
                 device: name,

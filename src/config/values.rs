@@ -185,7 +185,7 @@ pub enum BlockSize {
 }
 
 impl BlockSize {
-    pub const fn bytes(self) -> u64 {
+    pub const fn bytes(self) -> u32 {
         match self {
             Self::B512 => 512,
             Self::B4096 => 4096,

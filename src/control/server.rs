@@ -252,7 +252,13 @@ impl Server {
         let mut table = CounterTable::default();
         for disk in &self.disks {
             for (i, queue) in disk.queues.iter().enumerate() {
-                table.push(&disk.name, i, queue.reactor.core(), queue.pair, queue.counters.snapshot());
+                table.push(
+                    &disk.name,
+                    i,
+                    queue.reactor.core(),
+                    queue.pair,
+                    queue.counters.snapshot(),
+                );
             }
         }
         let mut report = table.to_string();
@@ -506,6 +512,11 @@ fn run_session(disk: &Arc<Disk>, stream: UnixStream) {
         }
     }
     lock().close();
+    // The listener keeps a descriptor of this socket: only a shutdown tells the front-end, and only now that nothing
+    // of its memory is in use any more.
+    // SAFETY: as above.
+    let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
+    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
 fn monitor_loop(devices: &[Arc<Device>], stop: &Stop) {

@@ -8,7 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg};
+use rustix::net::{
+    RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 pub const GET_FEATURES: u32 = 1;
 pub const SET_FEATURES: u32 = 2;
@@ -58,7 +60,9 @@ impl FrontEnd {
                     socket.set_read_timeout(Some(DEADLINE)).unwrap();
                     return FrontEnd { socket };
                 }
-                Err(error) if start.elapsed() > DEADLINE => panic!("cannot connect to {}: {error}", path.display()),
+                Err(error) if start.elapsed() > DEADLINE => {
+                    panic!("cannot connect to {}: {error}", path.display())
+                }
                 Err(_) => std::thread::sleep(Duration::from_millis(10)),
             }
         }
@@ -70,7 +74,12 @@ impl FrontEnd {
         if !fds.is_empty() {
             assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
         }
-        let sent = sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+        let sent = sendmsg(
+            &self.socket,
+            &[IoSlice::new(bytes)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )?;
         (&self.socket).write_all(&bytes[sent..])
     }
 
@@ -82,7 +91,8 @@ impl FrontEnd {
 
     /// Sends a message without an answer.
     pub fn send(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
-        self.send_raw(&Self::message(request, VERSION, payload), fds).unwrap();
+        self.send_raw(&Self::message(request, VERSION, payload), fds)
+            .unwrap();
     }
 
     /// Sends a message and returns the payload of the answer.
@@ -96,21 +106,33 @@ impl FrontEnd {
     }
 
     /// Sends a message with NEED_REPLY; 0 is success. `None` when the server closed the connection.
-    pub fn acknowledged(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u64> {
-        self.send_raw(&Self::message(request, VERSION | NEED_REPLY, payload), fds).ok()?;
+    pub fn acknowledged(
+        &self,
+        request: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Option<u64> {
+        self.send_raw(&Self::message(request, VERSION | NEED_REPLY, payload), fds)
+            .ok()?;
         let answer = self.try_receive(request)?;
         Some(u64::from_le_bytes(answer.try_into().unwrap()))
     }
 
     pub fn receive(&self, request: u32) -> Vec<u8> {
-        self.try_receive(request).expect("the server closed the connection")
+        self.try_receive(request)
+            .expect("the server closed the connection")
     }
 
     pub fn try_receive(&self, request: u32) -> Option<Vec<u8>> {
         let mut header = [0; 12];
         (&self.socket).read_exact(&mut header).ok()?;
-        let [code, flags, len] = [0, 4, 8].map(|at| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()));
-        assert_eq!((code, flags & 7), (request, VERSION | 4), "answer to another request, or no reply flag");
+        let [code, flags, len] =
+            [0, 4, 8].map(|at| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()));
+        assert_eq!(
+            (code, flags & 7),
+            (request, VERSION | 4),
+            "answer to another request, or no reply flag"
+        );
         let mut payload = vec![0; len as usize];
         (&self.socket).read_exact(&mut payload).ok()?;
         Some(payload)
@@ -149,13 +171,19 @@ pub struct Region {
 
 impl Region {
     pub fn payload(&self) -> Vec<u8> {
-        [self.gpa, self.size, self.user_addr, self.mmap_offset].map(u64::to_le_bytes).concat()
+        [self.gpa, self.size, self.user_addr, self.mmap_offset]
+            .map(u64::to_le_bytes)
+            .concat()
     }
 }
 
 pub fn mem_table(regions: &[Region]) -> Vec<u8> {
-    let mut payload = [u32::try_from(regions.len()).unwrap(), 0].map(u32::to_le_bytes).concat();
-    regions.iter().for_each(|region| payload.extend(region.payload()));
+    let mut payload = [u32::try_from(regions.len()).unwrap(), 0]
+        .map(u32::to_le_bytes)
+        .concat();
+    regions
+        .iter()
+        .for_each(|region| payload.extend(region.payload()));
     payload
 }
 
@@ -170,7 +198,11 @@ pub fn vring_state(index: u32, num: u32) -> Vec<u8> {
 
 pub fn vring_addr(index: u32, descriptor: u64, used: u64, avail: u64) -> Vec<u8> {
     let head = [index, 0].map(u32::to_le_bytes).concat();
-    [head, [descriptor, used, avail, 0].map(u64::to_le_bytes).concat()].concat()
+    [
+        head,
+        [descriptor, used, avail, 0].map(u64::to_le_bytes).concat(),
+    ]
+    .concat()
 }
 
 pub fn config_request(offset: u32, size: u32) -> Vec<u8> {
@@ -181,7 +213,8 @@ pub fn config_request(offset: u32, size: u32) -> Vec<u8> {
 
 /// A memfd of `size` bytes.
 pub fn memfd(size: u64) -> File {
-    let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    let file =
+        File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(size).unwrap();
     file
 }

@@ -1,1 +1,497 @@
-//! A software NVMe controller.
+//! A software NVMe controller: registers, admin and I/O command sets, its own IOMMU, memory or an image file behind it.
+//!
+//! ```text
+//!  driver --registers--> Registers ---- enable, reset, shutdown ----> Slot 0: admin queue
+//!         --doorbells--> Slot n: fetch, carry out (io), post <--inline on the core that polls queue n
+//!                              |                 \--long work--> workers --> media (memory | image file)
+//!                              \-- every address through iommu: a violation is counted and fails the command
+//! ```
+//! It is strict: what the specification forbids is counted ([`ModelHandle::driver_errors`]) or fails as the
+//! specification says, so that a driver that works here has not been forgiven anything. It shares the wire structures
+//! and the transport seam with the driver and no other code. No interrupts, no SGLs, no metadata, no fused commands;
+//! each submission queue has the completion queue of its own identifier.
+//!
+//! A queue is serviced by the thread that polls it ([`nvme_driver::transport::QueuePort::service`]): no thread of its
+//! own, no allocation, no system call. Start at [`Model`], then `queue`.
+
+mod admin;
+mod durability;
+mod io;
+mod iommu;
+mod media;
+mod queue;
+mod registers;
+mod shared;
+mod worker;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nvme_driver::spec::{Nsid, PAGE_SIZE, QueueId, Status};
+use nvme_driver::transport::{DmaDomain, QueuePort, Transport};
+
+pub use queue::IoCounters;
+
+use iommu::Domain;
+use media::Media;
+use queue::Slot;
+use registers::Registers;
+use shared::{NamespaceState, Shared, spin};
+use worker::Workers;
+
+const MODEL_NUMBER: &str = "Tandem embedded controller";
+/// NVMe 2.0.0, as VS and the identify data say it.
+const VERSION: u32 = 0x0002_0000;
+
+/// Where blocks are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Medium {
+    /// Memory: zeroes at first, gone with the controller.
+    Ram,
+    /// An image file or a block device.
+    File {
+        /// Created when it is absent and a size is given.
+        path: PathBuf,
+    },
+}
+
+/// What the latency of commands is measured with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// Time of day goes by.
+    Monotonic,
+    /// Each service round of a queue is a microsecond: the same run every time.
+    Turns,
+}
+
+/// What a controller is made of. The default is a small disk in memory.
+#[derive(Clone, Debug)]
+pub struct ModelConfig {
+    /// What error messages call it.
+    pub name: String,
+    /// Where blocks are kept.
+    pub medium: Medium,
+    /// Bytes of one namespace. 0, for an image file: the file's length in equal parts.
+    pub size: u64,
+    /// Namespaces, with identifiers from 1.
+    pub namespaces: u32,
+    /// Bytes of a logical block: 512 or 4096.
+    pub block_size: u32,
+    /// I/O queue pairs that it grants at most.
+    pub queues: u16,
+    /// Entries of its largest queue, 2 to 65536 (CAP.MQES + 1).
+    pub mqes: u32,
+    /// Doorbells are 4 << `dstrd` bytes apart (CAP.DSTRD), 0 to 15.
+    pub dstrd: u8,
+    /// CAP.TO in units of 500 ms.
+    pub timeout_units: u8,
+    /// How long CSTS.RDY takes to follow CC.EN.
+    pub ready_delay: Duration,
+    /// Largest transfer of one command in bytes, a power of two of pages; `None` is no limit.
+    pub mdts_bytes: Option<u64>,
+    /// A volatile write cache is present.
+    pub vwc: bool,
+    /// Added to each I/O command.
+    pub latency: Duration,
+    /// And up to this much more, so that commands complete out of order.
+    pub jitter: Duration,
+    /// What both are measured with.
+    pub clock: Clock,
+    /// Remember what a power failure would lose ([`ModelHandle::fail_power`]); memory only, and slow.
+    pub track_durability: bool,
+    /// Serial number, at most 20 characters of ASCII.
+    pub serial: String,
+    /// Where random choices come from.
+    pub seed: u64,
+}
+
+impl Default for ModelConfig {
+    fn default() -> ModelConfig {
+        ModelConfig {
+            name: "model".to_owned(),
+            medium: Medium::Ram,
+            size: 64 << 20,
+            namespaces: 1,
+            block_size: 512,
+            queues: 64,
+            mqes: 1024,
+            dstrd: 0,
+            timeout_units: 10,
+            ready_delay: Duration::from_millis(2),
+            mdts_bytes: Some(128 << 10),
+            vwc: true,
+            latency: Duration::ZERO,
+            jitter: Duration::ZERO,
+            clock: Clock::Monotonic,
+            track_durability: false,
+            serial: "model-0".to_owned(),
+            seed: 0,
+        }
+    }
+}
+
+/// Why a controller could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A parameter that no controller can have.
+    #[error("{what} is {value}: {needed}")]
+    Parameter {
+        /// The parameter.
+        what: &'static str,
+        /// Its value.
+        value: String,
+        /// What it must be.
+        needed: &'static str,
+    },
+    /// The image file.
+    #[error("cannot {doing} the image {path}: {reason}")]
+    Image {
+        /// What was attempted.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// Memory for the medium.
+    #[error("cannot get {size} bytes of memory for the medium: {reason}")]
+    Memory {
+        /// Bytes asked for.
+        size: u64,
+        /// What the system said.
+        reason: String,
+    },
+    /// Threads for the medium.
+    #[error("cannot start the media workers: {0}")]
+    Workers(std::io::Error),
+}
+
+/// A software controller, as a driver's transport.
+#[derive(Debug)]
+pub struct Model {
+    registers: Registers,
+    shared: Arc<Shared>,
+    _workers: Workers,
+}
+
+impl Model {
+    /// Powers a controller on: disabled, its namespaces ready.
+    ///
+    /// # Errors
+    /// [`ModelError`].
+    pub fn new(config: ModelConfig) -> Result<Model, ModelError> {
+        check(&config)?;
+        let wanted = config.size.checked_mul(config.namespaces.into());
+        let wanted = wanted.ok_or_else(|| ModelError::Parameter {
+            what: "the size of all namespaces",
+            value: format!("{} times {}", config.namespaces, config.size),
+            needed: "it must fit 64 bits",
+        })?;
+        let (media, size) = Media::open(&config.medium, wanted)?;
+        let namespaces = namespaces(&config, size)?;
+        let shared = Shared::new(config, media, namespaces);
+        let workers = Workers::start(&shared).map_err(ModelError::Workers)?;
+        Ok(Model {
+            registers: Registers::new(Arc::clone(&shared)),
+            shared,
+            _workers: workers,
+        })
+    }
+
+    /// The other end: what a test or an operator sees and does, beside the driver.
+    #[must_use]
+    pub fn handle(&self) -> ModelHandle {
+        ModelHandle {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+}
+
+fn check(config: &ModelConfig) -> Result<(), ModelError> {
+    let page = PAGE_SIZE as u64;
+    let mdts = config.mdts_bytes.unwrap_or(page);
+    let rules = [
+        (
+            config.namespaces >= 1,
+            "the number of namespaces",
+            u64::from(config.namespaces),
+            "at least 1",
+        ),
+        (
+            matches!(config.block_size, 512 | 4096),
+            "the block size",
+            config.block_size.into(),
+            "512 or 4096 bytes",
+        ),
+        (
+            config.queues >= 1,
+            "the number of queue pairs",
+            config.queues.into(),
+            "at least 1",
+        ),
+        (
+            (2..=65536).contains(&config.mqes),
+            "the largest queue",
+            config.mqes.into(),
+            "2 to 65536 entries",
+        ),
+        (
+            config.dstrd <= 15,
+            "the doorbell stride",
+            config.dstrd.into(),
+            "0 to 15",
+        ),
+        (
+            mdts.is_power_of_two() && mdts >= page,
+            "the largest transfer",
+            mdts,
+            "a power of two of at least 4096 bytes",
+        ),
+        (
+            config.medium != Medium::Ram || config.size > 0,
+            "the size of a namespace in memory",
+            config.size,
+            "at least one block",
+        ),
+        (
+            config.medium == Medium::Ram || !config.track_durability,
+            "tracking of durability on an image file",
+            1,
+            "it is for memory only",
+        ),
+    ];
+    let broken = rules.into_iter().find(|(holds, ..)| !holds);
+    broken.map_or(Ok(()), |(_, what, value, needed)| {
+        Err(ModelError::Parameter {
+            what,
+            value: value.to_string(),
+            needed,
+        })
+    })
+}
+
+/// Equal parts of the medium, in whole blocks.
+fn namespaces(config: &ModelConfig, size: u64) -> Result<Vec<NamespaceState>, ModelError> {
+    let block_shift = config.block_size.trailing_zeros();
+    let blocks = size / u64::from(config.namespaces) >> block_shift;
+    if blocks == 0 {
+        return Err(ModelError::Parameter {
+            what: "the size of a namespace",
+            value: (size / u64::from(config.namespaces)).to_string(),
+            needed: "at least one block",
+        });
+    }
+    let states = (1..=config.namespaces).map(|nsid| {
+        let id = identity(&config.serial, nsid);
+        let mut eui64 = [0; 8];
+        eui64.copy_from_slice(&id[8..]);
+        NamespaceState {
+            nsid: Nsid(nsid),
+            blocks,
+            block_shift,
+            offset: (u64::from(nsid) - 1) * (blocks << block_shift),
+            nguid: id,
+            eui64,
+            uuid: as_uuid(id),
+        }
+    });
+    Ok(states.collect())
+}
+
+/// An identifier that is the same whenever a controller of this serial number is started (FNV-1a, twice).
+fn identity(serial: &str, nsid: u32) -> [u8; 16] {
+    let hash = |salt: u8| {
+        let bytes = serial.bytes().chain(nsid.to_le_bytes()).chain([salt]);
+        bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        })
+    };
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&hash(1).to_be_bytes());
+    id[8..].copy_from_slice(&hash(2).to_be_bytes());
+    // The OUI stands at byte 8 of an NGUID: locally administered, not a group.
+    id[8] = id[8] & 0xfc | 2;
+    id
+}
+
+/// RFC 9562 version 8: custom contents.
+fn as_uuid(mut id: [u8; 16]) -> [u8; 16] {
+    id[6] = id[6] & 0x0f | 0x80;
+    id[8] = id[8] & 0x3f | 0x80;
+    id
+}
+
+impl Transport for Model {
+    type Port = ModelPort;
+
+    fn read32(&mut self, offset: u32) -> u32 {
+        self.registers.read32(offset)
+    }
+
+    fn read64(&mut self, offset: u32) -> u64 {
+        u64::from(self.read32(offset)) | u64::from(self.read32(offset + 4)) << 32
+    }
+
+    fn write32(&mut self, offset: u32, value: u32) {
+        self.registers.write32(offset, value);
+    }
+
+    fn write64(&mut self, offset: u32, value: u64) {
+        // Both halves fit 32 bits.
+        self.write32(offset, (value & 0xffff_ffff) as u32);
+        self.write32(offset + 4, (value >> 32) as u32);
+    }
+
+    fn port(&mut self, queue: QueueId, stride: u32) -> ModelPort {
+        let slot = self.shared.slots.get(usize::from(queue.0));
+        if slot.is_none() || stride != 4 << self.shared.config.dstrd {
+            self.shared
+                .driver_error("doorbells of an impossible queue or stride");
+        }
+        ModelPort {
+            slot: slot.map(Arc::clone),
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    fn dma_domain(&self) -> Arc<dyn DmaDomain> {
+        Arc::new(Domain(Arc::clone(&self.shared)))
+    }
+
+    fn pause(&mut self, duration: Duration) {
+        if !self.registers.advance(duration) {
+            std::thread::sleep(duration);
+        }
+    }
+
+    fn name(&self) -> String {
+        self.shared.config.name.clone()
+    }
+}
+
+/// The doorbells of one queue pair, and the controller's turn on it.
+#[derive(Debug)]
+pub struct ModelPort {
+    slot: Option<Arc<Slot>>,
+    shared: Arc<Shared>,
+}
+
+impl ModelPort {
+    #[inline]
+    fn slot(&self) -> Option<&Slot> {
+        let ready = self.shared.ready.load(Ordering::Relaxed);
+        if !ready {
+            self.shared.driver_error("doorbell while CSTS.RDY is 0");
+        }
+        self.slot.as_deref().filter(|_| ready)
+    }
+}
+
+impl QueuePort for ModelPort {
+    #[inline]
+    fn ring_sq(&mut self, tail: u16) {
+        if let Some(slot) = self.slot() {
+            slot.ring_sq(tail);
+        }
+    }
+
+    #[inline]
+    fn ring_cq(&mut self, head: u16) {
+        if let Some(slot) = self.slot() {
+            slot.ring_cq(head);
+        }
+    }
+
+    #[inline]
+    fn service(&mut self) {
+        if let Some(slot) = &self.slot {
+            slot.service(&self.shared);
+        }
+    }
+}
+
+/// What a test or an operator sees of a controller, and can do to it. Clones reach the same one.
+#[derive(Clone, Debug)]
+pub struct ModelHandle {
+    shared: Arc<Shared>,
+}
+
+impl ModelHandle {
+    /// Accesses to addresses that were not mapped for them. Each failed its command, or the controller.
+    #[must_use]
+    pub fn iommu_violations(&self) -> u64 {
+        self.shared.violations.load(Ordering::Relaxed)
+    }
+
+    /// What the driver did against the specification: doorbells, register writes, command identifiers.
+    #[must_use]
+    pub fn driver_errors(&self) -> u64 {
+        self.shared.driver_errors.load(Ordering::Relaxed)
+    }
+
+    /// The last of them, in words.
+    #[must_use]
+    pub fn last_driver_error(&self) -> Option<&'static str> {
+        self.shared.admin().last_driver_error()
+    }
+
+    /// What all I/O queues carried out so far.
+    #[must_use]
+    pub fn io_counters(&self) -> IoCounters {
+        self.shared.io_counters()
+    }
+
+    /// Copies bytes of a namespace out, past the driver.
+    ///
+    /// # Panics
+    /// When the namespace or the range does not exist, or the image cannot be read.
+    pub fn media_read(&self, nsid: Nsid, offset: u64, bytes: &mut [u8]) {
+        let namespace = self.shared.namespace(nsid).expect("no such namespace");
+        let len = namespace.blocks << namespace.block_shift;
+        let end = offset.checked_add(bytes.len() as u64);
+        assert!(end.is_some_and(|end| end <= len), "beyond the namespace");
+        let read = self.shared.media.read(namespace.offset + offset, bytes);
+        read.expect("cannot read the image");
+    }
+
+    /// The next I/O command with this opcode ends with `status` and is not carried out. `false` when too
+    /// many are programmed already.
+    pub fn fail_next(&self, opcode: u8, status: Status) -> bool {
+        self.shared.add_fault(opcode, status)
+    }
+
+    /// Reports a changed namespace by an asynchronous event.
+    pub fn report_changed_namespace(&self, nsid: Nsid) {
+        self.shared.admin().namespace_changed(nsid);
+    }
+
+    /// Sets the Critical Warning bits of the SMART log, and reports them by an asynchronous event.
+    pub fn set_critical_warning(&self, bits: u8) {
+        self.shared.admin().set_critical_warning(bits);
+    }
+
+    /// The power fails: of the sectors written since the last flush, without FUA, a random half is lost. Says how many
+    /// sectors that were. Nothing may be in flight.
+    ///
+    /// # Panics
+    /// When the controller was not made to track durability.
+    pub fn fail_power(&self) -> usize {
+        let (Some(durability), Media::Ram(ram)) = (&self.shared.durability, &self.shared.media)
+        else {
+            panic!("this controller does not track durability");
+        };
+        spin(durability).fail_power(ram)
+    }
+}
+
+impl Shared {
+    fn io_counters(&self) -> IoCounters {
+        let mut sum = IoCounters::default();
+        for slot in self.slots.iter().skip(1) {
+            sum.add(&slot.lock().counters());
+        }
+        sum
+    }
+}

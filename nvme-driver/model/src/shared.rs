@@ -1,0 +1,207 @@
+//! What the parts of one controller share: its configuration, its namespaces, the queue slots, the DMA table, counters.
+//!
+//! Lock order: a thread that holds a queue may take another queue (only the admin queue does) or [`Shared::admin`];
+//! it never takes the table. [`Shared::change_table`] takes queues one at a time and never while a worker waits for it.
+//! Queues on polling cores take only their own lock, and only if it is free.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
+use std::time::{Duration, Instant};
+
+use crossbeam::queue::ArrayQueue;
+use nvme_driver::spec::{Nsid, Status};
+
+use crate::admin::Admin;
+use crate::durability::Durability;
+use crate::iommu::{Dma, DmaTable};
+use crate::media::Media;
+use crate::queue::Slot;
+use crate::worker::Job;
+use crate::{Clock, ModelConfig};
+
+/// Commands that may wait for a worker, over all queues. A queue that finds no room keeps its command.
+const JOBS: usize = 4096;
+/// Faults that can be programmed at a time.
+const FAULTS: usize = 64;
+
+/// One namespace and where its blocks lie in the medium.
+#[derive(Clone, Debug)]
+pub(crate) struct NamespaceState {
+    pub(crate) nsid: Nsid,
+    pub(crate) blocks: u64,
+    pub(crate) block_shift: u32,
+    pub(crate) offset: u64,
+    pub(crate) nguid: [u8; 16],
+    pub(crate) eui64: [u8; 8],
+    pub(crate) uuid: [u8; 16],
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: ModelConfig,
+    pub(crate) media: Media,
+    pub(crate) namespaces: Vec<NamespaceState>,
+    /// By queue identifier; 0 is the admin queue.
+    pub(crate) slots: Box<[Arc<Slot>]>,
+    /// What workers translate with. They hold it for one copy, so that an unmap waits for them (I2).
+    table: RwLock<Arc<DmaTable>>,
+    /// Serialises changes of the table.
+    changing: Mutex<()>,
+    pub(crate) admin: Mutex<Admin>,
+    pub(crate) durability: Option<Mutex<Durability>>,
+    pub(crate) jobs: ArrayQueue<Job>,
+    /// Workers end.
+    pub(crate) stop: AtomicBool,
+    pub(crate) violations: AtomicU64,
+    pub(crate) driver_errors: AtomicU64,
+    /// CSTS.CFS.
+    pub(crate) fatal: AtomicBool,
+    /// CSTS.RDY: doorbells mean something.
+    pub(crate) ready: AtomicBool,
+    /// Feature 06h: the volatile write cache is in use.
+    pub(crate) write_cache: AtomicBool,
+    faults: ArrayQueue<(u8, Status)>,
+    fault_count: AtomicUsize,
+    started: Instant,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        config: ModelConfig,
+        media: Media,
+        namespaces: Vec<NamespaceState>,
+    ) -> Arc<Shared> {
+        let slots = (0..=config.queues)
+            .map(|id| Arc::new(Slot::new(id, config.seed)))
+            .collect();
+        let durability = config
+            .track_durability
+            .then(|| Mutex::new(Durability::new(config.seed)));
+        let write_cache = AtomicBool::new(config.vwc);
+        Arc::new(Shared {
+            media,
+            namespaces,
+            slots,
+            table: RwLock::default(),
+            changing: Mutex::new(()),
+            admin: Mutex::default(),
+            durability,
+            jobs: ArrayQueue::new(JOBS),
+            stop: AtomicBool::new(false),
+            violations: AtomicU64::new(0),
+            driver_errors: AtomicU64::new(0),
+            fatal: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
+            write_cache,
+            faults: ArrayQueue::new(FAULTS),
+            fault_count: AtomicUsize::new(0),
+            started: Instant::now(),
+            config,
+        })
+    }
+
+    /// The driver did what the specification forbids: for tests to assert zero.
+    #[cold]
+    pub(crate) fn driver_error(&self, what: &'static str) {
+        self.driver_errors.fetch_add(1, Ordering::Relaxed);
+        self.admin().note_driver_error(what);
+    }
+
+    pub(crate) fn namespace(&self, nsid: Nsid) -> Result<&NamespaceState, Status> {
+        let index = usize::try_from(nsid.0)
+            .ok()
+            .and_then(|nsid| nsid.checked_sub(1));
+        index
+            .and_then(|index| self.namespaces.get(index))
+            .ok_or(Status::INVALID_NAMESPACE.with_dnr())
+    }
+
+    /// Admin state. Never waited for by a polling core: whoever holds it does so for a few instructions.
+    pub(crate) fn admin(&self) -> MutexGuard<'_, Admin> {
+        spin(&self.admin)
+    }
+
+    /// Makes a new table and hands it to every queue. When this returns nobody uses the old one.
+    pub(crate) fn change_table(
+        &self,
+        change: impl FnOnce(&mut DmaTable) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = DmaTable::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner));
+        change(&mut table)?;
+        let table = Arc::new(table);
+        for slot in &self.slots {
+            slot.lock().set_table(Arc::clone(&table));
+        }
+        // Waits for copies of workers, which hold no other lock.
+        *self.table.write().unwrap_or_else(PoisonError::into_inner) = table;
+        Ok(())
+    }
+
+    /// Lets a worker reach the driver's memory. Short: an unmap waits for it.
+    pub(crate) fn with_dma<R>(
+        &self,
+        hint: &mut usize,
+        use_it: impl FnOnce(&mut Dma<'_>) -> R,
+    ) -> R {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        use_it(&mut Dma {
+            table: &table,
+            hint,
+            violations: &self.violations,
+        })
+    }
+
+    /// Programs the next command with this opcode to fail. `false` when too many are programmed.
+    pub(crate) fn add_fault(&self, opcode: u8, status: Status) -> bool {
+        let added = self.faults.push((opcode, status)).is_ok();
+        if added {
+            self.fault_count.fetch_add(1, Ordering::Release);
+        }
+        added
+    }
+
+    /// The status that a command with this opcode was programmed to end with.
+    #[inline]
+    pub(crate) fn take_fault(&self, opcode: u8) -> Option<Status> {
+        if self.fault_count.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        self.find_fault(opcode)
+    }
+
+    #[cold]
+    fn find_fault(&self, opcode: u8) -> Option<Status> {
+        for _ in 0..FAULTS {
+            let (wanted, status) = self.faults.pop()?;
+            if wanted == opcode {
+                self.fault_count.fetch_sub(1, Ordering::Relaxed);
+                return Some(status);
+            }
+            // Not ours: back to the end. Dropped when others filled the room meanwhile.
+            if self.faults.push((wanted, status)).is_err() {
+                self.fault_count.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        None
+    }
+
+    /// Time since the controller was made; `turns` is how often the asking queue was serviced.
+    pub(crate) fn now(&self, turns: u64) -> Duration {
+        match self.config.clock {
+            Clock::Monotonic => self.started.elapsed(),
+            Clock::Turns => Duration::from_micros(turns),
+        }
+    }
+}
+
+/// Takes a lock that is only ever held briefly, without ever sleeping for it: so nobody has to be woken either.
+pub(crate) fn spin<V>(mutex: &Mutex<V>) -> MutexGuard<'_, V> {
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return guard,
+            Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+        }
+    }
+}

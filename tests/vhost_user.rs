@@ -1,0 +1,723 @@
+//! vhost-user message scripts against a running server: what QEMU sends, and what it never would.
+#![allow(clippy::unwrap_used)]
+
+#[path = "common/front_end.rs"]
+mod front_end;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use front_end::*;
+use tandem::config::{CoreId, Options};
+use tandem::control::server::Server;
+use tandem::plan::{Topology, plan};
+use tandem::sim::{SimCompletion, SimGuest, SimGuestConfig, SimRequest};
+use tandem::virtio::blk::{VirtioBlkConfig, request_type, status};
+use tandem::virtio::memory::{Gpa, GuestMemory, GuestRegion};
+use zerocopy::FromBytes;
+
+/// A server in this process, with one RAM disk for each name.
+struct Rig {
+    server: Option<Server>,
+    folder: PathBuf,
+}
+
+impl Rig {
+    fn start(device: &str, disks: &[(&str, &str)]) -> Rig {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("tandem-vu-{}-{count}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut options = Options::default();
+        options.device.push(device.parse().unwrap());
+        for (name, more) in disks {
+            let path = folder.join(name);
+            options
+                .blk
+                .push(format!("path={}{more}", path.display()).parse().unwrap());
+        }
+        options.server.cores = Some("0".parse().unwrap());
+        let config = options.resolve().unwrap();
+        let plan = plan(&config, &Topology::from_online_cores([CoreId(0)])).unwrap();
+        Rig {
+            server: Some(Server::start(&plan).unwrap()),
+            folder,
+        }
+    }
+
+    fn connect(&self, name: &str) -> FrontEnd {
+        FrontEnd::connect(&self.folder.join(name))
+    }
+
+    fn report(&self) -> String {
+        self.server.as_ref().unwrap().report()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let report = self.server.take().unwrap().stop();
+        let _ = std::fs::remove_dir_all(&self.folder);
+        if !std::thread::panicking() {
+            let report = report.expect("the server did not end cleanly");
+            assert!(
+                report.contains("iommu violations 0, driver errors 0"),
+                "{report}"
+            );
+        }
+    }
+}
+
+const BASE: u64 = 0x10_0000;
+const USER: u64 = 0x7f00_0000_0000;
+const MEMORY: u64 = 8 << 20;
+
+/// A guest with one queue in a memfd, as the front-end shares it.
+struct Guest {
+    driver: SimGuest,
+    file: File,
+    region: Region,
+}
+
+impl Guest {
+    fn new(size: u16, first_index: u16) -> Guest {
+        let file = memfd(MEMORY);
+        let map = memmap2::MmapOptions::new()
+            .len(MEMORY as usize)
+            .map_raw(&file)
+            .unwrap();
+        let hva = std::ptr::NonNull::new(map.as_mut_ptr()).unwrap();
+        let region = GuestRegion {
+            gpa: Gpa(BASE),
+            len: MEMORY,
+            hva,
+            dma: 0,
+        };
+        // SAFETY: `map` keeps the pages mapped and is owned by the memory; only raw accesses follow.
+        let memory = unsafe { GuestMemory::new(vec![region], Box::new(map)) }.unwrap();
+        let config = SimGuestConfig {
+            size,
+            event_idx: true,
+            indirect: true,
+            max_data: 64 << 10,
+            first_index,
+            base: Gpa(BASE),
+        };
+        let driver = SimGuest::new(Arc::new(memory), config).unwrap();
+        let region = Region {
+            gpa: BASE,
+            size: MEMORY,
+            user_addr: USER,
+            mmap_offset: 0,
+        };
+        Guest {
+            driver,
+            file,
+            region,
+        }
+    }
+
+    fn user(&self, host: std::ptr::NonNull<u8>) -> u64 {
+        let start = self.driver.memory().contiguous(Gpa(BASE), 1).unwrap();
+        USER + (host.addr().get() - start.addr().get()) as u64
+    }
+
+    /// Everything between SET_OWNER and the running queue, as QEMU orders it.
+    fn start(&self, front_end: &FrontEnd, index: u32, features: u64) -> (File, File) {
+        front_end.send(SET_FEATURES, &features.to_le_bytes(), &[]);
+        let table = mem_table(&[self.region]);
+        assert_eq!(
+            front_end.acknowledged(SET_MEM_TABLE, &table, &[self.file.as_fd()]),
+            Some(0)
+        );
+        self.start_queue(front_end, index)
+    }
+
+    fn start_queue(&self, front_end: &FrontEnd, index: u32) -> (File, File) {
+        let config = self.driver.virtqueue_config();
+        let (kick, call) = (eventfd(), eventfd());
+        front_end.send(SET_VRING_NUM, &vring_state(index, config.size.into()), &[]);
+        front_end.send(
+            SET_VRING_BASE,
+            &vring_state(index, config.next_avail.into()),
+            &[],
+        );
+        let [descriptor, used, avail] =
+            [config.descriptor_table, config.used, config.avail].map(|at| self.user(at));
+        front_end.send(
+            SET_VRING_ADDR,
+            &vring_addr(index, descriptor, used, avail),
+            &[],
+        );
+        front_end.send(
+            SET_VRING_CALL,
+            &u64::from(index).to_le_bytes(),
+            &[call.as_fd()],
+        );
+        front_end.send(
+            SET_VRING_KICK,
+            &u64::from(index).to_le_bytes(),
+            &[kick.as_fd()],
+        );
+        let enabled = front_end.acknowledged(SET_VRING_ENABLE, &vring_state(index, 1), &[]);
+        assert_eq!(enabled, Some(0), "SET_VRING_ENABLE");
+        (kick, call)
+    }
+
+    fn wait(&mut self) -> SimCompletion {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(completion) = self.driver.poll_used() {
+                return completion;
+            }
+            assert!(Instant::now() < deadline, "no completion");
+            std::thread::yield_now();
+        }
+    }
+
+    fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
+        let request = SimRequest::new(request_type::OUT, sector, data.len() as u32, false);
+        self.driver.submit(&request, data).unwrap();
+        self.driver.publish();
+        self.wait().status
+    }
+
+    fn read(&mut self, sector: u64, len: u32) -> Vec<u8> {
+        let head = self
+            .driver
+            .submit(&SimRequest::new(request_type::IN, sector, len, true), &[])
+            .unwrap();
+        self.driver.publish();
+        assert_eq!(self.wait().status, status::OK);
+        let mut data = vec![0; len as usize];
+        self.driver.read_data(head, &mut data);
+        data
+    }
+}
+
+const FEATURES: u64 = F_PROTOCOL | F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_FLUSH;
+
+fn signals(call: &File) -> u64 {
+    let mut bytes = [0; 8];
+    (&*call)
+        .read(&mut bytes)
+        .map_or(0, |_| u64::from_ne_bytes(bytes))
+}
+
+fn wait_for_signal(call: &File) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while signals(call) == 0 {
+        assert!(Instant::now() < deadline, "no signal");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn negotiation_offers_what_the_issue_lists_and_nothing_it_cannot_serve() {
+    let rig = Rig::start(
+        "model:ram,size=64M",
+        &[("a", ",queues=4"), ("b", ",ns=1,readonly=on")][..1],
+    );
+    let front_end = rig.connect("a");
+    let (features, protocol) = front_end.negotiate();
+    for bit in [2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 30, 32] {
+        assert_ne!(features & (1 << bit), 0, "feature bit {bit}");
+    }
+    for bit in [1, 4, 5, 24, 26, 33, 34, 40] {
+        assert_eq!(features & (1 << bit), 0, "feature bit {bit}");
+    }
+    // MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, CONFIGURE_MEM_SLOTS 15; not INFLIGHT_SHMFD 12.
+    assert_eq!(
+        protocol,
+        1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15
+    );
+    assert_eq!(front_end.ask_u64(GET_QUEUE_NUM), 4);
+    assert!(front_end.ask_u64(GET_MAX_MEM_SLOTS) >= 32);
+}
+
+#[test]
+fn get_config_of_any_length_that_qemu_asks_is_exactly_as_long() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", ",queues=2")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    for size in [36, 48, 57, 60, 256] {
+        let answer = front_end.ask(GET_CONFIG, &config_request(0, size));
+        assert_eq!(answer.len(), 12 + size as usize);
+        assert_eq!(
+            answer[12..20],
+            (64_u64 << 11).to_le_bytes(),
+            "capacity in sectors"
+        );
+    }
+    let answer = front_end.ask(GET_CONFIG, &config_request(0, 60));
+    let config = VirtioBlkConfig::read_from_bytes(&answer[12..]).unwrap();
+    assert_eq!(
+        (
+            config.blk_size.get(),
+            config.num_queues.get(),
+            config.writeback
+        ),
+        (512, 2, 1)
+    );
+    assert_eq!(
+        (config.seg_max.get(), config.max_discard_seg.get()),
+        (126, 256)
+    );
+    // Beyond the space: an empty payload says no, and the connection goes on.
+    assert_eq!(
+        front_end.ask(GET_CONFIG, &config_request(250, 57)).len(),
+        12
+    );
+    assert_eq!(front_end.ask_u64(GET_QUEUE_NUM), 2);
+}
+
+#[test]
+fn io_over_a_started_queue_reads_back_and_signals() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", ",queues=2")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(64, 0);
+    let (_kick, call) = guest.start(&front_end, 1, FEATURES);
+    wait_for_signal(&call); // the spurious one after a start
+    guest.driver.enable_signals();
+    let data: Vec<u8> = (0..8192_u32).map(|i| (i % 251) as u8).collect();
+    assert_eq!(guest.write(16, &data), status::OK);
+    wait_for_signal(&call);
+    assert_eq!(guest.read(16, 8192), data);
+    // GET_VRING_BASE answers with the next avail index, and the ring is silent afterwards.
+    assert_eq!(
+        front_end.ask(GET_VRING_BASE, &vring_state(1, 0)),
+        vring_state(1, 2)
+    );
+    guest
+        .driver
+        .submit(&SimRequest::new(request_type::FLUSH, 0, 0, false), &[])
+        .unwrap();
+    guest.driver.publish();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(guest.driver.poll_used(), None);
+    assert!(rig.report().contains("8,192"), "{}", rig.report());
+}
+
+#[test]
+fn queue_restarted_from_its_base_goes_on_where_it_stood() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(16, 65_530);
+    guest.start(&front_end, 0, FEATURES);
+    for i in 0..10 {
+        assert_eq!(guest.write(i, &[i as u8; 512]), status::OK);
+    }
+    let base = front_end.ask(GET_VRING_BASE, &vring_state(0, 0));
+    assert_eq!(base, vring_state(0, 4), "65530 + 10 wraps to 4");
+    // Resume: the base that was reported, the addresses and a kick again.
+    front_end.send(SET_VRING_BASE, &base, &[]);
+    let kick = eventfd();
+    front_end.send(SET_VRING_KICK, &0_u64.to_le_bytes(), &[kick.as_fd()]);
+    assert_eq!(guest.read(9, 512), vec![9; 512]);
+}
+
+#[test]
+fn memory_table_replaced_while_running_keeps_serving() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(64, 0);
+    guest.start(&front_end, 0, FEATURES);
+    assert_eq!(guest.write(0, &[1; 4096]), status::OK);
+    let extra = memfd(1 << 20);
+    let more = Region {
+        gpa: 1 << 32,
+        size: 1 << 20,
+        user_addr: USER + (1 << 32),
+        mmap_offset: 0,
+    };
+    assert_eq!(
+        front_end.acknowledged(ADD_MEM_REG, &one_region(&more), &[extra.as_fd()]),
+        Some(0)
+    );
+    assert_eq!(guest.write(8, &[2; 4096]), status::OK);
+    assert_eq!(
+        front_end.acknowledged(REM_MEM_REG, &one_region(&more), &[]),
+        Some(0)
+    );
+    assert_eq!(guest.read(0, 4096), vec![1; 4096]);
+    let again = mem_table(&[guest.region]);
+    assert_eq!(
+        front_end.acknowledged(SET_MEM_TABLE, &again, &[guest.file.as_fd()]),
+        Some(0)
+    );
+    assert_eq!(guest.read(8, 4096), vec![2; 4096]);
+}
+
+#[test]
+fn front_end_that_vanishes_with_io_in_flight_can_come_back() {
+    let rig = Rig::start("model:ram,size=64M,latency=2ms", &[("a", "")]);
+    for round in 0..5_u8 {
+        let front_end = rig.connect("a");
+        front_end.negotiate();
+        let mut guest = Guest::new(64, 0);
+        guest.start(&front_end, 0, FEATURES);
+        assert_eq!(guest.write(u64::from(round), &[round; 512]), status::OK);
+        assert_eq!(guest.read(0, 512), vec![0; 512]);
+        for sector in 100..120 {
+            guest
+                .driver
+                .submit(
+                    &SimRequest::new(request_type::OUT, sector, 512, false),
+                    &[7; 512],
+                )
+                .unwrap();
+        }
+        guest.driver.publish();
+    }
+}
+
+#[test]
+fn second_front_end_of_a_disk_is_refused_and_the_first_goes_on() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
+    let first = rig.connect("a");
+    first.negotiate();
+    assert!(rig.connect("a").is_closed());
+    assert_eq!(first.ask_u64(GET_QUEUE_NUM), 1);
+    drop(first);
+    rig.connect("a").negotiate();
+}
+
+#[test]
+fn write_through_by_config_or_missing_flush_feature_still_reads_back() {
+    let rig = Rig::start("model:ram,size=64M,vwc=on", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(64, 0);
+    guest.start(&front_end, 0, FEATURES & !F_FLUSH | 1 << 11);
+    assert_eq!(guest.write(0, &[3; 512]), status::OK);
+    let set = |offset: u32, bytes: &[u8]| {
+        let mut payload = config_request(offset, bytes.len() as u32);
+        payload[12..].copy_from_slice(bytes);
+        front_end.acknowledged(SET_CONFIG, &payload, &[])
+    };
+    assert_eq!(set(32, &[0]), Some(0));
+    assert_eq!(front_end.ask(GET_CONFIG, &config_request(32, 1))[12], 0);
+    assert_eq!(guest.write(1, &[4; 512]), status::OK);
+    assert_eq!(set(32, &[1]), Some(0));
+    assert_eq!(guest.read(1, 512), vec![4; 512]);
+    // Anything else is read only: refused, and the connection ends.
+    assert_eq!(set(0, &[0; 8]), Some(1));
+    assert!(front_end.is_closed());
+}
+
+#[test]
+fn reset_device_stops_the_rings_and_a_new_start_works() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(64, 0);
+    guest.start(&front_end, 0, FEATURES);
+    assert_eq!(guest.write(5, &[9; 512]), status::OK);
+    front_end.send(RESET_DEVICE, &[], &[]);
+    let mut rebooted = Guest::new(128, 0);
+    rebooted.start(&front_end, 0, FEATURES);
+    assert_eq!(rebooted.read(5, 512), vec![9; 512]);
+}
+
+#[test]
+fn two_disks_serve_two_front_ends_and_a_hostile_one_harms_only_itself() {
+    let rig = Rig::start(
+        "model:ram,size=64M,namespaces=2",
+        &[("a", ",ns=1"), ("b", ",ns=2")],
+    );
+    let (good, bad) = (rig.connect("a"), rig.connect("b"));
+    good.negotiate();
+    bad.negotiate();
+    let (mut a, mut b) = (Guest::new(64, 0), Guest::new(64, 0));
+    a.start(&good, 0, FEATURES);
+    b.start(&bad, 0, FEATURES);
+    assert_eq!(
+        (a.write(0, &[1; 512]), b.write(0, &[2; 512])),
+        (status::OK, status::OK)
+    );
+    b.driver.jump(1000); // the avail index runs away: this ring is broken
+    b.driver.publish();
+    bad.send(SET_VRING_NUM, &vring_state(0, 3), &[]);
+    assert!(bad.is_closed());
+    assert_eq!(a.read(0, 512), vec![1; 512]);
+    let back = rig.connect("b");
+    back.negotiate();
+    let mut b = Guest::new(64, 0);
+    b.start(&back, 0, FEATURES);
+    assert_eq!(b.read(0, 512), vec![2; 512]);
+}
+
+#[test]
+fn memory_shrunk_by_the_front_end_costs_its_session_only() {
+    let rig = Rig::start(
+        "model:ram,size=64M,namespaces=2",
+        &[("a", ",ns=1"), ("b", ",ns=2")],
+    );
+    let (good, bad) = (rig.connect("a"), rig.connect("b"));
+    good.negotiate();
+    bad.negotiate();
+    let (mut a, b) = (Guest::new(64, 0), Guest::new(64, 0));
+    a.start(&good, 0, FEATURES);
+    b.start(&bad, 0, FEATURES);
+    b.file.set_len(4096).unwrap(); // the poller reads avail.idx all the time: SIGBUS
+    assert!(bad.is_closed());
+    assert_eq!(a.write(3, &[6; 512]), status::OK);
+    assert_eq!(a.read(3, 512), vec![6; 512]);
+    std::mem::forget(b); // its own mapping is gone as well: nothing may touch it again
+}
+
+/// Each script must end the connection, and the next client must be served.
+#[test]
+fn bad_messages_close_the_connection_and_nothing_else() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", ",queues=2")]);
+    let guest = Guest::new(64, 0);
+    let small = memfd(4096);
+    let region = |gpa, size, user_addr| Region {
+        gpa,
+        size,
+        user_addr,
+        mmap_offset: 0,
+    };
+    let raw = |request: u32, flags: u32, payload: &[u8]| FrontEnd::message(request, flags, payload);
+    let pipe = File::open("/dev/null").unwrap();
+    let many: Vec<File> = (0..40).map(|_| memfd(4096)).collect();
+    let large = |f: &FrontEnd| {
+        let header = [GET_FEATURES, 1, 1 << 31].map(u32::to_le_bytes).concat();
+        f.send_raw(&header, &[])
+    };
+    type Script<'a> = (&'a str, Box<dyn Fn(&FrontEnd) -> std::io::Result<()> + 'a>);
+    let send = |request: u32, payload: Vec<u8>| -> Box<dyn Fn(&FrontEnd) -> std::io::Result<()>> {
+        Box::new(move |f| f.send_raw(&FrontEnd::message(request, 1, &payload), &[]))
+    };
+    let table = |regions: Vec<Region>, file: &File| {
+        let file = file.try_clone().unwrap();
+        move |f: &FrontEnd| {
+            let fds: Vec<BorrowedFd<'_>> = regions.iter().map(|_| file.as_fd()).collect();
+            f.send_raw(
+                &FrontEnd::message(SET_MEM_TABLE, 1, &mem_table(&regions)),
+                &fds,
+            )
+        }
+    };
+    let with_fd = |request: u32, payload: Vec<u8>, file: &File| {
+        let file = file.try_clone().unwrap();
+        move |f: &FrontEnd| f.send_raw(&FrontEnd::message(request, 1, &payload), &[file.as_fd()])
+    };
+    let scripts: Vec<Script<'_>> = vec![
+        ("a size of 2^31", Box::new(large)),
+        (
+            "version 3",
+            Box::new(|f| f.send_raw(&raw(GET_FEATURES, 3, &[]), &[])),
+        ),
+        ("an unknown request", send(999, vec![])),
+        ("request 0", send(0, vec![])),
+        ("a short payload", send(SET_FEATURES, vec![0; 4])),
+        ("a long payload", send(SET_FEATURES, vec![0; 16])),
+        (
+            "unoffered protocol features",
+            send(SET_PROTOCOL_FEATURES, u64::MAX.to_le_bytes().to_vec()),
+        ),
+        (
+            "packed rings that were not offered",
+            send(SET_FEATURES, (FEATURES | 1 << 34).to_le_bytes().to_vec()),
+        ),
+        (
+            "an IOMMU that was not offered",
+            send(SET_FEATURES, (FEATURES | 1 << 33).to_le_bytes().to_vec()),
+        ),
+        ("SET_OWNER twice", send(SET_OWNER, vec![])),
+        ("vring 999", send(SET_VRING_NUM, vring_state(999, 64))),
+        (
+            "vring 2^32 - 1",
+            send(SET_VRING_BASE, vring_state(u32::MAX, 0)),
+        ),
+        (
+            "GET_VRING_BASE of vring 2",
+            send(GET_VRING_BASE, vring_state(2, 0)),
+        ),
+        ("size 0", send(SET_VRING_NUM, vring_state(0, 0))),
+        ("size 3", send(SET_VRING_NUM, vring_state(0, 3))),
+        ("size 2048", send(SET_VRING_NUM, vring_state(0, 2048))),
+        ("size 65536", send(SET_VRING_NUM, vring_state(0, 65536))),
+        (
+            "a base beyond 16 bits",
+            send(SET_VRING_BASE, vring_state(0, 65536)),
+        ),
+        (
+            "ring addresses before any memory",
+            send(SET_VRING_ADDR, vring_addr(0, USER, USER, USER)),
+        ),
+        ("enable 2", send(SET_VRING_ENABLE, vring_state(0, 2))),
+        (
+            "a kick fd that is missing",
+            send(SET_VRING_KICK, 0_u64.to_le_bytes().to_vec()),
+        ),
+        (
+            "a kick fd that is a file",
+            Box::new(with_fd(SET_VRING_KICK, vec![0; 8], &pipe)),
+        ),
+        (
+            "a call fd that is a file",
+            Box::new(with_fd(SET_VRING_CALL, vec![0; 8], &pipe)),
+        ),
+        (
+            "an fd where none belongs",
+            Box::new(with_fd(GET_FEATURES, vec![], &pipe)),
+        ),
+        (
+            "a region larger than its file",
+            Box::new(table(vec![region(0, 8192, USER)], &small)),
+        ),
+        (
+            "an empty region",
+            Box::new(table(vec![region(0, 0, USER)], &small)),
+        ),
+        (
+            "a region whose end wraps",
+            Box::new(table(vec![region(u64::MAX - 4095, 8192, USER)], &small)),
+        ),
+        (
+            "a region off a page",
+            Box::new(table(vec![region(100, 4096, USER)], &small)),
+        ),
+        (
+            "overlapping regions",
+            Box::new(table(
+                vec![region(0, 4096, USER), region(0, 4096, USER + 8192)],
+                &small,
+            )),
+        ),
+        (
+            "overlapping user addresses",
+            Box::new(table(
+                vec![region(0, 4096, USER), region(8192, 4096, USER)],
+                &small,
+            )),
+        ),
+        (
+            "a file that cannot be mapped",
+            Box::new(table(vec![region(0, 4096, USER)], &pipe)),
+        ),
+        ("no region", Box::new(table(vec![], &small))),
+        (
+            "a region that is not there",
+            Box::new(send(REM_MEM_REG, one_region(&region(0, 4096, USER)))),
+        ),
+        (
+            "40 descriptors",
+            Box::new(|f| f.send_raw(&raw(SET_MEM_TABLE, 1, &mem_table(&[])), &fds(&many))),
+        ),
+        ("GET_INFLIGHT_FD, not offered", send(31, vec![0; 24])),
+        ("SET_LOG_BASE, not offered", send(6, vec![0; 16])),
+        ("SET_STATUS, not offered", send(39, vec![0; 8])),
+    ];
+    for (what, script) in &scripts {
+        let front_end = rig.connect("a");
+        front_end.negotiate();
+        // A peer that has closed already is as good an answer.
+        let _ = script(&front_end);
+        assert!(
+            front_end.is_closed(),
+            "{what}: the connection is still open"
+        );
+    }
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest_after = guest;
+    guest_after.start(&front_end, 0, FEATURES);
+    assert_eq!(guest_after.write(0, &[1; 512]), status::OK);
+}
+
+#[test]
+fn ring_addresses_outside_shared_memory_close_the_connection() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
+    let guest = Guest::new(64, 0);
+    let end = USER + MEMORY;
+    for [descriptor, used, avail] in [
+        [0, USER, USER],
+        [USER, 0, USER],
+        [USER, USER, end],
+        [end - 16 * 63, USER, USER], // its tail is outside
+        [USER + 8, USER, USER],      // not aligned to 16
+        [USER, USER + 2, USER],      // not aligned to 4
+        [USER, USER, USER + 1],      // not aligned to 2
+        [u64::MAX - 8, USER, USER],
+    ] {
+        let front_end = rig.connect("a");
+        front_end.negotiate();
+        front_end.send(SET_FEATURES, &FEATURES.to_le_bytes(), &[]);
+        let table = mem_table(&[guest.region]);
+        assert_eq!(
+            front_end.acknowledged(SET_MEM_TABLE, &table, &[guest.file.as_fd()]),
+            Some(0)
+        );
+        front_end.send(SET_VRING_NUM, &vring_state(0, 64), &[]);
+        front_end.send(SET_VRING_ADDR, &vring_addr(0, descriptor, used, avail), &[]);
+        assert!(
+            front_end.is_closed(),
+            "{descriptor:#x} {used:#x} {avail:#x}"
+        );
+    }
+}
+
+#[test]
+fn half_a_message_and_silence_delay_nobody() {
+    let rig = Rig::start(
+        "model:ram,size=64M,namespaces=2",
+        &[("a", ",ns=1"), ("b", ",ns=2")],
+    );
+    let silent = rig.connect("b");
+    silent.send_raw(&[1, 0, 0], &[]).unwrap();
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(64, 0);
+    guest.start(&front_end, 0, FEATURES);
+    assert_eq!(guest.write(0, &[1; 512]), status::OK);
+    drop(rig); // stops with both clients attached
+}
+
+#[test]
+fn stop_with_a_client_attached_and_io_in_flight_takes_less_than_a_second() {
+    let mut rig = Rig::start("model:ram,size=64M,latency=20ms", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(256, 0);
+    guest.start(&front_end, 0, FEATURES);
+    for sector in 0..64 {
+        guest
+            .driver
+            .submit(
+                &SimRequest::new(request_type::OUT, sector, 512, false),
+                &[1; 512],
+            )
+            .unwrap();
+    }
+    guest.driver.publish();
+    let start = Instant::now();
+    let server = rig.server.take().unwrap();
+    let report = server.stop().unwrap();
+    assert!(
+        start.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(!rig.folder.join("a").exists(), "the socket was left behind");
+    assert!(report.contains("iommu violations 0"), "{report}");
+    rig.server = Some(Server::start(&empty_plan()).unwrap());
+}
+
+fn empty_plan() -> tandem::plan::Plan {
+    tandem::plan::Plan {
+        devices: Vec::new(),
+        disks: Vec::new(),
+        cores: Vec::new(),
+    }
+}
