@@ -61,9 +61,11 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        let report = self.server.take().unwrap().stop();
+        let report = self.server.take().map(Server::stop);
         let _ = std::fs::remove_dir_all(&self.folder);
-        if !std::thread::panicking() {
+        if let Some(report) = report
+            && !std::thread::panicking()
+        {
             let report = report.expect("the server did not end cleanly");
             assert!(
                 report.contains("iommu violations 0, driver errors 0"),
@@ -613,7 +615,11 @@ fn bad_messages_close_the_connection_and_nothing_else() {
         ),
         (
             "40 descriptors",
-            Box::new(|f| f.send_raw(&raw(SET_MEM_TABLE, 1, &mem_table(&[])), &fds(&many))),
+            // More than the protocol library has room for: it drops the header with them and takes what follows for one.
+            Box::new(|f| {
+                f.send_raw(&raw(SET_MEM_TABLE, 1, &mem_table(&[])), &fds(&many))?;
+                f.send_raw(&raw(GET_FEATURES, 1, &[]), &[])
+            }),
         ),
         ("GET_INFLIGHT_FD, not offered", send(31, vec![0; 24])),
         ("SET_LOG_BASE, not offered", send(6, vec![0; 16])),
@@ -689,16 +695,12 @@ fn stop_with_a_client_attached_and_io_in_flight_takes_less_than_a_second() {
     let mut rig = Rig::start("model:ram,size=64M,latency=20ms", &[("a", "")]);
     let front_end = rig.connect("a");
     front_end.negotiate();
-    let mut guest = Guest::new(256, 0);
+    let mut guest = Guest::new(64, 0);
     guest.start(&front_end, 0, FEATURES);
     for sector in 0..64 {
-        guest
-            .driver
-            .submit(
-                &SimRequest::new(request_type::OUT, sector, 512, false),
-                &[1; 512],
-            )
-            .unwrap();
+        let mut request = SimRequest::new(request_type::OUT, sector, 512, false);
+        request.direct = Some(0); // one descriptor each
+        guest.driver.submit(&request, &[1; 512]).unwrap();
     }
     guest.driver.publish();
     let start = Instant::now();
@@ -711,13 +713,4 @@ fn stop_with_a_client_attached_and_io_in_flight_takes_less_than_a_second() {
     );
     assert!(!rig.folder.join("a").exists(), "the socket was left behind");
     assert!(report.contains("iommu violations 0"), "{report}");
-    rig.server = Some(Server::start(&empty_plan()).unwrap());
-}
-
-fn empty_plan() -> tandem::plan::Plan {
-    tandem::plan::Plan {
-        devices: Vec::new(),
-        disks: Vec::new(),
-        cores: Vec::new(),
-    }
 }
