@@ -211,7 +211,8 @@ impl Model {
 
 fn check(config: &ModelConfig) -> Result<(), ModelError> {
     let page = PAGE_SIZE as u64;
-    let mdts = config.mdts_bytes.unwrap_or(page);
+    // MDTS 0 would be no limit: the smallest that can be said is two pages.
+    let mdts = config.mdts_bytes.unwrap_or(2 * page);
     let rules = [
         (
             config.namespaces >= 1,
@@ -244,10 +245,10 @@ fn check(config: &ModelConfig) -> Result<(), ModelError> {
             "0 to 15",
         ),
         (
-            mdts.is_power_of_two() && mdts >= page,
+            mdts.is_power_of_two() && mdts >= 2 * page,
             "the largest transfer",
             mdts,
-            "a power of two of at least 4096 bytes",
+            "a power of two of at least 8192 bytes",
         ),
         (
             config.medium != Medium::Ram || config.size > 0,
