@@ -47,8 +47,10 @@ impl BlockCount {
     }
 
     /// The length in bytes, for blocks of `1 << block_shift` bytes.
+    #[inline]
     pub const fn bytes(self, block_shift: u32) -> u64 {
-        (self.0 as u64) << block_shift
+        // A block has at most 64 KiB (`Geometry`), so nothing is shifted out.
+        (self.0 as u64).wrapping_shl(block_shift)
     }
 }
 
@@ -154,6 +156,8 @@ pub enum BlockStatus {
 pub struct Geometry {
     block_shift: u32,
     blocks: u64,
+    /// The size once more, in sectors: asked for by every request.
+    sectors: u64,
     read_only: bool,
 }
 
@@ -162,9 +166,10 @@ impl Geometry {
     /// the size in bytes fits 64 bits: with both, no arithmetic on a checked range can wrap.
     pub fn new(block_shift: u32, blocks: u64, read_only: bool) -> Option<Self> {
         let fits = (9..=16).contains(&block_shift) && blocks <= u64::MAX >> block_shift;
-        fits.then_some(Self {
+        fits.then(|| Self {
             block_shift,
             blocks,
+            sectors: blocks << (block_shift - 9),
             read_only,
         })
     }
@@ -186,7 +191,7 @@ impl Geometry {
 
     /// The size in the 512-byte sectors virtio counts in, whatever the block size.
     pub const fn sectors(&self) -> u64 {
-        self.blocks << (self.block_shift - 9)
+        self.sectors
     }
 
     /// Whether the guest may change nothing.

@@ -1,5 +1,5 @@
 //! vhost-user message scripts against a running server: what QEMU sends, and what it never would.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 #[path = "common/front_end.rs"]
 mod front_end;

@@ -1,14 +1,15 @@
 //! The whole data path in one thread, from a seed: simulated guests, lanes, pollers, queue pairs, the software
 //! controller. Every block's content is known at every time, and every DMA address is checked by the controller.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use common::rig::{GuestSetup, Rig, RigGuest};
 use common::rng::Rng;
-use nvme_model::ModelConfig;
+use nvme_model::{Clock, ModelConfig};
 use tandem::sim::{Framing, SimRequest};
 use tandem::virtio::blk::{RangeSegment, request_type, status};
 use zerocopy::IntoBytes;
@@ -66,6 +67,9 @@ impl World {
             dstrd: *rng.pick(&[0, 3]),
             mdts_bytes: *rng.pick(&[None, Some(8192), Some(64 << 10), Some(1 << 20)]),
             vwc: rng.one_in(2),
+            // Commands complete out of order, in the controller's own time.
+            jitter: Duration::from_micros(*rng.pick(&[0, 3, 20])),
+            clock: Clock::Turns,
             seed,
             ..ModelConfig::default()
         };
@@ -195,7 +199,9 @@ impl World {
             .rng
             .pick(&[Framing::Plain, Framing::SplitHeader, Framing::Joined]);
         if request.data_len > 0 {
-            let most = u64::from(request.data_len).min(8);
+            // No driver may build a chain that is longer than its queue: three for the header, one for the status.
+            let most = u64::from(self.guests[at].queue_size - 4).min(8);
+            let most = most.min(u64::from(request.data_len));
             request.pieces = 1 + self.rng.below(most) as u16;
             // Mostly where a kernel puts its buffers, now and then where it hurts.
             request.data_offset = *self.rng.pick(&[0, 0, 0, 512, 1024, 4, 1, 3]);

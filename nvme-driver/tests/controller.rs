@@ -1,5 +1,5 @@
 //! The driver against the software controller: bring-up, admin commands, queues and I/O with odd capabilities.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::time::Duration;
 

@@ -124,7 +124,16 @@ enum Progress {
 pub(super) struct CommandContext {
     pub(super) lane: u16,
     pub(super) head: HeadIndex,
-    pub(super) bounce: Option<ChunkId>,
+    pub(super) share: Share,
+}
+
+/// How much of its request a command is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Share {
+    /// All of it: where the answer goes, and the bytes of data that the guest gets on success.
+    Whole { status: StatusByte, data_in: u32 },
+    /// A part, perhaps through a bounce buffer; the lane remembers the request.
+    Part { bounce: Option<ChunkId> },
 }
 
 /// What the lanes of one poller share: the queue pair and what belongs to its commands.
@@ -258,12 +267,15 @@ impl Lane {
             Ok(available) => available.min(FETCH_BUDGET),
             Err(error) => return self.break_ring(&error),
         };
-        for _ in 0..available {
-            if pair.queue.room() == 0 || self.work.is_some() {
-                break;
-            }
+        // A request that takes more than one command becomes work, which ends the round.
+        for _ in 0..available.min(pair.queue.room()) {
             match self.queue.pop(&self.config.memory, &mut self.chain) {
-                Ok(true) => self.start(pair),
+                Ok(true) => {
+                    self.start(pair);
+                    if self.work.is_some() {
+                        break;
+                    }
+                }
                 Ok(false) => break,
                 Err(error) => return self.break_ring(&error),
             }
@@ -287,19 +299,12 @@ impl Lane {
         };
         let bytes = range.count.bytes(self.block_shift);
         if write {
-            self.counters.writes += 1;
-            self.counters.bytes_written += bytes;
+            self.counters.writes = self.counters.writes.wrapping_add(1);
+            self.counters.bytes_written = self.counters.bytes_written.wrapping_add(bytes);
         } else {
-            self.counters.reads += 1;
-            self.counters.bytes_read += bytes;
+            self.counters.reads = self.counters.reads.wrapping_add(1);
+            self.counters.bytes_read = self.counters.bytes_read.wrapping_add(bytes);
         }
-        let slot = &mut self.requests[usize::from(head.get())];
-        *slot = Request {
-            status: Some(request.status),
-            data_in: request.data_in,
-            pending: 1,
-            failed: false,
-        };
         // Chains hold fewer than 2^32 bytes, so only a request beyond the limit fails the conversion.
         let short = u32::try_from(bytes)
             .ok()
@@ -319,24 +324,25 @@ impl Lane {
                     pair.commands[cid.index()] = CommandContext {
                         lane: self.slot,
                         head,
-                        bounce: None,
+                        share: Share::Whole {
+                            status: request.status,
+                            data_in: request.data_in,
+                        },
                     };
-                    self.counters.commands += 1;
+                    self.counters.commands = self.counters.commands.wrapping_add(1);
                     return;
                 }
                 Err(
                     SubmitError::Full | SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong),
                 ) => {}
-                Err(SubmitError::Prp(PrpError::LengthMismatch)) => {
-                    self.fail_request(head);
-                    self.end_command(head);
-                    return;
-                }
+                // Cannot be: the parser took the length from the segments. Work fails for the same reason.
+                Err(SubmitError::Prp(PrpError::LengthMismatch)) => {}
             }
         }
         if short.is_none() {
             self.counters.split += 1;
         }
+        self.remember(head, &request);
         let step = Step::Transfer {
             write,
             lba: range.lba.get(),
@@ -364,12 +370,7 @@ impl Lane {
         head: HeadIndex,
         request: &BlkRequest,
     ) {
-        self.requests[usize::from(head.get())] = Request {
-            status: Some(request.status),
-            data_in: request.data_in,
-            pending: 1,
-            failed: false,
-        };
+        self.remember(head, request);
         let step = match request.op {
             BlockOp::Flush => {
                 self.counters.flushes += 1;
@@ -400,6 +401,16 @@ impl Lane {
         }
     }
 
+    /// A request that may take several commands. One is counted for the issuing itself.
+    fn remember(&mut self, head: HeadIndex, request: &BlkRequest) {
+        self.requests[usize::from(head.get())] = Request {
+            status: Some(request.status),
+            data_in: request.data_in,
+            pending: 1,
+            failed: false,
+        };
+    }
+
     fn begin_work<T: Transport>(&mut self, pair: &mut Pair<T>, head: HeadIndex, step: Step) {
         self.work = Some(Work { head, step });
         self.continue_work(pair);
@@ -421,7 +432,7 @@ impl Lane {
             };
             match progress {
                 Progress::Issued => {
-                    self.counters.commands += 1;
+                    self.counters.commands = self.counters.commands.wrapping_add(1);
                     self.requests[usize::from(work.head.get())].pending += 1;
                 }
                 Progress::Blocked => {
@@ -462,10 +473,8 @@ impl Lane {
         } else {
             self.chain.writable()
         };
-        let blocks = left
-            .min(pair.queue.max_transfer() >> shift)
-            .min(MAX_BLOCKS)
-            .max(1);
+        let most = (pair.queue.max_transfer() >> shift).clamp(1, MAX_BLOCKS);
+        let blocks = left.min(most);
         let bytes = blocks << shift;
         let direct = piece(segments, offset, bytes);
         let entry = self.transfer_entry(write, lba, blocks);
@@ -509,7 +518,7 @@ impl Lane {
         pair.commands[cid.index()] = CommandContext {
             lane: self.slot,
             head: work.head,
-            bounce,
+            share: Share::Part { bounce },
         };
         work.step = Step::Transfer {
             write,
@@ -545,7 +554,7 @@ impl Lane {
         pair.commands[cid.index()] = CommandContext {
             lane: self.slot,
             head: work.head,
-            bounce: None,
+            share: Share::Part { bounce: None },
         };
         let done = done + blocks;
         work.step = if done == count.get() {
@@ -579,7 +588,7 @@ impl Lane {
                 pair.commands[cid.index()] = CommandContext {
                     lane: self.slot,
                     head: work.head,
-                    bounce: None,
+                    share: Share::Part { bounce: None },
                 };
                 work.step = Step::Discard {
                     range: range + ranges.len(),
@@ -599,7 +608,7 @@ impl Lane {
         pair.commands[cid.index()] = CommandContext {
             lane: self.slot,
             head: work.head,
-            bounce: None,
+            share: Share::Part { bounce: None },
         };
         // No ranges follow: the next look finds this work finished.
         work.step = Step::Transfer {
@@ -611,8 +620,26 @@ impl Lane {
         Progress::Issued
     }
 
-    /// A command of the request at `head` has completed.
+    /// The command that was all of the request at `head` has completed.
     #[inline]
+    pub(super) fn request_done(
+        &mut self,
+        head: HeadIndex,
+        status: StatusByte,
+        data_in: u32,
+        success: bool,
+    ) {
+        let answer = if success {
+            BlockStatus::Ok
+        } else {
+            self.counters.errors += 1;
+            BlockStatus::IoError
+        };
+        self.queue
+            .push_used(head, blk::finish(status, answer, data_in));
+    }
+
+    /// A command of the request at `head` has completed.
     pub(super) fn command_done(&mut self, head: HeadIndex, success: bool) {
         if !success {
             self.fail_request(head);
@@ -625,7 +652,6 @@ impl Lane {
         self.requests[usize::from(head.get())].failed = true;
     }
 
-    #[inline]
     fn end_command(&mut self, head: HeadIndex) {
         let request = &mut self.requests[usize::from(head.get())];
         request.pending -= 1;

@@ -12,7 +12,7 @@ use nvme_driver::transport::Transport;
 use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
-use super::lane::{CommandContext, Lane, LaneId, Pair, max_segments};
+use super::lane::{CommandContext, Lane, LaneId, Pair, Share, max_segments};
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
@@ -56,7 +56,7 @@ impl<T: Transport> Poller<T> {
         let idle = CommandContext {
             lane: 0,
             head: HeadIndex::default(),
-            bounce: None,
+            share: Share::Part { bounce: None },
         };
         let commands = vec![idle; usize::from(queue.depth())].into_boxed_slice();
         let bounce = BouncePool::new(space, max_segments(MAX_QUEUE_SIZE))?;
@@ -83,15 +83,23 @@ impl<T: Transport> Poller<T> {
     fn complete(&mut self, completion: Completion) {
         let context = self.pair.commands[completion.cid.index()];
         let success = completion.status.is_success();
-        if let Some(chunk) = context.bounce {
-            if success {
-                self.pair.bounce.scatter(chunk);
-            }
-            self.pair.bounce.release(chunk);
-        }
         // The lane is here: it does not leave before its last command has completed.
-        if let Some(Some(lane)) = self.lanes.get_mut(usize::from(context.lane)) {
-            lane.command_done(context.head, success);
+        let Some(Some(lane)) = self.lanes.get_mut(usize::from(context.lane)) else {
+            return;
+        };
+        match context.share {
+            Share::Whole { status, data_in } => {
+                lane.request_done(context.head, status, data_in, success);
+            }
+            Share::Part { bounce } => {
+                if let Some(chunk) = bounce {
+                    if success {
+                        self.pair.bounce.scatter(chunk);
+                    }
+                    self.pair.bounce.release(chunk);
+                }
+                lane.command_done(context.head, success);
+            }
         }
     }
 }

@@ -217,10 +217,12 @@ impl BlkLimits {
     fn blocks(&self, sector: u64, sectors: u64) -> Option<(Lba, u64)> {
         // `Geometry` holds fewer than 2^55 sectors, so what passes here cannot wrap as a byte offset either.
         let end = sector.checked_add(sectors)?;
-        let shift = self.geometry.block_shift() - SECTOR_SHIFT;
         let inside = end <= self.geometry.sectors();
-        let aligned = (sector | sectors) & ((1 << shift) - 1) == 0;
-        (inside && aligned).then_some((Lba::new(sector >> shift), sectors >> shift))
+        // 0 to 7: `Geometry` holds block shifts of 9 to 16.
+        let shift = self.geometry.block_shift().wrapping_sub(SECTOR_SHIFT);
+        let part = !u64::MAX.wrapping_shl(shift);
+        let (lba, blocks) = (sector.wrapping_shr(shift), sectors.wrapping_shr(shift));
+        (inside && (sector | sectors) & part == 0).then_some((Lba::new(lba), blocks))
     }
 }
 
@@ -282,8 +284,8 @@ pub fn parse(
     ranges: &mut RangeList,
     limits: &BlkLimits,
 ) -> Result<BlkRequest, BlkReject> {
-    let location = chain.take_status();
-    let (Some(status), Some(header)) = (location, chain.take_front::<HEADER_BYTES>()) else {
+    let (location, header) = chain.take_ends::<HEADER_BYTES>();
+    let (Some(status), Some(header)) = (location, header) else {
         // A malformed chain, one without a status, or one too short for a header.
         return Err(BlkReject {
             status: BlockStatus::IoError,

@@ -249,11 +249,126 @@ impl Chain {
         Some(status)
     }
 
+    /// Takes the status and the first `N` readable bytes off at once: [`Self::take_status`] and [`Self::take_front`], for
+    /// a request whose header and status have descriptors of their own, as nearly every driver builds it.
+    #[inline]
+    pub fn take_ends<const N: usize>(&mut self) -> (Option<StatusByte>, Option<[u8; N]>) {
+        let inside = self.segments.get(self.front..self.end);
+        if let Some([first, .., last]) = inside
+            && first.len() as usize == N
+            && self.front < self.split
+            && last.len() == 1
+            && self.split < self.end
+        {
+            let mut header = [0; N];
+            first.read_once(&mut header);
+            let status = last.last_byte();
+            // Neither wraps: both segments are counted in their sums.
+            self.readable_len = self.readable_len.wrapping_sub(N as u64);
+            self.writable_len = self.writable_len.wrapping_sub(1);
+            self.front += 1;
+            self.end -= 1;
+            return (status, Some(header));
+        }
+        (self.take_status(), self.take_front())
+    }
+
     /// Fills the chain from `head` on. An error is one of the ring; a fault of the chain alone is kept.
     ///
     /// Descriptors that hold buffers count towards the bound; the one that leads to an indirect table does not.
     #[inline]
     pub(super) fn walk(
+        &mut self,
+        head: HeadIndex,
+        table: DescriptorTable,
+        indirect_negotiated: bool,
+        memory: &GuestMemory,
+    ) -> Result<(), RingError> {
+        self.head = head;
+        if self.walk_plain(head, table, indirect_negotiated, memory) {
+            return Ok(());
+        }
+        self.walk_any(head, table, indirect_negotiated, memory)
+    }
+
+    /// Walks a chain as drivers build it: every buffer in the largest region, nothing amiss. `false` for any other, of
+    /// which nothing is kept: [`Self::walk_any`] reads it anew, and only what that read counts (I6).
+    #[inline]
+    fn walk_plain(
+        &mut self,
+        head: HeadIndex,
+        mut table: DescriptorTable,
+        mut may_be_indirect: bool,
+        memory: &GuestMemory,
+    ) -> bool {
+        let queue_size = u32::from(table.count);
+        // One place for each descriptor that a chain may have: their end ends the walk (I8).
+        let Some(places) = self.segments.get_mut(..usize::from(table.count)) else {
+            return false;
+        };
+        let mut index = head.get();
+        let (mut readable, mut count) = (0_usize, 0_usize);
+        let (mut readable_len, mut writable_len) = (0_u64, 0_u64);
+        loop {
+            let Some(Descriptor {
+                gpa,
+                len,
+                flags,
+                next,
+            }) = table.read(index)
+            else {
+                return false;
+            };
+            let Some(segment) = memory.segment(gpa, len) else {
+                return false;
+            };
+            if flags & DESC_F_INDIRECT != 0 {
+                let aligned = segment.hva().cast::<AtomicU64>().is_aligned();
+                let entries = len / DESCRIPTOR_BYTES;
+                let sound = may_be_indirect && flags & DESC_F_NEXT == 0 && aligned;
+                if !sound || !len.is_multiple_of(DESCRIPTOR_BYTES) || entries > queue_size {
+                    return false;
+                }
+                may_be_indirect = false;
+                // At most the queue size, which has 16 bits.
+                let entries = (entries & 0xffff) as u16;
+                // SAFETY: `entries * 16` bytes of one mapped region (`segment`), aligned (checked above), used during
+                // this walk only, while `memory` is borrowed.
+                table = unsafe { DescriptorTable::new(segment.hva().cast(), entries) };
+                index = 0;
+                continue;
+            }
+            let Some(place) = places.get_mut(count) else {
+                return false;
+            };
+            *place = segment;
+            count += 1;
+            // Neither sum can wrap: at most queue-size (1024) addends of 32 bits.
+            if flags & DESC_F_WRITE != 0 {
+                writable_len = writable_len.wrapping_add(u64::from(len));
+            } else if writable_len == 0 {
+                readable_len = readable_len.wrapping_add(u64::from(len));
+                readable = count;
+            } else {
+                return false;
+            }
+            if flags & DESC_F_NEXT == 0 {
+                break;
+            }
+            index = next;
+        }
+        self.front = 0;
+        self.split = readable;
+        self.end = count;
+        self.readable_len = readable_len;
+        self.writable_len = writable_len;
+        self.fault = None;
+        readable_len.wrapping_add(writable_len) <= u64::from(u32::MAX)
+    }
+
+    /// Walks any chain, and finds out what is wrong with it.
+    #[cold]
+    fn walk_any(
         &mut self,
         head: HeadIndex,
         table: DescriptorTable,
@@ -291,7 +406,6 @@ impl Chain {
             fault,
             ..
         } = walk;
-        self.head = head;
         self.front = 0;
         self.split = split;
         self.end = end;
@@ -317,7 +431,7 @@ impl Chain {
     }
 }
 
-/// The state of one walk, in locals so that it stays in registers.
+/// The state of one walk over a chain of any kind.
 struct Walk<'a> {
     memory: &'a GuestMemory,
     segments: &'a mut [Segment],

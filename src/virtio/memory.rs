@@ -300,6 +300,27 @@ impl GuestMemory {
         &self.regions
     }
 
+    /// The whole of `gpa..gpa + len` if it lies in the largest region, where nearly all buffers are. `None` for an
+    /// empty one too. [`Self::piece`] knows the other regions.
+    #[inline]
+    pub fn segment(&self, gpa: Gpa, len: u32) -> Option<Segment> {
+        let region = &self.largest;
+        let offset = gpa.0.wrapping_sub(region.gpa.0);
+        // An empty buffer holds nothing, so where it lies does not matter.
+        if offset >= region.len || region.len - offset < u64::from(len) || len == 0 {
+            return None;
+        }
+        // The cast cannot truncate: `offset < region.len <= isize::MAX` (checked in `GuestMemory::new`).
+        #[allow(clippy::cast_possible_truncation)]
+        let bytes = offset as usize;
+        Some(Segment {
+            // SAFETY: less than the length of the mapping that starts at `hva` (contract of `GuestMemory::new`).
+            hva: unsafe { region.hva.add(bytes) },
+            dma: region.dma.wrapping_add(offset),
+            len,
+        })
+    }
+
     /// The longest piece of `gpa..gpa + len` that starts at `gpa` and lies in one region; `None` when `gpa` lies
     /// in none. A piece shorter than `len` says that the buffer goes on in the adjacent region or in a hole.
     #[inline]

@@ -307,7 +307,7 @@ impl Virtqueue {
             return Err(RingError::DuplicateHead { head });
         }
         *heads |= bit;
-        self.in_flight += 1;
+        self.in_flight = self.in_flight.wrapping_add(1); // at most the queue size: a bit each
         self.next_avail = self.next_avail.wrapping_add(1);
         self.prefetch();
         chain.walk(HeadIndex(head), self.descriptors, self.indirect, memory)?;
@@ -343,7 +343,7 @@ impl Virtqueue {
         let heads = &mut self.heads[word];
         assert!(*heads & bit != 0, "head given back twice");
         *heads &= !bit;
-        self.in_flight -= 1;
+        self.in_flight = self.in_flight.wrapping_sub(1);
         let slot = usize::from(self.next_used & self.mask);
         // SAFETY: `slot < size`, so the 8 bytes at 4 + 8 * slot lie in the `6 + 8 * size` mapped bytes; the ring
         // is aligned to 4 (`new`). At most `size` heads are in flight, so no entry is overwritten that the

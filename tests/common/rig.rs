@@ -9,7 +9,6 @@ use tandem::block::Geometry;
 use tandem::control::device::Device;
 use tandem::datapath::{Lane, LaneConfig, LaneId, Poll, Signal};
 use tandem::sim::{SimGuest, SimGuestConfig};
-use tandem::stats::SharedCounters;
 use tandem::vhost::memory::{MemoryTable, RegionInfo};
 use tandem::virtio::blk::{BlkLimits, RangeLimits};
 use tandem::virtio::memory::Gpa;
@@ -46,8 +45,7 @@ pub struct RigGuest {
     pub driver: SimGuest,
     pub indirect: bool,
     pub lane: LaneId,
-    pub counters: Arc<SharedCounters>,
-    pub call: Arc<Signal>,
+    pub queue_size: u16,
     // Regions are dropped when the last of table, lane and driver is gone.
     _table: MemoryTable,
 }
@@ -120,7 +118,7 @@ impl Rig {
         }
         let memory = table.snapshot().unwrap();
         let driver = SimGuest::new(Arc::clone(&memory), config).unwrap();
-        let id = LaneId(0x1000 + u64::from(driver.virtqueue_config().used.addr().get() as u32));
+        let id = LaneId(0x1000 + driver.virtqueue_config().used.addr().get() as u64);
         let namespace = self.device.namespace(Nsid(1)).unwrap();
         let geometry = Geometry::new(
             namespace.block_size.trailing_zeros(),
@@ -132,8 +130,6 @@ impl Rig {
             max_sectors: 0x7f_ff80,
             max_segments: 256,
         };
-        let counters = Arc::new(SharedCounters::default());
-        let call = Arc::new(Signal::new().unwrap());
         let lane = Lane::new(LaneConfig {
             id,
             // SAFETY: the lane holds the memory, and is the only one that serves this queue.
@@ -150,16 +146,15 @@ impl Rig {
             write_through: setup.write_through,
             volatile_cache: self.device.has_volatile_cache(),
             deallocate: self.device.can_deallocate(),
-            call: Arc::clone(&call),
+            call: Arc::new(Signal::new().unwrap()),
             error: Arc::new(Signal::new().unwrap()),
-            shared: Arc::clone(&counters),
+            shared: Arc::default(),
         });
         let guest = RigGuest {
             driver,
             indirect: setup.indirect,
             lane: id,
-            counters,
-            call,
+            queue_size: setup.queue_size,
             _table: table,
         };
         (guest, Box::new(lane))

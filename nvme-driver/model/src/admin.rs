@@ -20,9 +20,9 @@ use crate::shared::Shared;
 use crate::{MODEL_NUMBER, VERSION};
 
 /// Asynchronous Event Requests that may be outstanding (AERL, zero-based on the wire).
-const EVENT_REQUESTS: usize = 4;
+const EVENT_REQUESTS: u8 = 4;
 /// Entries of the error log (ELPE, zero-based on the wire).
-const ERROR_ENTRIES: usize = 64;
+const ERROR_ENTRIES: u8 = 64;
 /// Events that wait for a request; more of them are lost, as on a controller with little memory.
 const WAITING_EVENTS: usize = 64;
 
@@ -137,7 +137,7 @@ impl Admin {
         error.cid = entry.cid;
         error.status = status.to_wire(false).into();
         error.nsid = entry.nsid;
-        self.errors.truncate(ERROR_ENTRIES - 1);
+        self.errors.truncate(usize::from(ERROR_ENTRIES) - 1);
         self.errors.push_front(error);
     }
 }
@@ -180,7 +180,7 @@ pub(crate) fn execute(
             admin_opcode::ABORT => Ok(abort(shared, entry)),
             admin_opcode::ASYNC_EVENT_REQUEST => {
                 let requests = &mut shared.admin().requests;
-                if requests.len() < EVENT_REQUESTS {
+                if requests.len() < usize::from(EVENT_REQUESTS) {
                     requests.push_back(entry.cid.get());
                     return None;
                 }
@@ -357,9 +357,9 @@ fn identify_controller(shared: &Shared) -> Box<IdentifyController> {
     id.ver = VERSION.into();
     id.oaes = (1 << 8).into(); // Namespace Attribute Notices
     id.acl = 3;
-    id.aerl = (EVENT_REQUESTS - 1) as u8;
+    id.aerl = EVENT_REQUESTS - 1;
     id.frmw = 0b11; // one slot, read-only
-    id.elpe = (ERROR_ENTRIES - 1) as u8;
+    id.elpe = ERROR_ENTRIES - 1;
     id.tnvmcap = bytes.sum::<u128>().to_le_bytes();
     id.sqes = 0x66;
     id.cqes = 0x44;
@@ -546,12 +546,12 @@ fn log_page(shared: &Shared, id: u8) -> Option<Vec<u8>> {
     let admin = shared.admin();
     match id {
         id if id == LogId::Error as u8 => {
-            let mut page = Vec::with_capacity(ERROR_ENTRIES * size_of::<ErrorLogEntry>());
+            let mut page = Vec::new();
             admin
                 .errors
                 .iter()
                 .for_each(|error| page.extend_from_slice(error.as_bytes()));
-            page.resize(ERROR_ENTRIES * size_of::<ErrorLogEntry>(), 0);
+            page.resize(usize::from(ERROR_ENTRIES) * size_of::<ErrorLogEntry>(), 0);
             Some(page)
         }
         id if id == LogId::Smart as u8 => {

@@ -7,14 +7,14 @@ use std::collections::BTreeMap;
 
 use crate::media::Ram;
 
-const SECTOR: u64 = 512;
+const SECTOR: usize = 512;
 
 #[derive(Debug)]
 pub(crate) struct Durability {
     /// Sectors that are not durable, by offset, with what a power failure may bring back.
-    before: BTreeMap<u64, [u8; 512]>,
+    before: BTreeMap<u64, [u8; SECTOR]>,
     /// What each sector that ever was durable holds in that state; the others hold zeroes.
-    shadow: BTreeMap<u64, [u8; 512]>,
+    shadow: BTreeMap<u64, [u8; SECTOR]>,
     rng: u64,
 }
 
@@ -29,7 +29,7 @@ impl Durability {
 
     /// The range has just been changed.
     pub(crate) fn changed(&mut self, ram: &Ram, offset: u64, len: u64, durable: bool) {
-        for sector in (offset..offset + len).step_by(512) {
+        for sector in (offset..offset + len).step_by(SECTOR) {
             if durable {
                 self.before.remove(&sector);
                 self.shadow.insert(sector, read(ram, sector));
@@ -64,8 +64,8 @@ impl Durability {
     }
 }
 
-fn read(ram: &Ram, sector: u64) -> [u8; 512] {
-    let mut bytes = [0; SECTOR as usize];
+fn read(ram: &Ram, sector: u64) -> [u8; SECTOR] {
+    let mut bytes = [0; SECTOR];
     // SAFETY: `at` checks the range; `bytes` is ours.
     unsafe {
         ram.at(sector, bytes.len())

@@ -276,7 +276,7 @@ fn check(config: &ModelConfig) -> Result<(), ModelError> {
 /// Equal parts of the medium, in whole blocks.
 fn namespaces(config: &ModelConfig, size: u64) -> Result<Vec<NamespaceState>, ModelError> {
     let block_shift = config.block_size.trailing_zeros();
-    let blocks = size / u64::from(config.namespaces) >> block_shift;
+    let blocks = (size / u64::from(config.namespaces)) >> block_shift;
     if blocks == 0 {
         return Err(ModelError::Parameter {
             what: "the size of a namespace",

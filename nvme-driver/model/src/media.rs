@@ -240,7 +240,7 @@ impl Image {
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV) => {}
             result => return Ok(result?),
         }
-        const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
         let mut done = 0;
         while done < len {
             let step = (len - done).min(ZEROES.len() as u64);

@@ -61,11 +61,11 @@ impl Registers {
     fn csts(&self) -> u32 {
         let ready = matches!(self.state, State::Ready | State::Stopping(_));
         let fatal = self.shared.fatal.load(Ordering::Relaxed);
-        u32::from(ready) * Csts::RDY | u32::from(fatal) * Csts::CFS | self.shutdown
+        (u32::from(ready) * Csts::RDY) | (u32::from(fatal) * Csts::CFS) | self.shutdown
     }
 
     pub(crate) fn read32(&self, at: u32) -> u32 {
-        let half = |value: u64, at: u32| (value >> (8 * (at & 4))) as u32;
+        let half = |value: u64, at: u32| ((value >> (8 * (at & 4))) & 0xffff_ffff) as u32;
         match at {
             offset::CAP | 0x04 => half(self.cap(), at),
             offset::VS => VERSION,

@@ -73,6 +73,8 @@ pub struct QueuePair<T: Transport> {
     rung_tail: u16,
     /// Completions consumed since the last head doorbell.
     unreported: u16,
+    /// The SQHD of the completion polled last, until the end of its round.
+    reported_head: Option<u16>,
     max_transfer: u32,
     counters: QueuePairCounters,
     /// Page `i` belongs to slot `i`: its PRP list, or the ranges of its Dataset Management.
@@ -99,6 +101,7 @@ impl<T: Transport> QueuePair<T> {
             slots: Slots::new(slots),
             rung_tail: 0,
             unreported: 0,
+            reported_head: None,
             max_transfer: max_transfer.min(MAX_TRANSFER),
             counters: QueuePairCounters::default(),
             lists: DmaBuffer::new(
@@ -132,7 +135,8 @@ impl<T: Transport> QueuePair<T> {
     /// Commands that may be submitted now.
     #[inline]
     #[must_use]
-    pub fn room(&self) -> u16 {
+    pub fn room(&mut self) -> u16 {
+        self.end_round();
         self.slots.free_count().min(self.sq.room())
     }
 
@@ -169,11 +173,12 @@ impl<T: Transport> QueuePair<T> {
         if bytes > self.max_transfer {
             return Err(SubmitError::Prp(PrpError::TooLong));
         }
+        let lists = &self.lists;
         let offset = cid.index() * PAGE_SIZE;
-        let page: NonNull<AtomicU64> = self.lists.pointer(offset).cast();
-        let list = self.lists.iova(offset);
+        let list = || lists.iova(offset);
         let pointer = prp::build(segments, bytes, list, |i, prp| {
             debug_assert!(i < PAGE_SIZE / 8);
+            let page: NonNull<AtomicU64> = lists.pointer(offset).cast();
             // SAFETY: `build` stores to entries below 512, within slot `cid`'s page, which is ours while the slot is
             // free (I3); 8-byte aligned since it lies in a page.
             unsafe { page.add(i).as_ref() }.store(prp.to_le(), Ordering::Relaxed);
@@ -229,7 +234,8 @@ impl<T: Transport> QueuePair<T> {
     }
 
     #[inline]
-    fn next_cid(&self) -> Result<Cid, SubmitError> {
+    fn next_cid(&mut self) -> Result<Cid, SubmitError> {
+        self.end_round();
         match self.slots.next_free() {
             Some(cid) if self.sq.room() > 0 => Ok(cid),
             _ => Err(SubmitError::Full),
@@ -241,7 +247,7 @@ impl<T: Transport> QueuePair<T> {
         entry.cid = U16::new(cid.0);
         self.slots.take(cid);
         self.sq.push(&entry);
-        self.counters.commands += 1;
+        self.counters.commands = self.counters.commands.wrapping_add(1);
     }
 
     /// Tells the controller of everything submitted since the last call: one doorbell, or none.
@@ -282,18 +288,33 @@ impl<T: Transport> QueuePair<T> {
     /// counted and ends this round: the device gets no endless loop out of us (I8).
     #[inline]
     pub fn poll(&mut self) -> Option<Completion> {
-        let entry = self.cq.pop()?;
-        self.unreported += 1;
+        let Some(entry) = self.cq.pop() else {
+            self.end_round();
+            return None;
+        };
+        // At most as many as were submitted: a completion of nothing reports the head at once.
+        self.unreported = self.unreported.wrapping_add(1);
+        self.reported_head = Some(entry.sqhd.get());
         let cid = Cid(entry.cid.get());
-        let plausible = self.sq.advance_head(entry.sqhd.get());
-        let known = self.slots.release(cid);
-        if !(plausible && known) {
+        if !self.slots.release(cid) {
             self.note_anomaly();
+            return None;
         }
-        known.then(|| Completion {
+        Some(Completion {
             cid,
             status: Status::from_wire(entry.phase_and_status.get()),
         })
+    }
+
+    /// Takes over how far the controller has fetched: of the completions polled since the last time, the last one's
+    /// value counts. To be called before anyone asks for room.
+    #[inline]
+    fn end_round(&mut self) {
+        if let Some(sqhd) = self.reported_head.take()
+            && !self.sq.advance_head(sqhd)
+        {
+            self.note_anomaly();
+        }
     }
 
     #[cold]

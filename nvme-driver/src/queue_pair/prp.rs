@@ -39,12 +39,12 @@ pub(crate) struct DataPointer {
 }
 
 /// Describes `segments`, which must add up to exactly `bytes`. `store(i, prp)` puts entry `i` (below 512) into the
-/// list page at `list`.
+/// list page, which lies at `list()`; neither is asked where PRP1 and PRP2 are enough.
 #[inline]
 pub(crate) fn build(
     segments: impl Iterator<Item = DataSegment>,
     bytes: u32,
-    list: Iova,
+    list: impl FnOnce() -> Iova,
     mut store: impl FnMut(usize, u64),
 ) -> Result<DataPointer, PrpError> {
     let mut prp1 = 0;
@@ -99,7 +99,7 @@ pub(crate) fn build(
     }
     let prp2 = match entries {
         0 | 1 => first_entry,
-        _ => list.0,
+        _ => list().0,
     };
     Ok(DataPointer { prp1, prp2 })
 }
@@ -116,10 +116,15 @@ mod tests {
             iova: Iova(*iova),
             len: *len,
         });
-        let pointer = build(segments, bytes, Iova(0xaaaa_0000), |i, prp| {
-            list[i] = prp;
-            used = used.max(i + 1);
-        })?;
+        let pointer = build(
+            segments,
+            bytes,
+            || Iova(0xaaaa_0000),
+            |i, prp| {
+                list[i] = prp;
+                used = used.max(i + 1);
+            },
+        )?;
         list.truncate(used);
         Ok((pointer.prp1, pointer.prp2, list))
     }
@@ -192,11 +197,11 @@ mod tests {
             })
         };
         assert_eq!(
-            build(segment(), 1024, Iova(0), |_, _| ()),
+            build(segment(), 1024, || Iova(0), |_, _| ()),
             Err(PrpError::LengthMismatch)
         );
         assert_eq!(
-            build(segment(), 256, Iova(0), |_, _| ()),
+            build(segment(), 256, || Iova(0), |_, _| ()),
             Err(PrpError::LengthMismatch)
         );
     }

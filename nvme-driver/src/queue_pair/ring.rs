@@ -9,6 +9,13 @@ use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace, Iova};
 use crate::mmio::{dma_rmb, dma_wmb};
 use crate::spec::{CompletionEntry, SubmissionEntry};
 
+/// The index after `index`, which is below `entries`.
+#[inline]
+fn following(index: u16, entries: u16) -> u16 {
+    let next = index.wrapping_add(1);
+    if next == entries { 0 } else { next }
+}
+
 /// Our side of a submission queue.
 #[derive(Debug)]
 pub(crate) struct SubmissionRing {
@@ -17,6 +24,8 @@ pub(crate) struct SubmissionRing {
     tail: u16,
     /// The controller has fetched everything before this entry: the last plausible SQHD it reported.
     head: u16,
+    /// Entries from head to tail: not known to be fetched.
+    used: u16,
     memory: DmaBuffer,
 }
 
@@ -33,6 +42,7 @@ impl SubmissionRing {
             entries,
             tail: 0,
             head: 0,
+            used: 0,
             memory,
         })
     }
@@ -58,16 +68,7 @@ impl SubmissionRing {
     /// Entries that may be pushed. One stays empty: a full ring would look like an empty one.
     #[inline]
     pub(crate) fn room(&self) -> u16 {
-        self.entries - 1 - self.distance(self.head, self.tail)
-    }
-
-    #[inline]
-    fn distance(&self, from: u16, to: u16) -> u16 {
-        if to >= from {
-            to - from
-        } else {
-            to + (self.entries - from)
-        }
+        self.entries - 1 - self.used
     }
 
     /// Stores an entry at the tail. The caller saw `room() > 0`.
@@ -77,10 +78,9 @@ impl SubmissionRing {
         // SAFETY: `tail < entries` always holds (below), and the buffer holds `entries` entries (`new`). The slot is
         // ours: SQHD passed it (`room`), and the controller does not look before the doorbell (I4).
         unsafe { self.base.add(usize::from(self.tail)).write(*entry) };
-        self.tail += 1;
-        if self.tail == self.entries {
-            self.tail = 0;
-        }
+        // Neither wraps: both stay below `entries` (the caller saw room; the comparison below).
+        self.used = self.used.wrapping_add(1);
+        self.tail = following(self.tail, self.entries);
     }
 
     /// To be called before the tail doorbell is rung: the entries become visible to the device first.
@@ -92,12 +92,18 @@ impl SubmissionRing {
     /// Takes over the SQHD of a completion. `false` when the value is impossible: beyond our tail (I10).
     #[inline]
     pub(crate) fn advance_head(&mut self, sqhd: u16) -> bool {
-        let plausible = sqhd < self.entries
-            && self.distance(self.head, sqhd) <= self.distance(self.head, self.tail);
-        if plausible {
-            self.head = sqhd;
+        // How far the head moves on; with `sqhd < entries` neither branch can wrap.
+        let fetched = match sqhd {
+            beyond if beyond >= self.entries => return false,
+            ahead if ahead >= self.head => ahead - self.head,
+            around => around + (self.entries - self.head),
+        };
+        if fetched > self.used {
+            return false;
         }
-        plausible
+        self.used -= fetched;
+        self.head = sqhd;
+        true
     }
 }
 
@@ -164,9 +170,8 @@ impl CompletionRing {
         }
         dma_rmb(); // pairs with the controller writing the phase tag last
         let words = [low.load(Ordering::Relaxed), high.load(Ordering::Relaxed)];
-        self.head += 1;
-        if self.head == self.entries {
-            self.head = 0;
+        self.head = following(self.head, self.entries);
+        if self.head == 0 {
             self.phase ^= PHASE;
         }
         Some(zerocopy::transmute!(words.map(u64::to_le)))

@@ -41,7 +41,7 @@ impl Slots {
     #[inline]
     pub(crate) fn take(&mut self, cid: Cid) {
         debug_assert_eq!(self.next_free(), Some(cid));
-        self.free_count -= 1;
+        self.free_count = self.free_count.wrapping_sub(1); // not 0: `next_free` showed one
         self.outstanding[cid.index()] = true;
     }
 
@@ -54,7 +54,7 @@ impl Slots {
         }
         // An outstanding identifier was taken off the stack, so there is room for it.
         self.free[usize::from(self.free_count)] = cid.0;
-        self.free_count += 1;
+        self.free_count = self.free_count.wrapping_add(1); // at most as many as there are
         true
     }
 }
