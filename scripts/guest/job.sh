@@ -6,6 +6,8 @@
 #   TANDEM-STEP ok SECONDS TEXT    a step that worked
 #   TANDEM-STEP fail SECONDS TEXT  one that did not, followed by TANDEM-LOG lines of its output
 #   TANDEM-RESULT ok | fail TEXT   the end, from init
+#
+# The shell is busybox and prefers its own programs: /tools/bin/blkdiscard names the other one.
 
 fact() {
     echo "TANDEM $1=$2"
