@@ -2,6 +2,7 @@
 //!
 //! Needs QEMU and what a guest boots from: `scripts/dev test` sees to both. Guests are emulated, so that KVM is not
 //! needed, and run one test at a time. What a job may say is in `scripts/guest/job.sh`.
+#![allow(clippy::unwrap_used)]
 
 #[path = "common/guest.rs"]
 mod lab;
