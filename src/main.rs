@@ -1,6 +1,6 @@
 //! The `tandem` binary: parse arguments, run, exit code. 2: it did not start; 1: it did not end cleanly.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -76,6 +76,7 @@ fn log_to_stderr(level: LogLevel) {
     let level = level.to_string().parse().unwrap_or(tracing::Level::INFO);
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_max_level(level)
         .init();
 }

@@ -5,6 +5,7 @@
 //! lane back first, drained (I2). A message that cannot be honoured ends the connection with a log line; it never
 //! harms another session. Runs on its own control thread, so a silent front-end delays nobody.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
@@ -188,6 +189,19 @@ pub struct Session {
     features: u64,
     memory: MemoryTable,
     vrings: Vec<Vring>,
+    backend_channel: Option<BackendChannel>,
+}
+
+/// The front-end's second channel. There is nothing to tell it yet, since sizes do not change while a disk is served,
+/// but QEMU complains of one that is closed.
+struct BackendChannel {
+    _open: Backend,
+}
+
+impl fmt::Debug for BackendChannel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BackendChannel")
+    }
 }
 
 fn refuse(what: impl Into<String>) -> VhostError {
@@ -217,6 +231,7 @@ impl Session {
             features: 0,
             memory,
             vrings,
+            backend_channel: None,
         })
     }
 
@@ -642,8 +657,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(())
     }
 
-    fn set_backend_req_fd(&mut self, _backend: Backend) {
-        // Nothing to tell the front-end yet: sizes do not change while a disk is served.
+    fn set_backend_req_fd(&mut self, backend: Backend) {
+        self.backend_channel = Some(BackendChannel { _open: backend });
     }
 
     fn get_max_mem_slots(&mut self) -> VhostResult<u64> {

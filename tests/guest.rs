@@ -1,0 +1,573 @@
+//! The built server with real Linux guests, which drive their disks with their own virtio_blk.
+//!
+//! Needs QEMU and what a guest boots from: `scripts/dev test` sees to both. Guests are emulated, so that KVM is not
+//! needed, and run one test at a time. What a job may say is in `scripts/guest/job.sh`.
+#![allow(clippy::unwrap_used)]
+
+#[path = "common/guest.rs"]
+mod lab;
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use lab::{Guest, Lab, Report, Server, Setup, eventually, has_feature};
+
+/// Virtual I/O Device 1.2, "Feature bits" of the block device and "Reserved Feature Bits".
+const F_RO: usize = 5;
+const F_FLUSH: usize = 9;
+const F_MQ: usize = 12;
+const F_DISCARD: usize = 13;
+const F_INDIRECT_DESC: usize = 28;
+const F_EVENT_IDX: usize = 29;
+const F_VERSION_1: usize = 32;
+
+/// Both check every block that they read: fio its own marks, the file system files against their SHA-256 sums.
+const VERIFY: &str = "facts vda\nstep verify fio_verify /dev/vda 4 8m";
+
+fn facts_of(lab: &Lab, disk: &str, job: &str) -> HashMap<String, String> {
+    Guest::boot(lab, &Setup::new(&[disk], job)).ends_well()
+}
+
+#[track_caller]
+fn assert_each_virtqueue_used_its_own_queue_pair(report: &Report, virtqueues: usize) {
+    let pairs: HashSet<u64> = report.queues.iter().map(|queue| queue.get("qp")).collect();
+    assert_eq!(
+        (report.queues.len(), pairs.len()),
+        (virtqueues, virtqueues),
+        "{report:?}"
+    );
+    for queue in &report.queues {
+        assert!(
+            queue.get("commands") > 0 && queue.get("notifications") > 0,
+            "idle: {queue:?}"
+        );
+    }
+}
+
+#[test]
+fn four_queues_with_a_file_system_and_fio_lose_nothing() {
+    let lab = Lab::new("four");
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            "model:ram,size=1G",
+            "--blk",
+            "path=vm0.sock,queues=4",
+        ],
+    );
+    let job = "
+        facts vda
+        step partition sh -c 'printf \"size=256MiB\\n,\\n\" | sfdisk -q /dev/vda'
+        step mkfs mkfs.ext4 -q /dev/vda1
+        step mount mount -t ext4 /dev/vda1 /mnt
+        step write sh -c 'mkdir /mnt/f && for i in $(seq 16); do dd if=/dev/urandom of=/mnt/f/$i bs=64k count=$i; done'
+        step sums sh -c 'cd /mnt/f && sha256sum * >/mnt/sums'
+        step sync sync
+        step umount umount /mnt
+        step 'mount again' mount -t ext4 /dev/vda1 /mnt
+        step check sh -c 'cd /mnt/f && sha256sum -c /mnt/sums'
+        step remove rm -r /mnt/f
+        step fstrim fstrim -v /mnt
+        step 'umount again' umount /mnt
+        step fsck e2fsck -fn /dev/vda1
+        step discard /tools/bin/blkdiscard /dev/vda2
+        step zeroes /tools/bin/blkdiscard -z -l 67108864 /dev/vda2
+        step 'read zeroes' sh -c 'head -c 67108864 /dev/vda2 | cmp -n 67108864 - /dev/zero'
+        fact before-fio yes
+        step verify fio_verify /dev/vda2 4 16m";
+    let mut guest = Guest::boot(&lab, &Setup::new(&["vm0.sock,num-queues=4"], job));
+    guest.tells("before-fio");
+    let before = server.report();
+    let facts = guest.ends_well();
+    for (key, value) in [
+        ("bytes", "1073741824"),
+        ("block", "512"),
+        ("ro", "0"),
+        ("serial", "d0-ns1"),
+        ("queues", "4"),
+        ("cache", "write back"),
+    ] {
+        assert_eq!(facts[&format!("vda.{key}")], value, "{key}");
+    }
+    for bit in [
+        F_FLUSH,
+        F_MQ,
+        F_DISCARD,
+        F_INDIRECT_DESC,
+        F_EVENT_IDX,
+        F_VERSION_1,
+    ] {
+        assert!(has_feature(&facts, "vda", bit), "feature bit {bit}");
+    }
+    let report = server.end_well();
+    assert_each_virtqueue_used_its_own_queue_pair(&report, 4);
+    // fstrim, mkfs and blkdiscard; sync and mkfs; blkdiscard -z.
+    assert!(
+        before.total("discards") > 0 && before.total("flushes") > 0 && before.total("zeroes") > 0,
+        "{before:?}"
+    );
+    assert_eq!(report.total("ids"), 1);
+    // fio reads and writes 16 MiB in all for each job, then reads back what it wrote.
+    let moved = |report: &Report| report.total("bytes read") + report.total("bytes written");
+    assert!(moved(&report) - moved(&before) > 64 << 20, "{report:?}");
+    // A request of 128 KiB that is not aligned to a page takes more PRPs than one command of the controller's limit.
+    assert!(
+        report.total("commands") >= report.total("reads") + report.total("writes"),
+        "{report:?}"
+    );
+}
+
+#[test]
+fn one_queue_without_event_idx_loses_nothing() {
+    let lab = Lab::new("one");
+    let server = Server::start(
+        &lab,
+        &["--device", "model:ram,size=256M", "--blk", "path=vm0.sock"],
+    );
+    let facts = facts_of(&lab, "vm0.sock,num-queues=1,event_idx=off", VERIFY);
+    assert_eq!(facts["vda.queues"], "1");
+    assert!(
+        !has_feature(&facts, "vda", F_EVENT_IDX) && has_feature(&facts, "vda", F_INDIRECT_DESC)
+    );
+    assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), 1);
+}
+
+#[test]
+fn direct_descriptors_in_small_rings_lose_nothing() {
+    let lab = Lab::new("direct");
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            "model:ram,size=256M",
+            "--blk",
+            "path=vm0.sock,queues=4",
+        ],
+    );
+    let facts = facts_of(
+        &lab,
+        "vm0.sock,num-queues=4,indirect_desc=off,queue-size=32",
+        VERIFY,
+    );
+    assert!(
+        !has_feature(&facts, "vda", F_INDIRECT_DESC) && has_feature(&facts, "vda", F_EVENT_IDX)
+    );
+    assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), 4);
+}
+
+#[test]
+fn slow_controller_with_small_queues_and_commands_loses_nothing() {
+    let lab = Lab::new("slow");
+    let device = "model:ram,size=256M,mqes=8,mdts=8K,latency=100us,jitter=200us";
+    let server = Server::start(
+        &lab,
+        &["--device", device, "--blk", "path=vm0.sock,queues=4"],
+    );
+    facts_of(&lab, "vm0.sock,num-queues=4,queue-size=1024", VERIFY);
+    let report = server.end_well();
+    assert_each_virtqueue_used_its_own_queue_pair(&report, 4);
+    assert!(
+        report.total("split") > 0 && report.total("CQ doorbells") > 0,
+        "{report:?}"
+    );
+}
+
+#[test]
+fn more_virtqueues_than_queue_pairs_share_them_and_the_log_says_so() {
+    let lab = Lab::new("shared");
+    let device = "model:ram,size=256M,queues=2";
+    let server = Server::start(
+        &lab,
+        &["--device", device, "--blk", "path=vm0.sock,queues=4"],
+    );
+    assert!(
+        server.log().contains("more virtqueues than queue pairs"),
+        "{}",
+        server.log()
+    );
+    let facts = facts_of(&lab, "vm0.sock,num-queues=4", VERIFY);
+    assert_eq!(facts["vda.queues"], "4");
+    let report = server.end_well();
+    let pairs: HashSet<u64> = report.queues.iter().map(|queue| queue.get("qp")).collect();
+    assert_eq!((report.queues.len(), pairs.len()), (4, 2));
+    assert!(
+        report.queues.iter().all(|queue| queue.get("commands") > 0),
+        "{report:?}"
+    );
+}
+
+#[test]
+fn blocks_of_4096_bytes_are_what_the_guest_sees_and_uses() {
+    let lab = Lab::new("4096");
+    let device = "model:ram,size=256M,block=4096";
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            device,
+            "--blk",
+            "path=vm0.sock,queues=4,serial=four-k",
+        ],
+    );
+    let job = "
+        facts vda
+        step 'no smaller reads' sh -c '! fio --name=small --filename=/dev/vda --direct=1 --rw=read --bs=512 --size=512'
+        step mkfs mkfs.ext4 -q /dev/vda
+        step mount mount -t ext4 /dev/vda /mnt
+        step write dd if=/dev/urandom of=/mnt/file bs=64k count=64
+        step umount umount /mnt
+        step fsck e2fsck -fn /dev/vda
+        step verify fio_verify /dev/vda 4 8m --bsrange=4k-128k";
+    let facts = facts_of(&lab, "vm0.sock,num-queues=4", job);
+    assert_eq!(
+        (
+            facts["vda.block"].as_str(),
+            facts["vda.bytes"].as_str(),
+            facts["vda.serial"].as_str()
+        ),
+        ("4096", "268435456", "four-k")
+    );
+    assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), 4);
+}
+
+#[test]
+fn read_only_disk_is_read_and_never_written() {
+    let lab = Lab::new("readonly");
+    let image = lab.path("disk.img");
+    let content: Vec<u8> = (0..4 << 20)
+        .map(|at: u32| (at.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
+    fs::write(&image, &content).unwrap();
+    let device = "model:file,path=disk.img";
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            device,
+            "--blk",
+            "path=vm0.sock,queues=4,readonly=on",
+        ],
+    );
+    let job = "
+        facts vda
+        step 'no writes' sh -c '! dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct'
+        step 'no discards' sh -c '! /tools/bin/blkdiscard /dev/vda'
+        fact sum \"$(sha256sum /dev/vda | cut -d ' ' -f 1)\"
+        fact direct \"$(dd if=/dev/vda bs=96k iflag=direct 2>/dev/null | sha256sum | cut -d ' ' -f 1)\"";
+    let facts = facts_of(&lab, "vm0.sock,num-queues=4", job);
+    assert_eq!(
+        (facts["vda.ro"].as_str(), has_feature(&facts, "vda", F_RO)),
+        ("1", true)
+    );
+    let sum = sha256_of(&lab, "disk.img");
+    assert_eq!((&facts["sum"], &facts["direct"]), (&sum, &sum));
+    let report = server.end_well();
+    assert_eq!(
+        report.total("writes") + report.total("discards") + report.total("zeroes"),
+        0
+    );
+    assert!(
+        fs::read(&image).unwrap() == content,
+        "the image was changed"
+    );
+}
+
+/// By the same program as in the guest, so that the two are compared and not one with itself.
+fn sha256_of(lab: &Lab, name: &str) -> String {
+    let output = std::process::Command::new("sha256sum")
+        .arg(lab.path(name))
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout)
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .to_owned()
+}
+
+#[test]
+fn image_file_is_there_after_a_restart_of_the_server() {
+    let lab = Lab::new("image");
+    let arguments = [
+        "--device",
+        "model:file,path=disk.img,size=256M",
+        "--blk",
+        "path=vm0.sock,queues=4",
+    ];
+    let server = Server::start(&lab, &arguments);
+    let job = "
+        step mkfs mkfs.ext4 -q /dev/vda
+        step mount mount -t ext4 /dev/vda /mnt
+        step write sh -c 'for i in $(seq 8); do dd if=/dev/urandom of=/mnt/$i bs=64k count=32; done'
+        fact sum \"$(cat /mnt/[1-8] | sha256sum)\"
+        step umount umount /mnt";
+    let before = facts_of(&lab, "vm0.sock,num-queues=4", job);
+    assert!(server.end_well().total("flushes") > 0);
+    // Where ext4 keeps its magic number: the image holds what the guest saw, in its order.
+    let mut magic = [0; 2];
+    fs::File::open(lab.path("disk.img"))
+        .unwrap()
+        .read_exact_at(&mut magic, 1024 + 0x38)
+        .unwrap();
+    assert_eq!(magic, 0xef53_u16.to_le_bytes());
+
+    let server = Server::start(&lab, &arguments);
+    let job = "
+        step fsck e2fsck -fn /dev/vda
+        step mount mount -t ext4 -o ro /dev/vda /mnt
+        fact sum \"$(cat /mnt/[1-8] | sha256sum)\"";
+    let after = facts_of(&lab, "vm0.sock,num-queues=4", job);
+    assert_eq!(before["sum"], after["sum"]);
+    server.end_well();
+}
+
+#[test]
+fn reboot_with_requests_in_flight_keeps_what_was_synced() {
+    let lab = Lab::new("reboot");
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            "model:ram,size=256M",
+            "--blk",
+            "path=vm0.sock,queues=4",
+        ],
+    );
+    let job = "
+        if e2fsck -p /dev/vda; then
+            fact boot second
+            step mount mount -t ext4 /dev/vda /mnt
+            step check sh -c 'cd /mnt && sha256sum -c sum'
+            step verify fio_verify /mnt/space 4 4m
+            exit
+        fi
+        step mkfs mkfs.ext4 -q /dev/vda
+        step mount mount -t ext4 /dev/vda /mnt
+        step write dd if=/dev/urandom of=/mnt/file bs=64k count=64
+        step sum sh -c 'cd /mnt && sha256sum file >sum'
+        step space dd if=/dev/zero of=/mnt/space bs=1M count=16
+        step sync sync
+        fio_verify /mnt/space 4 4m --time_based --runtime=60 >/dev/null 2>&1 &
+        sleep 2
+        fact boot first
+        reboot -f";
+    let setup = Setup {
+        reboots: true,
+        ..Setup::new(&["vm0.sock,num-queues=4"], job)
+    };
+    let mut guest = Guest::boot(&lab, &setup);
+    assert_eq!(guest.tells("boot"), "first");
+    let first = server.report();
+    assert_each_virtqueue_used_its_own_queue_pair(&first, 4);
+    assert_eq!(guest.ends_well()["boot"], "second");
+    // The queue pairs and their counters outlive the reset of the guest.
+    let report = server.end_well();
+    for (queue, first) in report.queues.iter().zip(&first.queues) {
+        assert!(
+            queue.get("commands") > first.get("commands"),
+            "idle after the reboot: {queue:?}"
+        );
+        assert_eq!(queue.get("qp"), first.get("qp"));
+    }
+}
+
+#[test]
+fn driver_unbound_and_bound_again_negotiates_anew() {
+    let lab = Lab::new("rebind");
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            "model:ram,size=256M",
+            "--blk",
+            "path=vm0.sock,queues=4",
+        ],
+    );
+    let job = "
+        facts vda
+        for round in 1 2 3 4 5; do
+            step 'verify' fio_verify /dev/vda 4 1m
+            step 'mark' sh -c \"echo round $round | dd of=/dev/vda bs=4k conv=sync,fsync\"
+            step unbind sh -c 'echo virtio0 >/sys/bus/virtio/drivers/virtio_blk/unbind'
+            step 'disk gone' sh -c '! test -e /sys/block/vda'
+            step bind sh -c 'echo virtio0 >/sys/bus/virtio/drivers/virtio_blk/bind'
+            step 'mark there' grep -q \"round $round\" /dev/vda
+        done
+        step 'write through' sh -c 'echo write through >/sys/block/vda/cache_type'
+        step 'takes effect' grep -q 'write through' /sys/block/vda/queue/write_cache
+        step 'verify again' fio_verify /dev/vda 4 4m";
+    facts_of(&lab, "vm0.sock,num-queues=4", job);
+    assert!(
+        server.log().contains("cache mode changed by the guest"),
+        "{}",
+        server.log()
+    );
+    assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), 4);
+}
+
+/// Writes and syncs a file, then keeps four queues busy for a long time.
+const BUSY: &str = "
+    step mkfs mkfs.ext4 -q /dev/vda
+    step mount mount -t ext4 /dev/vda /mnt
+    step write dd if=/dev/urandom of=/mnt/file bs=64k count=64
+    fact sum \"$(sha256sum /mnt/file)\"
+    step space dd if=/dev/zero of=/mnt/space bs=1M count=16
+    step sync sync
+    fio_verify /mnt/space 4 4m --time_based --runtime=300 >/dev/null 2>&1 &
+    sleep 1
+    fact busy yes
+    wait";
+
+/// The guest is busy, and the server sees that.
+#[track_caller]
+fn wait_until_busy(guest: &mut Guest, server: &Server) {
+    guest.tells("busy");
+    let before = server.report();
+    eventually(Duration::from_secs(30), "every virtqueue is busy", || {
+        let now = server.report();
+        let mut both = now.queues.iter().zip(&before.queues);
+        both.all(|(now, before)| now.get("commands") > before.get("commands"))
+            .then_some(())
+    });
+}
+
+#[test]
+fn guest_that_crashes_with_requests_in_flight_leaves_the_disk_to_the_next() {
+    let lab = Lab::new("crash");
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            "model:ram,size=256M",
+            "--blk",
+            "path=vm0.sock,queues=4",
+        ],
+    );
+    let mut guest = Guest::boot(&lab, &Setup::new(&["vm0.sock,num-queues=4"], BUSY));
+    wait_until_busy(&mut guest, &server);
+    let sum = guest.tells("sum");
+    guest.crash();
+
+    let job = "
+        step fsck e2fsck -p /dev/vda
+        step mount mount -t ext4 /dev/vda /mnt
+        fact sum \"$(sha256sum /mnt/file)\"
+        step umount umount /mnt
+        step 'fsck again' e2fsck -fn /dev/vda
+        step verify fio_verify /dev/vda 4 8m";
+    assert_eq!(facts_of(&lab, "vm0.sock,num-queues=4", job)["sum"], sum);
+    assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), 4);
+}
+
+#[test]
+fn sigterm_with_a_busy_guest_ends_within_a_second_and_removes_the_sockets() {
+    let lab = Lab::new("sigterm");
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            "model:ram,size=256M",
+            "--blk",
+            "path=vm0.sock,queues=4",
+        ],
+    );
+    let mut guest = Guest::boot(&lab, &Setup::new(&["vm0.sock,num-queues=4"], BUSY));
+    wait_until_busy(&mut guest, &server);
+    assert!(lab.path("vm0.sock").exists());
+    let end = server.end();
+    assert!(end.status.success(), "{}", end.status);
+    assert!(
+        end.after < Duration::from_secs(1),
+        "it took {:?}",
+        end.after
+    );
+    assert!(!lab.path("vm0.sock").exists(), "the socket is still there");
+    assert_eq!(
+        (end.report.iommu_violations, end.report.driver_errors),
+        (0, 0)
+    );
+    assert_each_virtqueue_used_its_own_queue_pair(&end.report, 4);
+    guest.crash();
+}
+
+#[test]
+fn idle_guest_goes_on_after_a_crash_and_restart_of_the_server() {
+    let lab = Lab::new("reconnect");
+    let arguments = [
+        "--device",
+        "model:file,path=disk.img,size=256M",
+        "--blk",
+        "path=vm0.sock,queues=4",
+    ];
+    let server = Server::start(&lab, &arguments);
+    let job = "
+        step mkfs mkfs.ext4 -q /dev/vda
+        step mount mount -t ext4 /dev/vda /mnt
+        step write dd if=/dev/urandom of=/mnt/file bs=64k count=64
+        step sum sh -c 'cd /mnt && sha256sum file >sum'
+        step sync sync
+        fact idle yes
+        sleep 8
+        echo 3 >/proc/sys/vm/drop_caches
+        step check sh -c 'cd /mnt && sha256sum -c sum'
+        step space dd if=/dev/zero of=/mnt/space bs=1M count=16
+        step verify fio_verify /mnt/space 4 4m
+        step umount umount /mnt
+        step fsck e2fsck -fn /dev/vda";
+    let mut guest = Guest::boot(
+        &lab,
+        &Setup::new(&["vm0.sock,num-queues=4,reconnect=1"], job),
+    );
+    guest.tells("idle");
+    server.crash();
+    let server = Server::start(&lab, &arguments);
+    guest.ends_well();
+    assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), 4);
+}
+
+#[test]
+fn two_guests_on_two_namespaces_do_not_meet() {
+    let lab = Lab::new("two");
+    let disks = [
+        "--blk",
+        "path=a.sock,queues=2,ns=1,serial=a",
+        "--blk",
+        "path=b.sock,queues=2,ns=2,serial=b",
+    ];
+    let device = ["--device", "model:ram,size=512M,namespaces=2"];
+    let server = Server::start(&lab, &[&device[..], &disks].concat());
+    // Each fills the same blocks with its own name; after both have worked, each looks for the other's.
+    let job = "
+        facts vda
+        name=$(cat /sys/block/vda/serial)
+        step mark sh -c \"yes $name | head -c 1048576 | dd of=/dev/vda bs=64k oflag=direct iflag=fullblock\"
+        step verify fio_verify /dev/vda 2 16m --offset=1m
+        sleep 3
+        step 'mark is mine' sh -c \"yes $name | head -c 1048576 | cmp -n 1048576 - /dev/vda\"
+        step 'verify again' fio_verify /dev/vda 2 4m --offset=1m";
+    let setup = |disk| Setup {
+        cpus: 2,
+        ..Setup::new(disk, job)
+    };
+    let a = Guest::boot(&lab, &setup(&["a.sock,num-queues=2"]));
+    let b = Guest::boot(&lab, &setup(&["b.sock,num-queues=2"]));
+    for (guest, serial) in [(a, "a"), (b, "b")] {
+        let facts = guest.ends_well();
+        assert_eq!(
+            (facts["vda.serial"].as_str(), facts["vda.bytes"].as_str()),
+            (serial, "268435456")
+        );
+    }
+    let report = server.end_well();
+    assert_each_virtqueue_used_its_own_queue_pair(&report, 4);
+    let disks: HashSet<&str> = report
+        .queues
+        .iter()
+        .map(|queue| queue.disk.as_str())
+        .collect();
+    assert_eq!(disks, HashSet::from(["a.sock", "b.sock"]));
+}
