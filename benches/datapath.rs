@@ -5,6 +5,7 @@
 //! `datapath BATCH TURNS`: each turn completes BATCH 4 KiB reads of one virtqueue and takes BATCH new ones. BATCH 0
 //! counts turns that find nothing to do.
 
+#[allow(clippy::unwrap_used)] // as in the tests that it belongs to
 #[path = "../tests/common/rig.rs"]
 mod rig;
 
@@ -38,6 +39,7 @@ fn main() {
         ..GuestSetup::default()
     };
     let mut guest = rig.add_guest(&setup);
+    assert!(guest.indirect && batch <= u64::from(guest.queue_size));
     guest.driver.disable_signals();
     let mut sector = 0;
     let mut completed = 0;
