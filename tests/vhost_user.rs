@@ -495,8 +495,9 @@ fn bad_messages_close_the_connection_and_nothing_else() {
         let header = [GET_FEATURES, 1, 1 << 31].map(u32::to_le_bytes).concat();
         f.send_raw(&header, &[])
     };
-    type Script<'a> = (&'a str, Box<dyn Fn(&FrontEnd) -> std::io::Result<()> + 'a>);
-    let send = |request: u32, payload: Vec<u8>| -> Box<dyn Fn(&FrontEnd) -> std::io::Result<()>> {
+    type Send<'a> = Box<dyn Fn(&FrontEnd) -> std::io::Result<()> + 'a>;
+    type Script<'a> = (&'a str, Send<'a>);
+    let send = |request: u32, payload: Vec<u8>| -> Send<'_> {
         Box::new(move |f| f.send_raw(&FrontEnd::message(request, 1, &payload), &[]))
     };
     let table = |regions: Vec<Region>, file: &File| {

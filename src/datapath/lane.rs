@@ -3,7 +3,7 @@
 //! then no command names its memory any more (I2) and its session may unmap it.
 //!
 //! A request that one NVMe command carries out goes straight to the submission queue. Everything else (a transfer
-//! beyond MDTS, data that PRPs cannot describe, several ranges) becomes [`Work`]: it is issued piece by piece as slots
+//! beyond MDTS, data that PRPs cannot describe, several ranges) becomes `Work`: it is issued piece by piece as slots
 //! and bounce buffers come free, and the lane fetches nothing new meanwhile, so that one request at a time is enough.
 
 use std::sync::Arc;
