@@ -156,8 +156,9 @@ pub enum BlockStatus {
 pub struct Geometry {
     block_shift: u32,
     blocks: u64,
-    /// The size once more, in sectors: asked for by every request.
+    /// What every request asks for: the size in sectors, and the sectors of a block as a power of two.
     sectors: u64,
+    sector_shift: u32,
     read_only: bool,
 }
 
@@ -170,6 +171,7 @@ impl Geometry {
             block_shift,
             blocks,
             sectors: blocks << (block_shift - 9),
+            sector_shift: block_shift - 9,
             read_only,
         })
     }
@@ -192,6 +194,11 @@ impl Geometry {
     /// The size in the 512-byte sectors virtio counts in, whatever the block size.
     pub const fn sectors(&self) -> u64 {
         self.sectors
+    }
+
+    /// Sectors of a block as a power of two: 0 for blocks of 512 bytes, 3 for 4096.
+    pub const fn sector_shift(&self) -> u32 {
+        self.sector_shift
     }
 
     /// Whether the guest may change nothing.

@@ -270,14 +270,12 @@ impl Lane {
         // A request that takes more than one command becomes work, which ends the round.
         for _ in 0..available.min(pair.queue.room()) {
             match self.queue.pop(&self.config.memory, &mut self.chain) {
-                Ok(true) => {
-                    self.start(pair);
-                    if self.work.is_some() {
-                        break;
-                    }
-                }
+                Ok(true) => self.start(pair),
                 Ok(false) => break,
                 Err(error) => return self.break_ring(&error),
+            }
+            if self.work.is_some() {
+                break;
             }
         }
         true
@@ -295,9 +293,9 @@ impl Lane {
         let (write, range) = match request.op {
             BlockOp::Read(range) => (false, range),
             BlockOp::Write(range) => (true, range),
-            _ => return self.start_other(pair, head, &request),
+            _ => return self.start_other(pair, head, request),
         };
-        let bytes = range.count.bytes(self.block_shift);
+        let bytes = u64::from(request.data_len);
         if write {
             self.counters.writes = self.counters.writes.wrapping_add(1);
             self.counters.bytes_written = self.counters.bytes_written.wrapping_add(bytes);
@@ -305,11 +303,8 @@ impl Lane {
             self.counters.reads = self.counters.reads.wrapping_add(1);
             self.counters.bytes_read = self.counters.bytes_read.wrapping_add(bytes);
         }
-        // Chains hold fewer than 2^32 bytes, so only a request beyond the limit fails the conversion.
-        let short = u32::try_from(bytes)
-            .ok()
-            .filter(|bytes| *bytes <= pair.queue.max_transfer());
-        if let Some(bytes) = short {
+        let whole = request.data_len <= pair.queue.max_transfer();
+        if whole {
             let entry = self.transfer_entry(write, range.lba.get(), range.count.get());
             let segments = if write {
                 self.chain.readable()
@@ -318,7 +313,7 @@ impl Lane {
             };
             match pair
                 .queue
-                .submit(entry, segments.iter().map(as_data), bytes)
+                .submit(entry, segments.iter().map(as_data), request.data_len)
             {
                 Ok(cid) => {
                     pair.commands[cid.index()] = CommandContext {
@@ -339,7 +334,7 @@ impl Lane {
                 Err(SubmitError::Prp(PrpError::LengthMismatch)) => {}
             }
         }
-        if short.is_none() {
+        if !whole {
             self.counters.split += 1;
         }
         self.remember(head, &request);
@@ -368,9 +363,9 @@ impl Lane {
         &mut self,
         pair: &mut Pair<T>,
         head: HeadIndex,
-        request: &BlkRequest,
+        request: BlkRequest,
     ) {
-        self.remember(head, request);
+        self.remember(head, &request);
         let step = match request.op {
             BlockOp::Flush => {
                 self.counters.flushes += 1;

@@ -218,8 +218,7 @@ impl BlkLimits {
         // `Geometry` holds fewer than 2^55 sectors, so what passes here cannot wrap as a byte offset either.
         let end = sector.checked_add(sectors)?;
         let inside = end <= self.geometry.sectors();
-        // 0 to 7: `Geometry` holds block shifts of 9 to 16.
-        let shift = self.geometry.block_shift().wrapping_sub(SECTOR_SHIFT);
+        let shift = self.geometry.sector_shift();
         let part = !u64::MAX.wrapping_shl(shift);
         let (lba, blocks) = (sector.wrapping_shr(shift), sectors.wrapping_shr(shift));
         (inside && (sector | sectors) & part == 0).then_some((Lba::new(lba), blocks))
@@ -236,6 +235,8 @@ pub struct BlkRequest {
     pub status: StatusByte,
     /// Bytes of data the guest gets if it succeeds; see [`finish`].
     pub data_in: u32,
+    /// Bytes of data that move, whichever way.
+    pub data_len: u32,
 }
 
 /// A request refused: nothing of it was or will be carried out.
@@ -267,7 +268,8 @@ impl BlkReject {
 pub fn finish(location: StatusByte, status: BlockStatus, data_in: u32) -> u32 {
     location.write(status_byte(status));
     match status {
-        BlockStatus::Ok => data_in.saturating_add(1),
+        // Chains hold fewer than 2^32 bytes, the status included.
+        BlockStatus::Ok => data_in.wrapping_add(1),
         _ if data_in == 0 => 1,
         _ => 0,
     }
@@ -294,12 +296,58 @@ pub fn parse(
         });
     };
     let header: RequestHeader = zerocopy::transmute!(header);
-    let parsed = match header.request_type.get() {
-        request_type::IN => data_range(chain.writable_len(), header, limits)
-            .map(|(range, len)| (BlockOp::Read(range), len)),
-        request_type::OUT if limits.geometry.read_only() => Err(BlockStatus::IoError),
-        request_type::OUT => data_range(chain.readable_len(), header, limits)
-            .map(|(range, _)| (BlockOp::Write(range), 0)),
+    let request_type = header.request_type.get();
+    let refuse = |status: BlockStatus, chain: &Chain| BlkReject {
+        status,
+        location,
+        // As in `finish`: the status counts if nothing unwritten lies before it.
+        used_len: u32::from(chain.writable_len() == 0),
+    };
+    // Nearly all requests are a read or a write, so these come before the jump to any of the others.
+    if request_type <= request_type::OUT {
+        let write = request_type == request_type::OUT;
+        let len = if write {
+            chain.readable_len()
+        } else {
+            chain.writable_len()
+        };
+        let (Some((range, data_len)), false) = (
+            data_range(len, header, limits),
+            write && limits.geometry.read_only(),
+        ) else {
+            return Err(refuse(BlockStatus::IoError, chain));
+        };
+        return Ok(BlkRequest {
+            op: if write {
+                BlockOp::Write(range)
+            } else {
+                BlockOp::Read(range)
+            },
+            status,
+            data_in: if write { 0 } else { data_len },
+            data_len,
+        });
+    }
+    match parse_other(request_type, chain, ranges, limits) {
+        Ok((op, data_in)) => Ok(BlkRequest {
+            op,
+            status,
+            data_in,
+            data_len: data_in,
+        }),
+        Err(refusal) => Err(refuse(refusal, chain)),
+    }
+}
+
+/// What is neither a read nor a write, and the bytes of data that the guest gets.
+#[cold]
+fn parse_other(
+    request_type: u32,
+    chain: &mut Chain,
+    ranges: &mut RangeList,
+    limits: &BlkLimits,
+) -> Result<(BlockOp, u32), BlockStatus> {
+    match request_type {
         // Sector and data of a flush are ignored: there are drivers that leave something there.
         request_type::FLUSH if limits.flush => Ok((BlockOp::Flush, 0)),
         request_type::GET_ID => {
@@ -313,39 +361,19 @@ pub fn parse(
             write_zeroes(chain, ranges, limits).map(|()| (BlockOp::WriteZeroes, 0))
         }
         _ => Err(BlockStatus::Unsupported),
-    };
-    match parsed {
-        Ok((op, data_in)) => Ok(BlkRequest {
-            op,
-            status,
-            data_in,
-        }),
-        Err(refusal) => Err(BlkReject {
-            status: refusal,
-            location,
-            // As in `finish`: the status counts if nothing unwritten lies before it.
-            used_len: u32::from(chain.writable_len() == 0),
-        }),
     }
 }
 
 /// The blocks of an IN or OUT with `bytes` of data, and its data length.
 #[inline]
-fn data_range(
-    bytes: u64,
-    header: RequestHeader,
-    limits: &BlkLimits,
-) -> Result<(BlockRange, u32), BlockStatus> {
+fn data_range(bytes: u64, header: RequestHeader, limits: &BlkLimits) -> Option<(BlockRange, u32)> {
     // Chains hold fewer than 2^32 bytes.
-    let len = u32::try_from(bytes).map_err(|_| BlockStatus::IoError)?;
-    let whole_sectors = len != 0 && len.is_multiple_of(1 << SECTOR_SHIFT);
-    let sectors = u64::from(len >> SECTOR_SHIFT);
-    let blocks = limits.blocks(header.sector.get(), sectors);
-    let (Some((lba, count)), true) = (blocks, whole_sectors) else {
-        return Err(BlockStatus::IoError);
-    };
-    let count = u32::try_from(count).map_err(|_| BlockStatus::IoError)?;
-    Ok((BlockRange::new(lba, BlockCount::new(count)), len))
+    let len = u32::try_from(bytes).ok().filter(|len| *len != 0)?;
+    let (lba, count) = limits.blocks(header.sector.get(), u64::from(len >> SECTOR_SHIFT))?;
+    let whole_sectors = len.is_multiple_of(1 << SECTOR_SHIFT);
+    // No more blocks than bytes.
+    let count = BlockCount::new((count & 0xffff_ffff) as u32);
+    whole_sectors.then_some((BlockRange::new(lba, count), len))
 }
 
 /// Takes the segments of a DISCARD off the chain. They are advice, so each shrinks to the whole blocks in it.

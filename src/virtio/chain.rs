@@ -228,6 +228,11 @@ impl Chain {
         Some(bytes)
     }
 
+    #[inline]
+    fn last(&self) -> Option<&Segment> {
+        self.segments.get(self.end.checked_sub(1)?)
+    }
+
     /// Takes the last writable byte off: the status of a block request. Of a faulty chain too, where it could be
     /// located. `None` if there is none.
     #[inline]
@@ -253,8 +258,8 @@ impl Chain {
     /// a request whose header and status have descriptors of their own, as nearly every driver builds it.
     #[inline]
     pub fn take_ends<const N: usize>(&mut self) -> (Option<StatusByte>, Option<[u8; N]>) {
-        let inside = self.segments.get(self.front..self.end);
-        if let Some([first, .., last]) = inside
+        let ends = (self.segments.get(self.front), self.last());
+        if let (Some(first), Some(last)) = ends
             && first.len() as usize == N
             && self.front < self.split
             && last.len() == 1
@@ -291,54 +296,56 @@ impl Chain {
         self.walk_any(head, table, indirect_negotiated, memory)
     }
 
-    /// Walks a chain as drivers build it: every buffer in the largest region, nothing amiss. `false` for any other, of
+    /// Walks a chain as drivers build it: in the table of the queue or wholly in an indirect one, every buffer in the
+    /// largest region, nothing amiss. `false` for any other, of
     /// which nothing is kept: [`Self::walk_any`] reads it anew, and only what that read counts (I6).
     #[inline]
     fn walk_plain(
         &mut self,
         head: HeadIndex,
         mut table: DescriptorTable,
-        mut may_be_indirect: bool,
+        indirect_negotiated: bool,
         memory: &GuestMemory,
     ) -> bool {
-        let queue_size = u32::from(table.count);
         // One place for each descriptor that a chain may have: their end ends the walk (I8).
         let Some(places) = self.segments.get_mut(..usize::from(table.count)) else {
             return false;
         };
-        let mut index = head.get();
+        let Some(mut descriptor) = table.read(head.get()) else {
+            return false;
+        };
+        if descriptor.has(DESC_F_INDIRECT) {
+            let entries = descriptor.len / DESCRIPTOR_BYTES;
+            let whole = descriptor.len.is_multiple_of(DESCRIPTOR_BYTES);
+            let sound = indirect_negotiated && whole && !descriptor.has(DESC_F_NEXT);
+            let Some(place) = memory.segment(descriptor.gpa, descriptor.len) else {
+                return false;
+            };
+            let place = place.hva().cast::<AtomicU64>();
+            if !sound || entries > u32::from(table.count) || !place.is_aligned() {
+                return false;
+            }
+            // At most the queue size, which has 16 bits.
+            let entries = (entries & 0xffff) as u16;
+            // SAFETY: `entries * 16` bytes of one mapped region (`segment`), aligned (checked above), used during this
+            // walk only, while `memory` is borrowed.
+            table = unsafe { DescriptorTable::new(place, entries) };
+            match table.read(0) {
+                Some(first) => descriptor = first,
+                None => return false,
+            }
+        }
         let (mut readable, mut count) = (0_usize, 0_usize);
         let (mut readable_len, mut writable_len) = (0_u64, 0_u64);
         loop {
-            let Some(Descriptor {
+            let Descriptor {
                 gpa,
                 len,
                 flags,
                 next,
-            }) = table.read(index)
+            } = descriptor;
+            let (Some(segment), Some(place)) = (memory.segment(gpa, len), places.get_mut(count))
             else {
-                return false;
-            };
-            let Some(segment) = memory.segment(gpa, len) else {
-                return false;
-            };
-            if flags & DESC_F_INDIRECT != 0 {
-                let aligned = segment.hva().cast::<AtomicU64>().is_aligned();
-                let entries = len / DESCRIPTOR_BYTES;
-                let sound = may_be_indirect && flags & DESC_F_NEXT == 0 && aligned;
-                if !sound || !len.is_multiple_of(DESCRIPTOR_BYTES) || entries > queue_size {
-                    return false;
-                }
-                may_be_indirect = false;
-                // At most the queue size, which has 16 bits.
-                let entries = (entries & 0xffff) as u16;
-                // SAFETY: `entries * 16` bytes of one mapped region (`segment`), aligned (checked above), used during
-                // this walk only, while `memory` is borrowed.
-                table = unsafe { DescriptorTable::new(segment.hva().cast(), entries) };
-                index = 0;
-                continue;
-            }
-            let Some(place) = places.get_mut(count) else {
                 return false;
             };
             *place = segment;
@@ -346,16 +353,23 @@ impl Chain {
             // Neither sum can wrap: at most queue-size (1024) addends of 32 bits.
             if flags & DESC_F_WRITE != 0 {
                 writable_len = writable_len.wrapping_add(u64::from(len));
-            } else if writable_len == 0 {
+            } else {
                 readable_len = readable_len.wrapping_add(u64::from(len));
                 readable = count;
-            } else {
-                return false;
+                if writable_len != 0 {
+                    return false;
+                }
             }
-            if flags & DESC_F_NEXT == 0 {
+            if flags & (DESC_F_NEXT | DESC_F_INDIRECT) != DESC_F_NEXT {
+                if flags & DESC_F_INDIRECT != 0 {
+                    return false;
+                }
                 break;
             }
-            index = next;
+            match table.read(next) {
+                Some(following) => descriptor = following,
+                None => return false,
+            }
         }
         self.front = 0;
         self.split = readable;

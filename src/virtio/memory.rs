@@ -306,8 +306,10 @@ impl GuestMemory {
     pub fn segment(&self, gpa: Gpa, len: u32) -> Option<Segment> {
         let region = &self.largest;
         let offset = gpa.0.wrapping_sub(region.gpa.0);
-        // An empty buffer holds nothing, so where it lies does not matter.
-        if offset >= region.len || region.len - offset < u64::from(len) || len == 0 {
+        // The last byte counts from 0, so that the one of an empty buffer is far outside: it holds nothing, and where it
+        // lies does not matter.
+        let last = u64::from(len).wrapping_sub(1);
+        if offset >= region.len || last >= region.len - offset {
             return None;
         }
         // The cast cannot truncate: `offset < region.len <= isize::MAX` (checked in `GuestMemory::new`).

@@ -147,12 +147,9 @@ pub unsafe fn used_index(used: NonNull<u8>) -> u16 {
     u16::from_le(index.load(Relaxed))
 }
 
-/// Heads in flight, one bit each.
-const BITMAP_WORDS: usize = MAX_QUEUE_SIZE as usize / 64;
-
 /// A split virtqueue that is running: it can only be built complete.
 ///
-/// The fields of every turn share the first cache line; the bitmap of a 256-entry queue fills half of the next.
+/// The fields of every turn share the first cache line.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Virtqueue {
@@ -176,7 +173,8 @@ pub struct Virtqueue {
     indirect: bool,
     /// Signal at the next publication whatever the guest says.
     signal_requested: bool,
-    heads: [u64; BITMAP_WORDS],
+    /// Which heads are in flight. A byte each: nothing is shifted, and heads come back last in, first out.
+    heads: [bool; MAX_QUEUE_SIZE as usize],
 }
 
 // SAFETY: a virtqueue is moved by value, and every method takes it exclusively; its pointers name memory that is
@@ -223,7 +221,7 @@ impl Virtqueue {
             event_idx: config.event_idx,
             indirect: config.indirect,
             signal_requested: false,
-            heads: [0; BITMAP_WORDS],
+            heads: [false; MAX_QUEUE_SIZE as usize],
         })
     }
 
@@ -301,24 +299,23 @@ impl Virtqueue {
             let size = self.mask + 1;
             return Err(RingError::HeadOutOfRange { head, size });
         }
-        let (word, bit) = Self::bit(head);
-        let heads = &mut self.heads[word];
-        if *heads & bit != 0 {
+        let in_flight = &mut self.heads[Self::place(head)];
+        if *in_flight {
             return Err(RingError::DuplicateHead { head });
         }
-        *heads |= bit;
-        self.in_flight = self.in_flight.wrapping_add(1); // at most the queue size: a bit each
+        *in_flight = true;
+        self.in_flight = self.in_flight.wrapping_add(1); // at most the queue size
         self.next_avail = self.next_avail.wrapping_add(1);
         self.prefetch();
         chain.walk(HeadIndex(head), self.descriptors, self.indirect, memory)?;
         Ok(true)
     }
 
-    /// The place of a checked head in the bitmap.
+    /// The place of a checked head in the table.
     #[inline]
-    fn bit(head: u16) -> (usize, u64) {
-        // The modulo changes nothing (heads are less than 1024) and spares a bounds check.
-        (usize::from(head >> 6) % BITMAP_WORDS, 1 << (head & 63))
+    fn place(head: u16) -> usize {
+        // The modulo changes nothing (heads are less than the queue size) and spares a bounds check.
+        usize::from(head) % usize::from(MAX_QUEUE_SIZE)
     }
 
     /// Brings the descriptor of the next request near while this one is worked on. Its head is read here only
@@ -339,10 +336,9 @@ impl Virtqueue {
     /// When `head` is not in flight: our own error (I5), never the guest's.
     #[inline]
     pub fn push_used(&mut self, head: HeadIndex, len: u32) {
-        let (word, bit) = Self::bit(head.0);
-        let heads = &mut self.heads[word];
-        assert!(*heads & bit != 0, "head given back twice");
-        *heads &= !bit;
+        let in_flight = &mut self.heads[Self::place(head.0)];
+        assert!(*in_flight, "head given back twice");
+        *in_flight = false;
         self.in_flight = self.in_flight.wrapping_sub(1);
         let slot = usize::from(self.next_used & self.mask);
         // SAFETY: `slot < size`, so the 8 bytes at 4 + 8 * slot lie in the `6 + 8 * size` mapped bytes; the ring

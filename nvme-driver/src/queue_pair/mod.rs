@@ -73,8 +73,8 @@ pub struct QueuePair<T: Transport> {
     rung_tail: u16,
     /// Completions consumed since the last head doorbell.
     unreported: u16,
-    /// The SQHD of the completion polled last, until the end of its round.
-    reported_head: Option<u16>,
+    /// The SQHD of the completion polled last.
+    reported_head: u16,
     max_transfer: u32,
     counters: QueuePairCounters,
     /// Page `i` belongs to slot `i`: its PRP list, or the ranges of its Dataset Management.
@@ -101,7 +101,7 @@ impl<T: Transport> QueuePair<T> {
             slots: Slots::new(slots),
             rung_tail: 0,
             unreported: 0,
-            reported_head: None,
+            reported_head: 0,
             max_transfer: max_transfer.min(MAX_TRANSFER),
             counters: QueuePairCounters::default(),
             lists: DmaBuffer::new(
@@ -235,11 +235,14 @@ impl<T: Transport> QueuePair<T> {
 
     #[inline]
     fn next_cid(&mut self) -> Result<Cid, SubmitError> {
-        self.end_round();
-        match self.slots.next_free() {
-            Some(cid) if self.sq.room() > 0 => Ok(cid),
-            _ => Err(SubmitError::Full),
+        let cid = self.slots.next_free().ok_or(SubmitError::Full)?;
+        if self.sq.room() == 0 {
+            self.end_round();
+            if self.sq.room() == 0 {
+                return Err(SubmitError::Full);
+            }
         }
+        Ok(cid)
     }
 
     #[inline]
@@ -294,7 +297,7 @@ impl<T: Transport> QueuePair<T> {
         };
         // At most as many as were submitted: a completion of nothing reports the head at once.
         self.unreported = self.unreported.wrapping_add(1);
-        self.reported_head = Some(entry.sqhd.get());
+        self.reported_head = entry.sqhd.get();
         let cid = Cid(entry.cid.get());
         if !self.slots.release(cid) {
             self.note_anomaly();
@@ -307,12 +310,11 @@ impl<T: Transport> QueuePair<T> {
     }
 
     /// Takes over how far the controller has fetched: of the completions polled since the last time, the last one's
-    /// value counts. To be called before anyone asks for room.
+    /// value counts. To be called before anyone is told that there is no room.
     #[inline]
     fn end_round(&mut self) {
-        if let Some(sqhd) = self.reported_head.take()
-            && !self.sq.advance_head(sqhd)
-        {
+        if self.reported_head != self.sq.head() && !self.sq.advance_head(self.reported_head) {
+            self.reported_head = self.sq.head();
             self.note_anomaly();
         }
     }

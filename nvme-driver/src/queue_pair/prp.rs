@@ -42,6 +42,36 @@ pub(crate) struct DataPointer {
 /// list page, which lies at `list()`; neither is asked where PRP1 and PRP2 are enough.
 #[inline]
 pub(crate) fn build(
+    mut segments: impl Iterator<Item = DataSegment>,
+    bytes: u32,
+    list: impl FnOnce() -> Iova,
+    store: impl FnMut(usize, u64),
+) -> Result<DataPointer, PrpError> {
+    let first = segments.next().ok_or(PrpError::LengthMismatch)?;
+    let start = first.iova.0;
+    let in_first_page = PAGE - start % PAGE;
+    let end = start.checked_add(u64::from(bytes));
+    if first.len == bytes
+        && end.is_some()
+        && start.is_multiple_of(4)
+        && u64::from(bytes) <= in_first_page + PAGE
+    {
+        // One segment of at most two pages: what most requests are.
+        let second = u64::from(bytes) > in_first_page;
+        return Ok(DataPointer {
+            prp1: start,
+            prp2: if second {
+                start.wrapping_add(in_first_page)
+            } else {
+                0
+            },
+        });
+    }
+    build_any(std::iter::once(first).chain(segments), bytes, list, store)
+}
+
+#[inline(never)]
+fn build_any(
     segments: impl Iterator<Item = DataSegment>,
     bytes: u32,
     list: impl FnOnce() -> Iova,

@@ -65,10 +65,17 @@ impl SubmissionRing {
         self.tail
     }
 
-    /// Entries that may be pushed. One stays empty: a full ring would look like an empty one.
+    /// The controller has fetched everything before this entry.
+    #[inline]
+    pub(crate) fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Entries that may be pushed.
     #[inline]
     pub(crate) fn room(&self) -> u16 {
-        self.entries - 1 - self.used
+        // One stays empty: a full ring would look like an empty one. `used` never exceeds that.
+        self.entries.wrapping_sub(1).wrapping_sub(self.used)
     }
 
     /// Stores an entry at the tail. The caller saw `room() > 0`.

@@ -6,18 +6,34 @@ use crate::spec::Cid;
 /// Free and outstanding command identifiers of one queue.
 #[derive(Debug)]
 pub(crate) struct Slots {
-    /// A stack of free identifiers: the most recently used one is the warmest in the cache.
-    free: Box<[u16]>,
+    slots: Box<[Slot]>,
+    /// The first of the free ones: a list, the most recently used one first, since it is the warmest in the cache.
+    free: u16,
     free_count: u16,
-    outstanding: Box<[bool]>,
 }
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    /// The free slot behind this one, while it is free; [`NONE`] behind the last.
+    next: u16,
+    outstanding: bool,
+}
+
+/// No slot: there are at most 1023.
+const NONE: u16 = u16::MAX;
 
 impl Slots {
     pub(crate) fn new(count: u16) -> Slots {
         Slots {
-            free: (0..count).rev().collect(),
+            slots: (1..count)
+                .chain([NONE])
+                .map(|next| Slot {
+                    next,
+                    outstanding: false,
+                })
+                .collect(),
+            free: 0,
             free_count: count,
-            outstanding: vec![false; usize::from(count)].into_boxed_slice(),
         }
     }
 
@@ -27,14 +43,13 @@ impl Slots {
     }
 
     pub(crate) fn outstanding_count(&self) -> u16 {
-        // `free` never holds more than it was made with: `release` checks occupancy.
-        u16::try_from(self.outstanding.len()).unwrap_or(u16::MAX) - self.free_count
+        // No more are ever free than there are: `release` checks occupancy.
+        u16::try_from(self.slots.len()).unwrap_or(u16::MAX) - self.free_count
     }
 
     #[inline]
     pub(crate) fn next_free(&self) -> Option<Cid> {
-        let top = self.free_count.checked_sub(1)?;
-        self.free.get(usize::from(top)).copied().map(Cid)
+        (self.free != NONE).then_some(Cid(self.free))
     }
 
     /// Takes the identifier that `next_free` showed.
@@ -42,18 +57,24 @@ impl Slots {
     pub(crate) fn take(&mut self, cid: Cid) {
         debug_assert_eq!(self.next_free(), Some(cid));
         self.free_count = self.free_count.wrapping_sub(1); // not 0: `next_free` showed one
-        self.outstanding[cid.index()] = true;
+        let slot = &mut self.slots[cid.index()];
+        slot.outstanding = true;
+        self.free = slot.next;
     }
 
     /// Frees a completed identifier. `false` when the device named one that is out of range or not outstanding (I10).
     #[inline]
     pub(crate) fn release(&mut self, cid: Cid) -> bool {
-        match self.outstanding.get_mut(cid.index()) {
-            Some(outstanding) if *outstanding => *outstanding = false,
-            _ => return false,
-        }
-        // An outstanding identifier was taken off the stack, so there is room for it.
-        self.free[usize::from(self.free_count)] = cid.0;
+        let Some(slot) = self
+            .slots
+            .get_mut(cid.index())
+            .filter(|slot| slot.outstanding)
+        else {
+            return false;
+        };
+        slot.outstanding = false;
+        slot.next = self.free;
+        self.free = cid.0;
         self.free_count = self.free_count.wrapping_add(1); // at most as many as there are
         true
     }
