@@ -59,11 +59,11 @@ counters! {
     idle_polls,
     /// Read requests of the guest.
     reads,
-    /// Bytes that they returned.
-    bytes_read,
     /// Write requests of the guest.
     writes,
-    /// Bytes that they wrote.
+    /// Bytes that reads returned.
+    bytes_read,
+    /// Bytes that writes wrote.
     bytes_written,
     /// NVMe commands submitted. More than requests where a request was split.
     commands,

@@ -119,22 +119,26 @@ enum Progress {
     Failed,
 }
 
-/// What a command belongs to, by CID.
+/// What a command belongs to, by CID: the lane's place in the poller, the request's head, and how much of the request
+/// the command is. 16 bytes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct CommandContext {
-    pub(super) lane: u16,
-    pub(super) head: HeadIndex,
-    pub(super) share: Share,
+pub(super) enum CommandContext {
+    /// All of it: where the answer goes, and the bytes of data that the guest gets on success.
+    Whole {
+        lane: u16,
+        head: HeadIndex,
+        data_in: u32,
+        status: StatusByte,
+    },
+    /// A part, perhaps through a bounce buffer; the lane remembers the request.
+    Part {
+        lane: u16,
+        head: HeadIndex,
+        bounce: Option<ChunkId>,
+    },
 }
 
-/// How much of its request a command is.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Share {
-    /// All of it: where the answer goes, and the bytes of data that the guest gets on success.
-    Whole { status: StatusByte, data_in: u32 },
-    /// A part, perhaps through a bounce buffer; the lane remembers the request.
-    Part { bounce: Option<ChunkId> },
-}
+const _: () = assert!(size_of::<CommandContext>() == 16);
 
 /// What the lanes of one poller share: the queue pair and what belongs to its commands.
 #[derive(Debug)]
@@ -316,13 +320,11 @@ impl Lane {
                 .submit(entry, segments.iter().map(as_data), request.data_len)
             {
                 Ok(cid) => {
-                    pair.commands[cid.index()] = CommandContext {
+                    pair.commands[cid.index()] = CommandContext::Whole {
                         lane: self.slot,
                         head,
-                        share: Share::Whole {
-                            status: request.status,
-                            data_in: request.data_in,
-                        },
+                        data_in: request.data_in,
+                        status: request.status,
                     };
                     self.counters.commands = self.counters.commands.wrapping_add(1);
                     return;
@@ -510,10 +512,10 @@ impl Lane {
                     }
                 }
             };
-        pair.commands[cid.index()] = CommandContext {
+        pair.commands[cid.index()] = CommandContext::Part {
             lane: self.slot,
             head: work.head,
-            share: Share::Part { bounce },
+            bounce,
         };
         work.step = Step::Transfer {
             write,
@@ -546,10 +548,10 @@ impl Lane {
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
-        pair.commands[cid.index()] = CommandContext {
+        pair.commands[cid.index()] = CommandContext::Part {
             lane: self.slot,
             head: work.head,
-            share: Share::Part { bounce: None },
+            bounce: None,
         };
         let done = done + blocks;
         work.step = if done == count.get() {
@@ -580,10 +582,10 @@ impl Lane {
             .submit_deallocate(self.config.nsid, ranges.iter().map(as_wire))
         {
             Ok(cid) => {
-                pair.commands[cid.index()] = CommandContext {
+                pair.commands[cid.index()] = CommandContext::Part {
                     lane: self.slot,
                     head: work.head,
-                    share: Share::Part { bounce: None },
+                    bounce: None,
                 };
                 work.step = Step::Discard {
                     range: range + ranges.len(),
@@ -600,10 +602,10 @@ impl Lane {
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
-        pair.commands[cid.index()] = CommandContext {
+        pair.commands[cid.index()] = CommandContext::Part {
             lane: self.slot,
             head: work.head,
-            share: Share::Part { bounce: None },
+            bounce: None,
         };
         // No ranges follow: the next look finds this work finished.
         work.step = Step::Transfer {

@@ -12,7 +12,7 @@ use nvme_driver::transport::Transport;
 use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
-use super::lane::{CommandContext, Lane, LaneId, Pair, Share, max_segments};
+use super::lane::{CommandContext, Lane, LaneId, Pair, max_segments};
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
@@ -53,10 +53,10 @@ impl<T: Transport> Poller<T> {
     /// # Errors
     /// When there is no memory for bounce buffers; the queue pair is lost then (its memory is leaked, and says so).
     pub fn new(queue: QueuePair<T>, space: &Arc<DmaSpace>) -> Result<Poller<T>, DmaError> {
-        let idle = CommandContext {
+        let idle = CommandContext::Part {
             lane: 0,
             head: HeadIndex::default(),
-            share: Share::Part { bounce: None },
+            bounce: None,
         };
         let commands = vec![idle; usize::from(queue.depth())].into_boxed_slice();
         let bounce = BouncePool::new(space, max_segments(MAX_QUEUE_SIZE))?;
@@ -84,21 +84,27 @@ impl<T: Transport> Poller<T> {
         let context = self.pair.commands[completion.cid.index()];
         let success = completion.status.is_success();
         // The lane is here: it does not leave before its last command has completed.
-        let Some(Some(lane)) = self.lanes.get_mut(usize::from(context.lane)) else {
-            return;
-        };
-        match context.share {
-            Share::Whole { status, data_in } => {
-                lane.request_done(context.head, status, data_in, success);
+        match context {
+            CommandContext::Whole {
+                lane,
+                head,
+                data_in,
+                status,
+            } => {
+                if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
+                    lane.request_done(head, status, data_in, success);
+                }
             }
-            Share::Part { bounce } => {
+            CommandContext::Part { lane, head, bounce } => {
                 if let Some(chunk) = bounce {
                     if success {
                         self.pair.bounce.scatter(chunk);
                     }
                     self.pair.bounce.release(chunk);
                 }
-                lane.command_done(context.head, success);
+                if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
+                    lane.command_done(head, success);
+                }
             }
         }
     }

@@ -168,7 +168,9 @@ pub struct Virtqueue {
     published_used: u16,
     /// The used index at the last decision about a signal.
     decided_used: u16,
-    in_flight: u16,
+    /// Where the two indices stood when the queue was taken over.
+    first_avail: u16,
+    first_used: u16,
     event_idx: bool,
     indirect: bool,
     /// Signal at the next publication whatever the guest says.
@@ -217,7 +219,8 @@ impl Virtqueue {
             next_used: config.next_used,
             published_used: config.next_used,
             decided_used: config.next_used,
-            in_flight: 0,
+            first_avail: config.next_avail,
+            first_used: config.next_used,
             event_idx: config.event_idx,
             indirect: config.indirect,
             signal_requested: false,
@@ -237,7 +240,9 @@ impl Virtqueue {
 
     /// The number of heads taken and not yet given back.
     pub const fn in_flight(&self) -> u16 {
-        self.in_flight
+        let taken = self.next_avail.wrapping_sub(self.first_avail);
+        let returned = self.next_used.wrapping_sub(self.first_used);
+        taken.wrapping_sub(returned)
     }
 
     /// Word `index` of the avail ring: 0 flags, 1 index, 2.. entries, 2 + size used_event.
@@ -304,7 +309,6 @@ impl Virtqueue {
             return Err(RingError::DuplicateHead { head });
         }
         *in_flight = true;
-        self.in_flight = self.in_flight.wrapping_add(1); // at most the queue size
         self.next_avail = self.next_avail.wrapping_add(1);
         self.prefetch();
         chain.walk(HeadIndex(head), self.descriptors, self.indirect, memory)?;
@@ -339,7 +343,6 @@ impl Virtqueue {
         let in_flight = &mut self.heads[Self::place(head.0)];
         assert!(*in_flight, "head given back twice");
         *in_flight = false;
-        self.in_flight = self.in_flight.wrapping_sub(1);
         let slot = usize::from(self.next_used & self.mask);
         // SAFETY: `slot < size`, so the 8 bytes at 4 + 8 * slot lie in the `6 + 8 * size` mapped bytes; the ring
         // is aligned to 4 (`new`). At most `size` heads are in flight, so no entry is overwritten that the
