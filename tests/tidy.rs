@@ -82,7 +82,7 @@ const DRIVER_ROOMS: Rooms = &[
     ("spec", &[]),
     ("transport", &["spec"]),
     ("mmio", &[]),
-    ("dma", &["spec", "transport"]),
+    ("dma", &["spec", "transport", "mmio"]),
     ("error", &["dma", "spec", "transport"]),
     ("queue_pair", &["spec", "transport", "dma", "mmio", "error"]),
     (

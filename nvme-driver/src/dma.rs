@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use memmap2::{MmapOptions, MmapRaw};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::mmio::{reads, writes};
 use crate::spec::PAGE_SIZE;
 pub use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova};
 
@@ -301,6 +302,7 @@ impl DmaBuffer {
     /// When they do not fit: a programmer's error.
     pub fn write_bytes(&mut self, offset: usize, bytes: &[u8]) {
         assert!(offset <= self.len && bytes.len() <= self.len - offset);
+        writes(self.pointer(offset).as_ptr(), bytes.len());
         // SAFETY: in bounds (asserted); `bytes` is ordinary memory and cannot overlap pages that nobody can borrow.
         unsafe {
             std::ptr::copy_nonoverlapping(
@@ -317,6 +319,7 @@ impl DmaBuffer {
     /// When the range lies outside: a programmer's error.
     pub fn read_bytes(&self, offset: usize, bytes: &mut [u8]) {
         assert!(offset <= self.len && bytes.len() <= self.len - offset);
+        reads(self.pointer(offset).as_ptr(), bytes.len());
         // SAFETY: in bounds (asserted); `bytes` is exclusive ordinary memory.
         unsafe {
             std::ptr::copy_nonoverlapping(

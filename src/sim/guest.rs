@@ -6,6 +6,7 @@
 
 use crate::virtio::blk::{HEADER_BYTES, RequestHeader};
 use crate::virtio::memory::{Gpa, GuestMemory};
+use crate::virtio::shared::{AtomicU16, AtomicU32, AtomicU64, fence};
 use crate::virtio::virtqueue::{
     QueueError, Virtqueue, VirtqueueConfig, avail_ring_bytes, descriptor_table_bytes,
     used_ring_bytes,
@@ -13,7 +14,6 @@ use crate::virtio::virtqueue::{
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, fence};
 use zerocopy::IntoBytes;
 
 const NEXT: u16 = 1;

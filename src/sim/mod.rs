@@ -1,6 +1,6 @@
 //! Stand-ins for what Tandem meets in production: a guest's memory and a guest's driver.
 //!
-//! Promises to run anywhere, Miri included, and to do everything from its arguments alone, so that a seed repeats
+//! Promises to run anywhere, and to do everything from its arguments alone, so that a seed repeats
 //! a run. Knows the wire (rings, virtio-blk), nothing of how the server works. Start at [`SimGuest`].
 
 mod guest;
@@ -8,3 +8,7 @@ mod memory;
 
 pub use guest::{Framing, RawDescriptor, SimCompletion, SimGuest, SimGuestConfig, SimRequest};
 pub use memory::{SimRegion, heap_memory};
+
+#[cfg(loom)]
+#[cfg(test)]
+mod tests;

@@ -7,9 +7,10 @@
 //! itself is `Chain::walk`.
 
 use super::memory::{Gpa, GuestMemory, Segment, StatusByte};
+use super::shared::AtomicU64;
 use super::virtqueue::{HeadIndex, RingError};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Virtio 1.2, 2.7.5 "The Virtqueue Descriptor Table": the size of an entry.
 pub(super) const DESCRIPTOR_BYTES: u32 = 16;

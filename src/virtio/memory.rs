@@ -4,6 +4,7 @@
 //! Rust reference (I1): they are copied, words with volatile accesses and bulk data by raw pointer. Does not know
 //! how the regions were mapped, nor what the device-side address `dma` means. Start at [`GuestMemory::piece`].
 
+use super::shared;
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
@@ -133,6 +134,7 @@ impl Segment {
     /// writes meanwhile, it gets torn data, which is its own affair.
     pub fn copy_to(&self, out: &mut [u8]) -> usize {
         let len = out.len().min(self.len as usize);
+        shared::reads(self.hva.as_ptr(), len);
         // SAFETY: `len` bytes at `hva` lie in one mapped region, which outlives this segment (contract of
         // `GuestMemory::new`); `out` is ours alone, so they do not overlap.
         unsafe {
@@ -146,6 +148,7 @@ impl Segment {
     /// Copies `bytes` into guest memory, as many as both hold, and says how many.
     pub fn copy_from(&self, bytes: &[u8]) -> usize {
         let len = bytes.len().min(self.len as usize);
+        shared::writes(self.hva.as_ptr(), len);
         // SAFETY: as in `copy_to`.
         unsafe {
             self.hva
@@ -160,6 +163,7 @@ impl Segment {
     #[inline]
     pub(super) fn read_once(&self, out: &mut [u8]) -> usize {
         let len = out.len().min(self.len as usize);
+        shared::reads(self.hva.as_ptr(), len);
         let mut words = out[..len].chunks_exact_mut(8);
         let mut at = self.hva.as_ptr().cast_const();
         for word in &mut words {
@@ -200,6 +204,7 @@ impl StatusByte {
     /// Writes the status. The guest sees it with the used index published afterwards.
     #[inline]
     pub fn write(self, status: u8) {
+        shared::writes(self.0.as_ptr(), 1);
         // SAFETY: the byte lies in a mapped region that outlives this value (contract of `GuestMemory::new`).
         unsafe { self.0.as_ptr().write_volatile(status) };
     }

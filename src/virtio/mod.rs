@@ -8,4 +8,5 @@
 pub mod blk;
 pub mod chain;
 pub mod memory;
+pub(crate) mod shared;
 pub mod virtqueue;

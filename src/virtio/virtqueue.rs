@@ -12,9 +12,9 @@
 
 use super::chain::{Chain, DescriptorTable};
 use super::memory::GuestMemory;
+use super::shared::{AtomicU16, AtomicU32, fence};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{self, Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicU16, AtomicU32, fence};
 use thiserror::Error;
 
 /// The largest queue we serve. Virtio allows 32768; QEMU's block front-ends stop at 1024.
@@ -24,7 +24,7 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 
 /// The two orderings and the fence below are what makes the rings work between two cores. Each can be removed by
-/// a `canary-*` feature, on which the Miri run must fail: x86 itself would forgive the loss of the first two.
+/// a `canary-*` feature, on which `scripts/loom-rings` must fail: x86 itself would forgive the loss of the first two.
 const AVAIL_ACQUIRE: Ordering = match cfg!(feature = "canary-no-avail-acquire") {
     true => Relaxed,
     false => Acquire,

@@ -8,15 +8,18 @@
 pub mod prp;
 pub(crate) mod ring;
 pub(crate) mod slots;
+#[cfg(test)]
+mod tests;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U64};
 
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
+use crate::mmio::AtomicU64;
 use crate::spec::{
     Cid, DsmRange, LbaRange, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status, SubmissionEntry,
 };
@@ -58,7 +61,7 @@ pub struct QueuePairCounters {
     pub sq_doorbells: u64,
     /// Completion head doorbells.
     pub cq_doorbells: u64,
-    /// Completions with an identifier that was not outstanding or an impossible SQHD.
+    /// Completions of another queue, with an identifier that was not outstanding, or with an impossible SQHD.
     pub anomalies: u64,
 }
 
@@ -287,8 +290,8 @@ impl<T: Transport> QueuePair<T> {
         self.port.service();
     }
 
-    /// The next completed command, if any. An entry that names no outstanding command, or an impossible SQHD, is
-    /// counted and ends this round: the device gets no endless loop out of us (I8).
+    /// The next completed command, if any. An entry that names another queue, no outstanding command, or an impossible
+    /// SQHD is counted and ends this round: the device gets no endless loop out of us (I8).
     #[inline]
     pub fn poll(&mut self) -> Option<Completion> {
         let Some(entry) = self.cq.pop() else {
@@ -297,6 +300,11 @@ impl<T: Transport> QueuePair<T> {
         };
         // At most as many as were submitted: a completion of nothing reports the head at once.
         self.unreported = self.unreported.wrapping_add(1);
+        // Another queue's completion says nothing about our commands, nor about what was fetched of ours (I4).
+        if entry.sqid.get() != self.id.0 {
+            self.note_anomaly();
+            return None;
+        }
         self.reported_head = entry.sqhd.get();
         let cid = Cid(entry.cid.get());
         if !self.slots.release(cid) {

@@ -3,10 +3,10 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace, Iova};
-use crate::mmio::{dma_rmb, dma_wmb};
+use crate::mmio::{AtomicU64, dma_rmb, dma_wmb, reads, writes};
 use crate::spec::{CompletionEntry, SubmissionEntry};
 
 /// The index after `index`, which is below `entries`.
@@ -84,7 +84,11 @@ impl SubmissionRing {
         debug_assert!(self.room() > 0);
         // SAFETY: `tail < entries` always holds (below), and the buffer holds `entries` entries (`new`). The slot is
         // ours: SQHD passed it (`room`), and the controller does not look before the doorbell (I4).
-        unsafe { self.base.add(usize::from(self.tail)).write(*entry) };
+        unsafe {
+            let slot = self.base.add(usize::from(self.tail));
+            writes(slot.cast().as_ptr(), size_of::<SubmissionEntry>());
+            slot.write(*entry);
+        }
         // Neither wraps: both stay below `entries` (the caller saw room; the comparison below).
         self.used = self.used.wrapping_add(1);
         self.tail = following(self.tail, self.entries);
@@ -176,6 +180,7 @@ impl CompletionRing {
             return None;
         }
         dma_rmb(); // pairs with the controller writing the phase tag last
+        reads(std::ptr::from_ref(low).cast(), size_of::<CompletionEntry>());
         let words = [low.load(Ordering::Relaxed), high.load(Ordering::Relaxed)];
         self.head = following(self.head, self.entries);
         if self.head == 0 {
