@@ -137,14 +137,14 @@ impl<T: Transport> AdminQueue<T> {
         doing: &'static str,
         mut entry: SubmissionEntry,
     ) -> Result<Cid> {
-        let cid = self.slots.next_free().filter(|_| self.sq.room() > 0);
-        // Commands that timed out keep their slots: when none is left, only a reset helps.
+        // Commands that timed out keep their slots: when none is left, only a reset helps. As many entries as slots: the
+        // queue has room while a slot is free.
+        let cid = self.slots.take().filter(|_| self.sq.room() > 0);
         let cid = cid.ok_or_else(|| Error::Fatal {
             device: transport.name(),
             doing,
         })?;
         entry.cid = U16::new(cid.0);
-        self.slots.take(cid);
         self.sq.push(&entry);
         self.sq.publish();
         self.port.ring_sq(self.sq.tail());

@@ -172,10 +172,10 @@ impl<T: Transport> QueuePair<T> {
         segments: impl Iterator<Item = DataSegment>,
         bytes: u32,
     ) -> Result<Cid, SubmitError> {
-        let cid = self.next_cid()?;
         if bytes > self.max_transfer {
             return Err(SubmitError::Prp(PrpError::TooLong));
         }
+        let cid = self.take_cid()?;
         let lists = &self.lists;
         let offset = cid.index() * PAGE_SIZE;
         let list = || lists.iova(offset);
@@ -186,7 +186,7 @@ impl<T: Transport> QueuePair<T> {
             // free (I3); 8-byte aligned since it lies in a page.
             unsafe { page.add(i).as_ref() }.store(prp.to_le(), Ordering::Relaxed);
         })
-        .map_err(SubmitError::Prp)?;
+        .map_err(|error| self.refuse(cid, error))?;
         entry.prp1 = U64::new(pointer.prp1);
         entry.prp2 = U64::new(pointer.prp2);
         self.push(entry, cid);
@@ -199,7 +199,7 @@ impl<T: Transport> QueuePair<T> {
     /// [`SubmitError::Full`].
     #[inline]
     pub fn submit_without_data(&mut self, entry: SubmissionEntry) -> Result<Cid, SubmitError> {
-        let cid = self.next_cid()?;
+        let cid = self.take_cid()?;
         self.push(entry, cid);
         Ok(cid)
     }
@@ -213,11 +213,11 @@ impl<T: Transport> QueuePair<T> {
         nsid: Nsid,
         ranges: impl ExactSizeIterator<Item = LbaRange>,
     ) -> Result<Cid, SubmitError> {
-        let cid = self.next_cid()?;
         let count = ranges.len();
         if count == 0 || count > MAX_DSM_RANGES {
             return Err(SubmitError::Prp(PrpError::TooLong));
         }
+        let cid = self.take_cid()?;
         let offset = cid.index() * PAGE_SIZE;
         for (i, range) in ranges.enumerate().take(MAX_DSM_RANGES) {
             let wire = DsmRange {
@@ -236,22 +236,27 @@ impl<T: Transport> QueuePair<T> {
         Ok(cid)
     }
 
+    /// An identifier, with room for its entry.
     #[inline]
-    fn next_cid(&mut self) -> Result<Cid, SubmitError> {
-        let cid = self.slots.next_free().ok_or(SubmitError::Full)?;
-        if self.sq.room() == 0 {
+    fn take_cid(&mut self) -> Result<Cid, SubmitError> {
+        if self.sq.is_full() {
             self.end_round();
-            if self.sq.room() == 0 {
+            if self.sq.is_full() {
                 return Err(SubmitError::Full);
             }
         }
-        Ok(cid)
+        self.slots.take().ok_or(SubmitError::Full)
+    }
+
+    #[cold]
+    fn refuse(&mut self, cid: Cid, error: PrpError) -> SubmitError {
+        self.slots.release(cid);
+        SubmitError::Prp(error)
     }
 
     #[inline]
     fn push(&mut self, mut entry: SubmissionEntry, cid: Cid) {
         entry.cid = U16::new(cid.0);
-        self.slots.take(cid);
         self.sq.push(&entry);
         self.counters.commands = self.counters.commands.wrapping_add(1);
     }

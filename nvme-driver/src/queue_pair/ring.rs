@@ -21,6 +21,8 @@ fn following(index: u16, entries: u16) -> u16 {
 pub(crate) struct SubmissionRing {
     base: NonNull<SubmissionEntry>,
     entries: u16,
+    /// Entries that may be in use: one stays empty, a full ring would look like an empty one.
+    last: u16,
     tail: u16,
     /// The controller has fetched everything before this entry: the last plausible SQHD it reported.
     head: u16,
@@ -40,6 +42,7 @@ impl SubmissionRing {
         Ok(SubmissionRing {
             base: memory.pointer(0).cast(),
             entries,
+            last: entries - 1,
             tail: 0,
             head: 0,
             used: 0,
@@ -74,8 +77,14 @@ impl SubmissionRing {
     /// Entries that may be pushed.
     #[inline]
     pub(crate) fn room(&self) -> u16 {
-        // One stays empty: a full ring would look like an empty one. `used` never exceeds that.
-        self.entries.wrapping_sub(1).wrapping_sub(self.used)
+        // Never wraps: `used` does not exceed it.
+        self.last.wrapping_sub(self.used)
+    }
+
+    /// No room.
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.used == self.last
     }
 
     /// Stores an entry at the tail. The caller saw `room() > 0`.

@@ -47,19 +47,16 @@ impl Slots {
         u16::try_from(self.slots.len()).unwrap_or(u16::MAX) - self.free_count
     }
 
+    /// Takes a free identifier; [`Slots::release`] gives back one that was not used after all.
     #[inline]
-    pub(crate) fn next_free(&self) -> Option<Cid> {
-        (self.free != NONE).then_some(Cid(self.free))
-    }
-
-    /// Takes the identifier that `next_free` showed.
-    #[inline]
-    pub(crate) fn take(&mut self, cid: Cid) {
-        debug_assert_eq!(self.next_free(), Some(cid));
-        self.free_count = self.free_count.wrapping_sub(1); // not 0: `next_free` showed one
-        let slot = &mut self.slots[cid.index()];
+    pub(crate) fn take(&mut self) -> Option<Cid> {
+        let cid = self.free;
+        // [`NONE`] names no slot.
+        let slot = self.slots.get_mut(usize::from(cid))?;
         slot.outstanding = true;
         self.free = slot.next;
+        self.free_count = self.free_count.wrapping_sub(1); // not 0: there was a free one
+        Some(Cid(cid))
     }
 
     /// Frees a completed identifier. `false` when the device named one that is out of range or not outstanding (I10).
@@ -90,8 +87,7 @@ mod tests {
         assert!(!slots.release(Cid(0)));
         assert!(!slots.release(Cid(2)));
         assert!(!slots.release(Cid(u16::MAX)));
-        let cid = slots.next_free().unwrap();
-        slots.take(cid);
+        let cid = slots.take().unwrap();
         assert!(slots.release(cid));
         assert!(!slots.release(cid), "a second completion of one command");
         assert_eq!(slots.free_count(), 2);
@@ -101,8 +97,7 @@ mod tests {
     fn take_of_all_slots_gives_each_cid_once() {
         let mut slots = Slots::new(3);
         let mut seen: Vec<u16> = Vec::new();
-        while let Some(cid) = slots.next_free() {
-            slots.take(cid);
+        while let Some(cid) = slots.take() {
             seen.push(cid.0);
         }
         seen.sort_unstable();
