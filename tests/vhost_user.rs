@@ -1,15 +1,18 @@
-//! vhost-user message scripts against a running server: what QEMU sends, and what it never would.
+//! vhost-user message scripts against a running server: what QEMU sends, and what it never would. At the end, what its
+//! reactor does under a load, and does not (I9).
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 #[path = "common/front_end.rs"]
 mod front_end;
 
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use front_end::*;
@@ -714,4 +717,181 @@ fn stop_with_a_client_attached_and_io_in_flight_takes_less_than_a_second() {
     );
     assert!(!rig.folder.join("a").exists(), "the socket was left behind");
     assert!(report.contains("iommu violations 0"), "{report}");
+}
+
+/// Counts what one thread allocates, and passes everything on.
+struct CountingAllocator;
+
+/// The thread whose allocations count; 0 is none.
+static COUNTED_THREAD: AtomicI32 = AtomicI32::new(0);
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+fn count_allocation() {
+    let counted = COUNTED_THREAD.load(Ordering::Relaxed);
+    // SAFETY: gettid has no preconditions.
+    if counted != 0 && unsafe { libc::gettid() } == counted {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: everything is the system allocator's; counting touches no memory but two atomics.
+unsafe impl GlobalAlloc for CountingAllocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count_allocation();
+        // SAFETY: the caller's contract is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        count_allocation();
+        // SAFETY: the caller's contract is passed on.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count_allocation();
+        // SAFETY: the caller's contract is passed on.
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+/// Runs `test` in a process of its own, where the only reactor is its own. `name` is the test that calls this.
+fn alone(name: &str, test: impl FnOnce()) {
+    if std::env::var_os("TANDEM_TEST_ALONE").is_some() {
+        return test();
+    }
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env("TANDEM_TEST_ALONE", "1")
+        .output()
+        .unwrap();
+    let output = String::from_utf8_lossy(&child.stdout);
+    let errors = String::from_utf8_lossy(&child.stderr);
+    assert!(child.status.success(), "{output}{errors}");
+    assert!(
+        output.contains("1 passed"),
+        "the test did not run: {output}"
+    );
+}
+
+/// The one reactor thread of this process.
+fn reactor_thread() -> i32 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let reactors = tasks.filter_map(|task| {
+        let task = task.unwrap();
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap();
+        name.starts_with("reactor-")
+            .then(|| task.file_name().to_str().unwrap().parse().unwrap())
+    });
+    let reactors: Vec<i32> = reactors.collect();
+    assert_eq!(reactors.len(), 1);
+    reactors[0]
+}
+
+/// Requests of every kind, in batches: aligned and not, larger than one command, refused ones; signals wanted or not.
+fn work_hard(guest: &mut Guest, rounds: u64) {
+    for round in 0..rounds {
+        if round % 2 == 0 {
+            guest.driver.enable_signals();
+        } else {
+            guest.driver.disable_signals();
+        }
+        let mut sent = 0;
+        for i in 0..8 {
+            let sector = (round * 8 + i) % 64 * 128;
+            let mut request = match i {
+                0 | 1 => SimRequest::new(request_type::IN, sector, 4096, true),
+                2 => SimRequest::new(request_type::OUT, sector, 32 << 10, false),
+                3 => SimRequest::new(request_type::FLUSH, 0, 0, false),
+                4 => SimRequest::new(request_type::GET_ID, 0, 20, true),
+                5 => SimRequest::new(request_type::IN, 1 << 40, 512, true),
+                6 => SimRequest::new(99, 0, 0, false),
+                _ => SimRequest::new(request_type::OUT, sector, 8192, false),
+            };
+            request.direct = Some(0);
+            if i == 7 {
+                request.data_offset = 1; // bounced
+            }
+            sent += usize::from(guest.driver.submit(&request, &[]).is_some());
+        }
+        assert_eq!(sent, 8);
+        guest.driver.publish();
+        for _ in 0..sent {
+            guest.wait();
+        }
+    }
+}
+
+/// A server with a guest on it whose small commands make requests split.
+fn busy_guest() -> (Rig, FrontEnd, Guest, (File, File)) {
+    let rig = Rig::start("model:ram,size=64M,mdts=8K", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let guest = Guest::new(64, 0);
+    let descriptors = guest.start(&front_end, 0, FEATURES);
+    (rig, front_end, guest, descriptors)
+}
+
+#[test]
+fn reactor_under_load_allocates_nothing() {
+    alone("reactor_under_load_allocates_nothing", || {
+        let (rig, _front_end, mut guest, _descriptors) = busy_guest();
+        work_hard(&mut guest, 10);
+        COUNTED_THREAD.store(reactor_thread(), Ordering::Relaxed);
+        work_hard(&mut guest, 500);
+        COUNTED_THREAD.store(0, Ordering::Relaxed);
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), 0);
+        // The count counts: this thread allocates.
+        // SAFETY: gettid has no preconditions.
+        COUNTED_THREAD.store(unsafe { libc::gettid() }, Ordering::Relaxed);
+        drop(std::hint::black_box(vec![0_u8; 100]));
+        COUNTED_THREAD.store(0, Ordering::Relaxed);
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), 2);
+        let report = rig.report();
+        assert!(report.contains("iommu violations 0"), "{report}");
+    });
+}
+
+#[test]
+fn reactor_under_load_makes_no_system_call_but_writes_to_eventfds() {
+    let name = "reactor_under_load_makes_no_system_call_but_writes_to_eventfds";
+    alone(name, || {
+        let (rig, _front_end, mut guest, _descriptors) = busy_guest();
+        work_hard(&mut guest, 10);
+        let trace = rig.folder.join("trace");
+        let mut strace = Command::new("strace")
+            .args(["-y", "-o"])
+            .arg(&trace)
+            .args(["-p", &reactor_thread().to_string()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("this test needs strace (scripts/dev test installs it)");
+        // It says that it is attached; whatever else it says is why not.
+        let mut said = String::new();
+        let mut errors = BufReader::new(strace.stderr.as_mut().unwrap());
+        errors.read_line(&mut said).unwrap();
+        assert!(said.contains("attached"), "{said}");
+        work_hard(&mut guest, 300);
+        let pid = i32::try_from(strace.id()).unwrap();
+        // SAFETY: sends a signal to a child that was not waited for yet; strace detaches then.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
+        strace.wait().unwrap();
+        let trace = std::fs::read_to_string(trace).unwrap();
+        let is_signal = |line: &&str| {
+            line.starts_with("write(")
+                && line.contains("<anon_inode:[eventfd]>")
+                && line.ends_with("= 8")
+        };
+        let calls: Vec<&str> = trace
+            .lines()
+            .filter(|line| !line.contains("detached"))
+            .collect();
+        let others: Vec<&&str> = calls.iter().filter(|line| !is_signal(line)).collect();
+        assert!(others.is_empty(), "{others:?}");
+        // 150 rounds wanted signals, and no round is told more often than it has requests.
+        assert!((50..=1200).contains(&calls.len()), "{} writes", calls.len());
+    });
 }
