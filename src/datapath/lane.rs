@@ -16,8 +16,8 @@ use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
 use super::signal::Signal;
 use crate::block::{BlockOp, BlockRange, BlockStatus, RangeList};
 use crate::stats::{QueueCounters, SharedCounters};
-use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest};
-use crate::virtio::chain::Chain;
+use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest, HEADER_BYTES};
+use crate::virtio::chain::{Chain, Ends};
 use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
 use crate::virtio::virtqueue::{HeadIndex, RingError, Virtqueue};
 
@@ -273,9 +273,10 @@ impl Lane {
         };
         // A request that takes more than one command becomes work, which ends the round.
         for _ in 0..available.min(pair.queue.room()) {
-            match self.queue.pop(&self.config.memory, &mut self.chain) {
-                Ok(true) => self.start(pair),
-                Ok(false) => break,
+            let popped = self.queue.pop_framed(&self.config.memory, &mut self.chain);
+            match popped {
+                Ok(Some(ends)) => self.start(pair, ends),
+                Ok(None) => break,
                 Err(error) => return self.break_ring(&error),
             }
             if self.work.is_some() {
@@ -287,9 +288,10 @@ impl Lane {
 
     /// The chain that was just popped becomes a request.
     #[inline]
-    fn start<T: Transport>(&mut self, pair: &mut Pair<T>) {
+    fn start<T: Transport>(&mut self, pair: &mut Pair<T>, ends: Ends<HEADER_BYTES>) {
         let head = self.chain.head();
-        let parsed = blk::parse(&mut self.chain, &mut self.ranges, &self.config.limits);
+        let (chain, ranges) = (&mut self.chain, &mut self.ranges);
+        let parsed = blk::parse_framed(ends, chain, ranges, &self.config.limits);
         let request = match parsed {
             Ok(request) => request,
             Err(reject) => return self.reject(head, reject),

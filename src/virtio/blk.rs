@@ -5,7 +5,7 @@
 //! stands, and that a refused one says where its status goes. Nothing is rounded in the guest's favour. Does not
 //! transfer data: the data segments stay in the chain. Start at [`parse`].
 
-use super::chain::Chain;
+use super::chain::{Chain, Ends};
 use super::memory::StatusByte;
 use crate::block::{BlockCount, BlockOp, BlockRange, BlockStatus, Geometry, Lba, RangeList};
 use std::mem::{offset_of, size_of};
@@ -286,7 +286,25 @@ pub fn parse(
     ranges: &mut RangeList,
     limits: &BlkLimits,
 ) -> Result<BlkRequest, BlkReject> {
-    let (location, header) = chain.take_ends::<HEADER_BYTES>();
+    let ends = chain.take_ends();
+    parse_framed(ends, chain, ranges, limits)
+}
+
+/// [`parse`] of a chain whose ends were taken off when it was popped.
+///
+/// # Errors
+/// As [`parse`].
+#[inline]
+pub fn parse_framed(
+    ends: Ends<HEADER_BYTES>,
+    chain: &mut Chain,
+    ranges: &mut RangeList,
+    limits: &BlkLimits,
+) -> Result<BlkRequest, BlkReject> {
+    let Ends {
+        status: location,
+        header,
+    } = ends;
     let (Some(status), Some(header)) = (location, header) else {
         // A malformed chain, one without a status, or one too short for a header.
         return Err(BlkReject {

@@ -48,6 +48,22 @@ pub enum ChainFault {
     TooManySegments,
 }
 
+/// The ends of a request's chain, taken off it: what is left is its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends<const N: usize> {
+    /// Where the status goes: the last writable byte.
+    pub status: Option<StatusByte>,
+    /// The first `N` readable bytes.
+    pub header: Option<[u8; N]>,
+}
+
+/// The descriptor that follows `descriptor`, which becomes it.
+#[inline]
+fn descriptor_after(descriptor: &mut Descriptor, table: DescriptorTable) -> Option<Descriptor> {
+    *descriptor = table.read(descriptor.next)?;
+    Some(*descriptor)
+}
+
 /// Our copy of one descriptor.
 #[derive(Debug, Clone, Copy)]
 struct Descriptor {
@@ -229,11 +245,6 @@ impl Chain {
         Some(bytes)
     }
 
-    #[inline]
-    fn last(&self) -> Option<&Segment> {
-        self.segments.get(self.end.checked_sub(1)?)
-    }
-
     /// Takes the last writable byte off: the status of a block request. Of a faulty chain too, where it could be
     /// located. `None` if there is none.
     #[inline]
@@ -255,28 +266,96 @@ impl Chain {
         Some(status)
     }
 
-    /// Takes the status and the first `N` readable bytes off at once: [`Self::take_status`] and [`Self::take_front`], for
-    /// a request whose header and status have descriptors of their own, as nearly every driver builds it.
-    #[inline]
-    pub fn take_ends<const N: usize>(&mut self) -> (Option<StatusByte>, Option<[u8; N]>) {
-        let ends = (self.segments.get(self.front), self.last());
-        if let (Some(first), Some(last)) = ends
-            && first.len() as usize == N
-            && self.front < self.split
-            && last.len() == 1
-            && self.split < self.end
-        {
-            let mut header = [0; N];
-            first.read_once(&mut header);
-            let status = last.last_byte();
-            // Neither wraps: both segments are counted in their sums.
-            self.readable_len = self.readable_len.wrapping_sub(N as u64);
-            self.writable_len = self.writable_len.wrapping_sub(1);
-            self.front += 1;
-            self.end -= 1;
-            return (status, Some(header));
+    /// Takes the status and the first `N` readable bytes off: what [`Chain::walk_framed`] does as it goes.
+    pub fn take_ends<const N: usize>(&mut self) -> Ends<N> {
+        Ends {
+            status: self.take_status(),
+            header: self.take_front(),
         }
-        (self.take_status(), self.take_front())
+    }
+
+    /// Fills the chain from `head` on and takes its ends off, for a chain as drivers build it: in the table of the queue
+    /// or wholly in an indirect one, the header and the status in descriptors of their own, every buffer in the largest
+    /// region, nothing amiss. `None` for any other, of which nothing is kept: [`Chain::walk`] reads it anew, and only what
+    /// that read counts (I6).
+    #[inline]
+    pub(super) fn walk_framed<const N: usize>(
+        &mut self,
+        head: HeadIndex,
+        mut table: DescriptorTable,
+        indirect_negotiated: bool,
+        memory: &GuestMemory,
+    ) -> Option<Ends<N>> {
+        // One place for each descriptor but the first and the last: their end ends the walk (I8).
+        let most = usize::from(table.count).checked_sub(2)?;
+        let places = self.segments.get_mut(..most)?;
+        let mut descriptor = table.read(head.get())?;
+        if descriptor.has(DESC_F_INDIRECT) {
+            let entries = descriptor.len / DESCRIPTOR_BYTES;
+            let whole = descriptor.len.is_multiple_of(DESCRIPTOR_BYTES);
+            let sound = indirect_negotiated && whole && !descriptor.has(DESC_F_NEXT);
+            let place = memory.segment(descriptor.gpa, descriptor.len)?;
+            let place = place.hva().cast::<AtomicU64>();
+            if !sound || entries > u32::from(table.count) || !place.is_aligned() {
+                return None;
+            }
+            // At most the queue size, which has 16 bits.
+            let entries = (entries & 0xffff) as u16;
+            // SAFETY: `entries * 16` bytes of one mapped region (`segment`), aligned (checked above), used during this
+            // walk only, while `memory` is borrowed.
+            table = unsafe { DescriptorTable::new(place, entries) };
+            descriptor = table.read(0)?;
+        }
+        if descriptor.flags != DESC_F_NEXT || descriptor.len as usize != N {
+            return None;
+        }
+        let header = memory.segment(descriptor.gpa, descriptor.len)?;
+        let (mut split, mut count) = (0_usize, 0_usize);
+        let (mut readable_len, mut writable_len) = (0_u64, 0_u64);
+        let status = loop {
+            let Descriptor {
+                gpa, len, flags, ..
+            } = descriptor_after(&mut descriptor, table)?;
+            let segment = memory.segment(gpa, len)?;
+            if flags & DESC_F_NEXT == 0 {
+                if flags != DESC_F_WRITE || len != 1 {
+                    return None;
+                }
+                break segment.last_byte()?;
+            }
+            *places.get_mut(count)? = segment;
+            count += 1;
+            // Neither sum can wrap: at most queue-size (1024) addends of 32 bits.
+            if flags & DESC_F_WRITE != 0 {
+                writable_len = writable_len.wrapping_add(u64::from(len));
+            } else {
+                readable_len = readable_len.wrapping_add(u64::from(len));
+                split = count;
+                if writable_len != 0 {
+                    return None;
+                }
+            }
+            if flags & DESC_F_INDIRECT != 0 {
+                return None;
+            }
+        };
+        let total = readable_len.wrapping_add(writable_len);
+        if total.wrapping_add(N as u64 + 1) > u64::from(u32::MAX) {
+            return None;
+        }
+        let mut bytes = [0; N];
+        header.read_once(&mut bytes);
+        self.head = head;
+        self.front = 0;
+        self.split = split;
+        self.end = count;
+        self.readable_len = readable_len;
+        self.writable_len = writable_len;
+        self.fault = None;
+        Some(Ends {
+            status: Some(status),
+            header: Some(bytes),
+        })
     }
 
     /// Fills the chain from `head` on. An error is one of the ring; a fault of the chain alone is kept.
@@ -291,105 +370,6 @@ impl Chain {
         memory: &GuestMemory,
     ) -> Result<(), RingError> {
         self.head = head;
-        if self.walk_plain(head, table, indirect_negotiated, memory) {
-            return Ok(());
-        }
-        self.walk_any(head, table, indirect_negotiated, memory)
-    }
-
-    /// Walks a chain as drivers build it: in the table of the queue or wholly in an indirect one, every buffer in the
-    /// largest region, nothing amiss. `false` for any other, of
-    /// which nothing is kept: [`Self::walk_any`] reads it anew, and only what that read counts (I6).
-    #[inline]
-    fn walk_plain(
-        &mut self,
-        head: HeadIndex,
-        mut table: DescriptorTable,
-        indirect_negotiated: bool,
-        memory: &GuestMemory,
-    ) -> bool {
-        // One place for each descriptor that a chain may have: their end ends the walk (I8).
-        let Some(places) = self.segments.get_mut(..usize::from(table.count)) else {
-            return false;
-        };
-        let Some(mut descriptor) = table.read(head.get()) else {
-            return false;
-        };
-        if descriptor.has(DESC_F_INDIRECT) {
-            let entries = descriptor.len / DESCRIPTOR_BYTES;
-            let whole = descriptor.len.is_multiple_of(DESCRIPTOR_BYTES);
-            let sound = indirect_negotiated && whole && !descriptor.has(DESC_F_NEXT);
-            let Some(place) = memory.segment(descriptor.gpa, descriptor.len) else {
-                return false;
-            };
-            let place = place.hva().cast::<AtomicU64>();
-            if !sound || entries > u32::from(table.count) || !place.is_aligned() {
-                return false;
-            }
-            // At most the queue size, which has 16 bits.
-            let entries = (entries & 0xffff) as u16;
-            // SAFETY: `entries * 16` bytes of one mapped region (`segment`), aligned (checked above), used during this
-            // walk only, while `memory` is borrowed.
-            table = unsafe { DescriptorTable::new(place, entries) };
-            match table.read(0) {
-                Some(first) => descriptor = first,
-                None => return false,
-            }
-        }
-        let (mut readable, mut count) = (0_usize, 0_usize);
-        let (mut readable_len, mut writable_len) = (0_u64, 0_u64);
-        loop {
-            let Descriptor {
-                gpa,
-                len,
-                flags,
-                next,
-            } = descriptor;
-            let (Some(segment), Some(place)) = (memory.segment(gpa, len), places.get_mut(count))
-            else {
-                return false;
-            };
-            *place = segment;
-            count += 1;
-            // Neither sum can wrap: at most queue-size (1024) addends of 32 bits.
-            if flags & DESC_F_WRITE != 0 {
-                writable_len = writable_len.wrapping_add(u64::from(len));
-            } else {
-                readable_len = readable_len.wrapping_add(u64::from(len));
-                readable = count;
-                if writable_len != 0 {
-                    return false;
-                }
-            }
-            if flags & (DESC_F_NEXT | DESC_F_INDIRECT) != DESC_F_NEXT {
-                if flags & DESC_F_INDIRECT != 0 {
-                    return false;
-                }
-                break;
-            }
-            match table.read(next) {
-                Some(following) => descriptor = following,
-                None => return false,
-            }
-        }
-        self.front = 0;
-        self.split = readable;
-        self.end = count;
-        self.readable_len = readable_len;
-        self.writable_len = writable_len;
-        self.fault = None;
-        readable_len.wrapping_add(writable_len) <= u64::from(u32::MAX)
-    }
-
-    /// Walks any chain, and finds out what is wrong with it.
-    #[cold]
-    fn walk_any(
-        &mut self,
-        head: HeadIndex,
-        table: DescriptorTable,
-        indirect_negotiated: bool,
-        memory: &GuestMemory,
-    ) -> Result<(), RingError> {
         let mut walk = Walk {
             memory,
             segments: &mut self.segments,
@@ -446,7 +426,7 @@ impl Chain {
     }
 }
 
-/// The state of one walk over a chain of any kind.
+/// The state of one walk, in locals so that it stays in registers.
 struct Walk<'a> {
     memory: &'a GuestMemory,
     segments: &'a mut [Segment],

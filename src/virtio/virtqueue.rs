@@ -10,7 +10,7 @@
 //! [`Virtqueue::needs_signal`] once. A request that finds no room is simply not popped: it stays in the avail
 //! ring until the next turn.
 
-use super::chain::{Chain, DescriptorTable};
+use super::chain::{Chain, DescriptorTable, Ends};
 use super::memory::GuestMemory;
 use super::shared::{AtomicU16, AtomicU32, fence};
 use std::ptr::NonNull;
@@ -295,8 +295,38 @@ impl Virtqueue {
     /// in [`Chain::fault`], and its head must go back like any other (I5).
     #[inline]
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, RingError> {
-        if self.next_avail == self.seen_avail {
+        let Some(head) = self.take_head()? else {
             return Ok(false);
+        };
+        chain.walk(head, self.descriptors, self.indirect, memory)?;
+        Ok(true)
+    }
+
+    /// [`Self::pop`] and [`Chain::take_ends`] at once, the short way for chains as drivers build them.
+    ///
+    /// # Errors
+    /// As [`Self::pop`].
+    #[inline]
+    pub fn pop_framed<const N: usize>(
+        &mut self,
+        memory: &GuestMemory,
+        chain: &mut Chain,
+    ) -> Result<Option<Ends<N>>, RingError> {
+        let Some(head) = self.take_head()? else {
+            return Ok(None);
+        };
+        if let Some(ends) = chain.walk_framed(head, self.descriptors, self.indirect, memory) {
+            return Ok(Some(ends));
+        }
+        chain.walk(head, self.descriptors, self.indirect, memory)?;
+        Ok(Some(chain.take_ends()))
+    }
+
+    /// Takes the next head off the avail ring.
+    #[inline]
+    fn take_head(&mut self) -> Result<Option<HeadIndex>, RingError> {
+        if self.next_avail == self.seen_avail {
+            return Ok(None);
         }
         let slot = usize::from(self.next_avail & self.mask);
         let head = u16::from_le(self.avail_word(2 + slot).load(Relaxed));
@@ -311,8 +341,7 @@ impl Virtqueue {
         *in_flight = true;
         self.next_avail = self.next_avail.wrapping_add(1);
         self.prefetch();
-        chain.walk(HeadIndex(head), self.descriptors, self.indirect, memory)?;
-        Ok(true)
+        Ok(Some(HeadIndex(head)))
     }
 
     /// The place of a checked head in the table.

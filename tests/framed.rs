@@ -1,0 +1,158 @@
+//! The short way that a request takes off the ring gives what the long way gives, whatever the chain looks like.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use tandem::sim::{
+    Framing, RawDescriptor, SimGuest, SimGuestConfig, SimRegion, SimRequest, heap_memory,
+};
+use tandem::virtio::blk::HEADER_BYTES;
+use tandem::virtio::chain::{Chain, Ends};
+use tandem::virtio::memory::{Gpa, Segment};
+use tandem::virtio::virtqueue::{RingError, Virtqueue};
+
+const BASE: u64 = 0x10_0000;
+const SIZE: u16 = 16;
+
+/// A guest whose buffers lie in `regions` adjacent regions, and two devices that read the same ring.
+fn guest(regions: u64, indirect: bool) -> (SimGuest, [Virtqueue; 2]) {
+    let config = SimGuestConfig {
+        size: SIZE,
+        event_idx: false,
+        indirect,
+        max_data: 16 << 10,
+        first_index: u16::MAX,
+        base: Gpa(BASE),
+    };
+    let part = ((config.bytes() - config.ring_bytes()) / regions).next_multiple_of(4096);
+    let regions: Vec<SimRegion> = (0..regions)
+        .map(|i| {
+            let rings = config.ring_bytes();
+            let (start, len) = if i == 0 {
+                (0, rings + part)
+            } else {
+                (rings + i * part, part)
+            };
+            SimRegion {
+                gpa: Gpa(BASE + start),
+                len,
+                dma: 0x4000_0000 + (i << 32),
+            }
+        })
+        .collect();
+    let guest = SimGuest::new(Arc::new(heap_memory(&regions).unwrap()), config).unwrap();
+    // SAFETY: both live as long as the guest's memory, are used by this thread only, and give nothing back.
+    let queues = [(); 2].map(|()| unsafe { guest.virtqueue() }.unwrap());
+    (guest, queues)
+}
+
+type Seen = (
+    Ends<HEADER_BYTES>,
+    Vec<Segment>,
+    Vec<Segment>,
+    u64,
+    u64,
+    bool,
+);
+
+fn seen(ends: Ends<HEADER_BYTES>, chain: &Chain) -> Seen {
+    (
+        ends,
+        chain.readable().to_vec(),
+        chain.writable().to_vec(),
+        chain.readable_len(),
+        chain.writable_len(),
+        chain.fault().is_some(),
+    )
+}
+
+fn long_way(guest: &SimGuest, queue: &mut Virtqueue) -> Result<Option<Seen>, RingError> {
+    let mut chain = Chain::new(usize::from(SIZE) + 64);
+    queue.available()?;
+    if !queue.pop(guest.memory(), &mut chain)? {
+        return Ok(None);
+    }
+    let ends = chain.take_ends();
+    Ok(Some(seen(ends, &chain)))
+}
+
+fn short_way(guest: &SimGuest, queue: &mut Virtqueue) -> Result<Option<Seen>, RingError> {
+    let mut chain = Chain::new(usize::from(SIZE) + 64);
+    queue.available()?;
+    let ends = queue.pop_framed(guest.memory(), &mut chain)?;
+    Ok(ends.map(|ends| seen(ends, &chain)))
+}
+
+fn same(guest: &SimGuest, [long, short]: &mut [Virtqueue; 2]) -> bool {
+    let (long, short) = (long_way(guest, long), short_way(guest, short));
+    assert_eq!(long, short);
+    long.is_ok_and(|seen| seen.is_some_and(|seen| !seen.5 && seen.0.header.is_some()))
+}
+
+proptest! {
+    #[test]
+    fn pop_framed_of_a_legal_request_is_pop_and_take_ends(
+        regions in 1_u64..4,
+        kind in 0_u32..20,
+        writable: bool,
+        len in 0_u32..9000,
+        offset in prop_oneof![Just(0_u32), Just(512), 0..4096_u32],
+        pieces in 1_u16..8,
+        framing in prop_oneof![Just(Framing::Plain), Just(Framing::SplitHeader), Just(Framing::Joined)],
+        direct in proptest::option::of(0_u16..4),
+    ) {
+        let (mut guest, mut queues) = guest(regions, true);
+        let request = SimRequest {
+            data_offset: offset,
+            pieces,
+            framing,
+            direct,
+            ..SimRequest::new(kind, 77, len, writable)
+        };
+        guest.submit(&request, &[]).unwrap();
+        guest.publish();
+        prop_assert!(same(&guest, &mut queues), "a legal request has a fault");
+    }
+
+    #[test]
+    fn pop_framed_of_any_descriptors_is_pop_and_take_ends(
+        regions in 1_u64..4,
+        indirect: bool,
+        head in 0_u16..SIZE,
+        table in proptest::collection::vec(any_descriptor(), usize::from(SIZE)),
+        nested in proptest::collection::vec(any_descriptor(), 0..20),
+    ) {
+        let (mut guest, mut queues) = guest(regions, indirect);
+        for (index, descriptor) in (0..).zip(&table) {
+            guest.write_descriptor(index, *descriptor);
+        }
+        guest.write_raw_table(guest.data_at(0), &nested);
+        guest.offer(head);
+        guest.publish();
+        same(&guest, &mut queues);
+    }
+}
+
+/// Mostly a descriptor that makes sense where it stands: next to the one before, header or status or data.
+fn any_descriptor() -> impl Strategy<Value = RawDescriptor> {
+    // The buffers of the first heads, the indirect table among them, then anywhere.
+    let gpa = prop_oneof![
+        8 => (0_u64..0x2_0000).prop_map(|offset| BASE + 0x3000 + offset),
+        2 => Just(BASE + 0x3000 + 4096),
+        1 => any::<u64>(),
+    ];
+    let len = prop_oneof![
+        3 => Just(16_u32), 3 => Just(1), 4 => 0..9000_u32, 2 => (0_u32..20).prop_map(|n| 16 * n), 1 => any::<u32>()
+    ];
+    let flags = prop_oneof![
+        4 => Just(1_u16), 4 => Just(3), 2 => Just(2), 1 => Just(0), 2 => Just(4), 1 => Just(6), 1 => 0..8_u16
+    ];
+    let next = prop_oneof![6 => 0_u16..SIZE, 1 => any::<u16>()];
+    (gpa, len, flags, next).prop_map(|(gpa, len, flags, next)| RawDescriptor {
+        gpa,
+        len,
+        flags,
+        next,
+    })
+}
