@@ -310,6 +310,38 @@ fn io_over_a_started_queue_reads_back_and_signals() {
 }
 
 #[test]
+fn sixty_four_queues_of_1024_entries_all_serve() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", ",queues=64")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    assert_eq!(front_end.ask_u64(GET_QUEUE_NUM), 64);
+    // One guest's memory for the connection; its ring is served as the first queue, then as the last.
+    let mut guest = Guest::new(1024, 0);
+    guest.start(&front_end, 0, FEATURES);
+    assert_eq!(guest.write(0, &[7; 4096]), status::OK);
+    let base = front_end.ask(GET_VRING_BASE, &vring_state(0, 0));
+    assert_eq!(base, vring_state(0, 1));
+    front_end.send(SET_VRING_NUM, &vring_state(63, 1024), &[]);
+    front_end.send(SET_VRING_BASE, &vring_state(63, 1), &[]);
+    let config = guest.driver.virtqueue_config();
+    let [descriptor, used, avail] =
+        [config.descriptor_table, config.used, config.avail].map(|at| guest.user(at));
+    front_end.send(
+        SET_VRING_ADDR,
+        &vring_addr(63, descriptor, used, avail),
+        &[],
+    );
+    let kick = eventfd();
+    front_end.send(SET_VRING_KICK, &63_u64.to_le_bytes(), &[kick.as_fd()]);
+    let enabled = front_end.acknowledged(SET_VRING_ENABLE, &vring_state(63, 1), &[]);
+    assert_eq!(enabled, Some(0));
+    assert_eq!(guest.read(0, 4096), vec![7; 4096]);
+    // Beyond what a disk may have.
+    front_end.send(SET_VRING_NUM, &vring_state(64, 128), &[]);
+    assert!(front_end.is_closed());
+}
+
+#[test]
 fn queue_restarted_from_its_base_goes_on_where_it_stood() {
     let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
     let front_end = rig.connect("a");

@@ -266,7 +266,7 @@ impl Chain {
         Some(status)
     }
 
-    /// Takes the status and the first `N` readable bytes off: what [`Chain::walk_framed`] does as it goes.
+    /// Takes the status and the first `N` readable bytes off: what `Virtqueue::pop_framed` does as it goes.
     pub fn take_ends<const N: usize>(&mut self) -> Ends<N> {
         Ends {
             status: self.take_status(),
