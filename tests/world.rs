@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use common::rig::{GuestSetup, Rig, RigGuest};
 use common::rng::Rng;
+use nvme_driver::spec::{Status, io_opcode};
 use nvme_model::{Clock, ModelConfig};
 use tandem::sim::{Framing, SimRequest};
 use tandem::virtio::blk::{RangeSegment, request_type, status};
@@ -437,4 +438,51 @@ fn power_failure_after_a_flush_loses_nothing_that_was_written_before_it() {
 #[test]
 fn power_failure_with_write_through_loses_nothing() {
     assert_eq!((0..32).map(|seed| lose_power(seed, true)).sum::<usize>(), 0);
+}
+
+#[test]
+fn command_that_the_device_fails_ends_its_request_with_ioerr_and_no_other() {
+    let mut rig = Rig::new(ModelConfig {
+        size: DISK_BYTES,
+        queues: 1,
+        mdts_bytes: Some(8192),
+        ..ModelConfig::default()
+    });
+    let mut guest = rig.add_guest(&GuestSetup::default());
+    let (read, write) = (request_type::IN, request_type::OUT);
+    let error = Status::UNRECOVERED_READ_ERROR;
+    for (kind, opcode, len, offset) in [
+        (read, io_opcode::READ, 4096, 0),     // one command
+        (read, io_opcode::READ, 64 << 10, 0), // eight of them, the first fails
+        (read, io_opcode::READ, 64 << 10, 3), // bounced
+        (write, io_opcode::WRITE, 4096, 0),
+        (write, io_opcode::WRITE, 64 << 10, 0),
+        (request_type::FLUSH, io_opcode::FLUSH, 0, 0),
+    ] {
+        let mut request = SimRequest::new(kind, 0, len, kind == read);
+        request.data_offset = offset;
+        let expected = [status::IOERR, status::OK, status::OK];
+        assert!(rig.model.fail_next(opcode, error));
+        let heads = expected.map(|_| guest.driver.submit(&request, &[]).unwrap());
+        guest.driver.publish();
+        let mut ended = HashMap::new();
+        for _ in 0..1000 {
+            rig.turn();
+            while let Some(completion) = guest.driver.poll_used() {
+                assert!(ended.insert(completion.head, completion).is_none());
+            }
+        }
+        for (head, status) in heads.iter().zip(expected) {
+            let completion = ended[head];
+            assert_eq!(completion.status, status, "type {kind} length {len}");
+            // A read that failed wrote no data that counts, and its status lies behind it.
+            let used = match (status, kind == read) {
+                (status::OK, true) => len + 1,
+                (_, true) => 0,
+                _ => 1,
+            };
+            assert_eq!(completion.used_len, used, "type {kind} length {len}");
+        }
+    }
+    rig.finish();
 }
