@@ -71,7 +71,11 @@ impl<T: Transport> AdminQueue<T> {
         let mut waited = Duration::ZERO;
         loop {
             self.port.service();
-            while let Some((completed, status, dw0)) = self.next_completion() {
+            // More than the queue holds would be a device that posts without end: the deadline is looked at in between.
+            for _ in 0..ADMIN_ENTRIES {
+                let Some((completed, status, dw0)) = self.next_completion() else {
+                    break;
+                };
                 if completed != cid {
                     self.note_event(completed, status, dw0);
                 } else if status.is_success() {
@@ -125,7 +129,10 @@ impl<T: Transport> AdminQueue<T> {
     /// The oldest event that has arrived and was not taken yet.
     pub(crate) fn take_event(&mut self) -> Option<AsyncEvent> {
         self.port.service();
-        while let Some((cid, status, dw0)) = self.next_completion() {
+        for _ in 0..ADMIN_ENTRIES {
+            let Some((cid, status, dw0)) = self.next_completion() else {
+                break;
+            };
             self.note_event(cid, status, dw0);
         }
         self.events.pop_front()
