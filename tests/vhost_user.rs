@@ -493,6 +493,36 @@ fn two_disks_serve_two_front_ends_and_a_hostile_one_harms_only_itself() {
 }
 
 #[test]
+fn broken_ring_signals_its_error_and_is_given_back_at_once() {
+    let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(64, 0);
+    let error = eventfd();
+    front_end.send(SET_VRING_ERR, &0_u64.to_le_bytes(), &[error.as_fd()]);
+    guest.start(&front_end, 0, FEATURES & !F_INDIRECT);
+    assert_eq!(guest.write(0, &[5; 512]), status::OK);
+    // An indirect table that was not negotiated: this ring can only be stopped.
+    let mut request = SimRequest::new(request_type::OUT, 0, 512, false);
+    request.direct = Some(0);
+    guest.driver.submit(&request, &[6; 512]).unwrap();
+    guest.driver.publish();
+    wait_for_signal(&error);
+    let start = Instant::now();
+    let base = front_end.ask(GET_VRING_BASE, &vring_state(0, 0));
+    assert_eq!(
+        base,
+        vring_state(0, 1),
+        "the request that broke it was not taken"
+    );
+    assert!(start.elapsed() < Duration::from_secs(1));
+    // The disk is as it was, for a driver that starts anew.
+    let mut again = Guest::new(64, 0);
+    again.start(&front_end, 0, FEATURES);
+    assert_eq!(again.read(0, 512), vec![5; 512]);
+}
+
+#[test]
 fn memory_shrunk_by_the_front_end_costs_its_session_only() {
     let rig = Rig::start(
         "model:ram,size=64M,namespaces=2",

@@ -298,7 +298,7 @@ impl Virtqueue {
         let Some(head) = self.take_head()? else {
             return Ok(false);
         };
-        chain.walk(head, self.descriptors, self.indirect, memory)?;
+        self.walk(head, memory, chain)?;
         Ok(true)
     }
 
@@ -318,8 +318,24 @@ impl Virtqueue {
         if let Some(ends) = chain.walk_framed(head, self.descriptors, self.indirect, memory) {
             return Ok(Some(ends));
         }
-        chain.walk(head, self.descriptors, self.indirect, memory)?;
+        self.walk(head, memory, chain)?;
         Ok(Some(chain.take_ends()))
+    }
+
+    /// Walks the chain of the head that was just taken. A chain that breaks the ring leaves the head where it was: it is
+    /// not in flight, so that the ring drains without it.
+    fn walk(
+        &mut self,
+        head: HeadIndex,
+        memory: &GuestMemory,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
+        let walked = chain.walk(head, self.descriptors, self.indirect, memory);
+        if walked.is_err() {
+            self.heads[Self::place(head.0)] = false;
+            self.next_avail = self.next_avail.wrapping_sub(1);
+        }
+        walked
     }
 
     /// Takes the next head off the avail ring.
