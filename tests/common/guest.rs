@@ -21,6 +21,9 @@ use rustix::process::{Pid, Signal, kill_process};
 const SERVER_DEADLINE: Duration = Duration::from_secs(15);
 /// How long a guest may be silent. Emulated on a busy machine, it boots in some ten seconds at worst.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
+/// A kernel that has not started after this long does not start any more: it takes two seconds.
+const BOOT_DEADLINE: Duration = Duration::from_secs(30);
+const BOOTS: u32 = 3;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -378,7 +381,34 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// Boots a guest. The emulator now and then locks all virtual CPUs up while the kernel starts (stop_machine under
+    /// multi-threaded TCG), before any driver of ours is loaded: then the guest is booted anew.
     pub fn boot(lab: &Lab, setup: &Setup<'_>) -> Guest {
+        for _ in 0..BOOTS {
+            let mut guest = Guest::power_on(lab, setup);
+            if guest.comes_up() {
+                return guest;
+            }
+            eprintln!("the guest's kernel did not start within {BOOT_DEADLINE:?}: booted again");
+        }
+        panic!("the guest's kernel did not start {BOOTS} times in a row");
+    }
+
+    /// Waits for init's first words. QEMU's early end is for others to notice.
+    fn comes_up(&mut self) -> bool {
+        let start = Instant::now();
+        loop {
+            let left = BOOT_DEADLINE.saturating_sub(start.elapsed());
+            match self.console.recv_timeout(left) {
+                Ok(line) if line.contains("TANDEM-UP") => return true,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Disconnected) => return true,
+            }
+        }
+    }
+
+    fn power_on(lab: &Lab, setup: &Setup<'_>) -> Guest {
         let (log, qemu_log) = (lab.log("console"), lab.log("qemu"));
         let job = log.with_extension("job");
         fs::write(&job, format!(". /job.sh\n{}", setup.job)).unwrap();
