@@ -45,13 +45,6 @@ impl BlockCount {
     pub fn to_zeroes_based(self) -> Option<u16> {
         u16::try_from(self.0.checked_sub(1)?).ok()
     }
-
-    /// The length in bytes, for blocks of `1 << block_shift` bytes.
-    #[inline]
-    pub const fn bytes(self, block_shift: u32) -> u64 {
-        // A block has at most 64 KiB (`Geometry`), so nothing is shifted out.
-        (self.0 as u64).wrapping_shl(block_shift)
-    }
 }
 
 /// Consecutive blocks.

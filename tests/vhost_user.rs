@@ -57,6 +57,15 @@ impl Rig {
         FrontEnd::connect(&self.folder.join(name))
     }
 
+    /// A front-end whose guest runs queue 0.
+    fn running_guest(&self, name: &str) -> (FrontEnd, Guest) {
+        let front_end = self.connect(name);
+        front_end.negotiate();
+        let guest = Guest::new(64, 0);
+        guest.start(&front_end, 0, FEATURES);
+        (front_end, guest)
+    }
+
     fn report(&self) -> String {
         self.server.as_ref().unwrap().report()
     }
@@ -363,10 +372,7 @@ fn queue_restarted_from_its_base_goes_on_where_it_stood() {
 #[test]
 fn memory_table_replaced_while_running_keeps_serving() {
     let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
-    let front_end = rig.connect("a");
-    front_end.negotiate();
-    let mut guest = Guest::new(64, 0);
-    guest.start(&front_end, 0, FEATURES);
+    let (front_end, mut guest) = rig.running_guest("a");
     assert_eq!(guest.write(0, &[1; 4096]), status::OK);
     let extra = memfd(1 << 20);
     let more = Region {
@@ -453,10 +459,7 @@ fn write_through_by_config_or_missing_flush_feature_still_reads_back() {
 #[test]
 fn reset_device_stops_the_rings_and_a_new_start_works() {
     let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
-    let front_end = rig.connect("a");
-    front_end.negotiate();
-    let mut guest = Guest::new(64, 0);
-    guest.start(&front_end, 0, FEATURES);
+    let (front_end, mut guest) = rig.running_guest("a");
     assert_eq!(guest.write(5, &[9; 512]), status::OK);
     front_end.send(RESET_DEVICE, &[], &[]);
     let mut rebooted = Guest::new(128, 0);
@@ -748,10 +751,7 @@ fn half_a_message_and_silence_delay_nobody() {
     );
     let silent = rig.connect("b");
     silent.send_raw(&[1, 0, 0], &[]).unwrap();
-    let front_end = rig.connect("a");
-    front_end.negotiate();
-    let mut guest = Guest::new(64, 0);
-    guest.start(&front_end, 0, FEATURES);
+    let (_front_end, mut guest) = rig.running_guest("a");
     assert_eq!(guest.write(0, &[1; 512]), status::OK);
     drop(rig); // stops with both clients attached
 }
@@ -759,10 +759,7 @@ fn half_a_message_and_silence_delay_nobody() {
 #[test]
 fn stop_with_a_client_attached_and_io_in_flight_takes_less_than_a_second() {
     let mut rig = Rig::start("model:ram,size=64M,latency=20ms", &[("a", "")]);
-    let front_end = rig.connect("a");
-    front_end.negotiate();
-    let mut guest = Guest::new(64, 0);
-    guest.start(&front_end, 0, FEATURES);
+    let (_front_end, mut guest) = rig.running_guest("a");
     for sector in 0..64 {
         let mut request = SimRequest::new(request_type::OUT, sector, 512, false);
         request.direct = Some(0); // one descriptor each

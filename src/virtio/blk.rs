@@ -402,7 +402,7 @@ fn discard(
 ) -> Result<(), BlockStatus> {
     let offered = limits.discard.ok_or(BlockStatus::Unsupported)?;
     let geometry = &limits.geometry;
-    let shift = geometry.block_shift() - SECTOR_SHIFT;
+    let shift = geometry.sector_shift();
     range_segments(chain, ranges, limits, offered, 0, |segment| {
         let sector = segment.sector.get();
         let end = sector

@@ -57,13 +57,6 @@ pub struct Ends<const N: usize> {
     pub header: Option<[u8; N]>,
 }
 
-/// The descriptor that follows `descriptor`, which becomes it.
-#[inline]
-fn descriptor_after(descriptor: &mut Descriptor, table: DescriptorTable) -> Option<Descriptor> {
-    *descriptor = table.read(descriptor.next)?;
-    Some(*descriptor)
-}
-
 /// Our copy of one descriptor.
 #[derive(Debug, Clone, Copy)]
 struct Descriptor {
@@ -313,9 +306,10 @@ impl Chain {
         let (mut split, mut count) = (0_usize, 0_usize);
         let (mut readable_len, mut writable_len) = (0_u64, 0_u64);
         let status = loop {
+            descriptor = table.read(descriptor.next)?;
             let Descriptor {
                 gpa, len, flags, ..
-            } = descriptor_after(&mut descriptor, table)?;
+            } = descriptor;
             let segment = memory.segment(gpa, len)?;
             if flags & DESC_F_NEXT == 0 {
                 if flags != DESC_F_WRITE || len != 1 {
