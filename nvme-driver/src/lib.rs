@@ -53,6 +53,7 @@ pub mod mmio;
 mod queue_pair;
 pub mod spec;
 pub mod transport;
+pub mod vfio;
 
 pub use controller::{Controller, DisableResult, Disabled, Enabled, Namespace};
 pub use error::{Error, Result};
