@@ -8,7 +8,7 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tandem::cli::{Cli, Command, IdentifyArgs, ServeArgs};
 use tandem::config::{CoreId, LogLevel};
-use tandem::control::{identify, server};
+use tandem::control::{claim, identify, server};
 use tandem::plan::{Topology, plan};
 
 fn main() -> ExitCode {
@@ -56,7 +56,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
 fn run_identify(args: &IdentifyArgs) -> anyhow::Result<ExitCode> {
     let config = args.device.clone().resolve_alone()?;
-    let (device, _) = server::open_device(&config, 1)?;
+    let (device, _) = claim::open_device(&config, 1)?;
     if args.json {
         print(&format!("{:#}\n", identify::to_json(&device)));
     } else {

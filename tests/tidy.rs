@@ -17,7 +17,8 @@ const ROOMS: Rooms = &[
     ("main", &["*"]),
     ("lib", &[]),
     ("cli", &["config"]),
-    ("config", &[]),
+    // How a PCI address is written is known where they are read.
+    ("config", &["nvme_driver::vfio"]),
     ("plan", &["config"]),
     (
         "control",
@@ -37,7 +38,14 @@ const ROOMS: Rooms = &[
     // Guest memory is mapped for the device where it is mapped for us: nothing else of NVMe is known there.
     (
         "vhost",
-        &["datapath", "virtio", "block", "stats", "nvme_driver::dma"],
+        &[
+            "datapath",
+            "virtio",
+            "block",
+            "stats",
+            "nvme_driver::dma",
+            "nvme_driver::fault",
+        ],
     ),
     ("reactor", &["datapath", "stats"]),
     (
@@ -74,6 +82,9 @@ const DRIVER_ROOMS: Rooms = &[
             "dma",
             "error",
             "mmio",
+            "fault",
+            "pages",
+            "quirks",
             "queue_pair",
             "spec",
             "transport",
@@ -81,10 +92,13 @@ const DRIVER_ROOMS: Rooms = &[
         ],
     ),
     ("spec", &[]),
-    ("transport", &["spec"]),
+    ("transport", &["spec", "quirks"]),
+    ("quirks", &[]),
     ("mmio", &[]),
-    ("vfio", &["spec", "transport", "dma", "mmio", "error"]),
-    ("dma", &["spec", "transport", "mmio"]),
+    ("fault", &[]),
+    ("pages", &["spec"]),
+    ("vfio", &["spec", "transport", "fault", "quirks"]),
+    ("dma", &["spec", "transport", "mmio", "pages"]),
     ("error", &["dma", "spec", "transport"]),
     ("queue_pair", &["spec", "transport", "dma", "mmio", "error"]),
     (

@@ -124,9 +124,8 @@ impl<T: Transport> Controller<T, Disabled> {
         mut self,
         queue_pairs: u16,
     ) -> Result<Controller<T, Enabled<T>>, (Box<Self>, Error)> {
-        let stride = self.cap.doorbell_stride();
-        let port = self.transport.port(QueueId::ADMIN, stride);
-        let prepared = AdminQueue::new(&self.space, port).and_then(|admin| {
+        let prepared = self.port(QueueId::ADMIN).and_then(|port| {
+            let admin = AdminQueue::new(&self.space, port)?;
             Ok((
                 admin,
                 DmaBuffer::new(&self.space, PAGE_SIZE, DmaAccess::Both)?,
@@ -168,6 +167,8 @@ impl<T: Transport> Controller<T, Disabled> {
 
 impl<T: Transport> Controller<T, Enabled<T>> {
     fn bring_up(&mut self, queue_pairs: u16) -> Result<()> {
+        self.transport
+            .pause(self.transport.quirks().delay_before_ready);
         self.wait_ready(true, "enabling the controller")?;
         self.execute(
             "identifying the controller",
@@ -392,7 +393,12 @@ impl<T: Transport> Controller<T, Enabled<T>> {
         // At most 65535 were granted, so index + 1 fits.
         let id = QueueId(u16::try_from(index + 1).unwrap_or(u16::MAX));
         let max_entries = u16::try_from(self.cap.max_queue_entries()).unwrap_or(u16::MAX);
-        let port = self.transport.port(id, self.cap.doorbell_stride());
+        let max_entries = match self.transport.quirks().queue_entries {
+            Some(entries) if max_entries < 2 => entries,
+            Some(entries) => entries.min(max_entries),
+            None => max_entries,
+        };
+        let port = self.port(id)?;
         let queue = QueuePair::new(
             &self.space,
             port,
@@ -549,6 +555,14 @@ impl<T: Transport, S> Controller<T, S> {
         &mut self.transport
     }
 
+    fn port(&mut self, queue: QueueId) -> Result<T::Port> {
+        let port = self.transport.port(queue, self.cap.doorbell_stride());
+        port.ok_or_else(|| Error::Unsupported {
+            device: self.transport.name(),
+            what: format!("the doorbells of queue {} cannot be mapped", queue.0),
+        })
+    }
+
     /// EN 1 -> 0, and RDY = 0 seen. A controller that is just being enabled is waited for first: clearing EN before
     /// RDY is 1 is undefined.
     fn disable(&mut self) -> Result<()> {
@@ -560,6 +574,8 @@ impl<T: Transport, S> Controller<T, S> {
                 Err(error) => return Err(error),
             }
             self.transport.write32(offset::CC, cc.0 & !Cc::EN);
+            self.transport
+                .pause(self.transport.quirks().delay_before_ready);
         }
         self.wait_status(
             "disabling the controller",

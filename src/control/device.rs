@@ -22,6 +22,21 @@ pub enum DeviceError {
     /// DMA memory.
     #[error(transparent)]
     Dma(#[from] nvme_driver::dma::DmaError),
+    /// Claiming it.
+    #[error(transparent)]
+    Claim(#[from] nvme_driver::vfio::ClaimError),
+    /// No SSD that vfio-pci has is the one that was meant.
+    #[error(
+        "device {name}: no SSD with serial number {serial} is bound to vfio-pci ({others}); tandem list shows all"
+    )]
+    NoSuchSerial {
+        /// The device's name in the configuration.
+        name: String,
+        /// The serial number.
+        serial: String,
+        /// What is there instead.
+        others: String,
+    },
     /// The software controller.
     #[error("{name}: {error}")]
     Model {

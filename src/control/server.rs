@@ -12,16 +12,17 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
 use nvme_driver::spec::Nsid;
-use nvme_model::{Model, ModelHandle};
+use nvme_model::ModelHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
+use super::claim::open_device;
 use super::device::{Device, DeviceError};
 use super::placement::place;
 use super::session::{Disk, DiskQueue, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
-use crate::config::{DeviceConfig, Medium, Socket};
+use crate::config::Socket;
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
 use crate::reactor::{PollerId, Reactor, ReactorError, ReactorHandle};
@@ -137,7 +138,8 @@ impl Server {
     fn bring_up(&mut self, plan: &Plan, listeners: Vec<Listener>) -> Result<(), ServerError> {
         for device in &plan.devices {
             let (device, handle) = open_device(&device.config, device.virtqueues)?;
-            self.models.push((device.name.clone(), handle));
+            self.models
+                .extend(handle.map(|handle| (device.name.clone(), handle)));
             self.devices.push(Arc::new(device));
         }
         for core in &plan.cores {
@@ -314,45 +316,6 @@ impl Server {
         }
         result
     }
-}
-
-/// Claims one device.
-///
-/// # Errors
-/// When it cannot be opened.
-pub fn open_device(
-    config: &DeviceConfig,
-    virtqueues: usize,
-) -> Result<(Device, ModelHandle), DeviceError> {
-    let model = &config.model;
-    let namespaces = u64::from(model.namespaces.max(1));
-    let (medium, size) = match &model.medium {
-        Medium::Ram { size } => (nvme_model::Medium::Ram, Some(*size)),
-        Medium::File { path, size } => (nvme_model::Medium::File { path: path.clone() }, *size),
-    };
-    let transport = Model::new(nvme_model::ModelConfig {
-        name: config.name.clone(),
-        medium,
-        size: size.map_or(0, |size| size / namespaces),
-        namespaces: model.namespaces,
-        block_size: model.block_size.bytes(),
-        queues: model.queue_pairs,
-        mqes: model.max_queue_entries,
-        mdts_bytes: model.max_transfer,
-        vwc: model.volatile_write_cache,
-        latency: model.latency,
-        jitter: model.jitter,
-        serial: model.serial.clone(),
-        ..nvme_model::ModelConfig::default()
-    })
-    .map_err(|error| DeviceError::Model {
-        name: config.name.clone(),
-        error,
-    })?;
-    let handle = transport.handle();
-    // At least one, so that a device without disks can be identified.
-    let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
-    Ok((Device::open(&config.name, transport, wanted)?, handle))
 }
 
 /// The namespace of a disk, if it can be served.

@@ -345,16 +345,16 @@ impl Transport for Model {
         self.write32(offset + 4, (value >> 32) as u32);
     }
 
-    fn port(&mut self, queue: QueueId, stride: u32) -> ModelPort {
+    fn port(&mut self, queue: QueueId, stride: u32) -> Option<ModelPort> {
         let slot = self.shared.slots.get(usize::from(queue.0));
         if slot.is_none() || stride != 4 << self.shared.config.dstrd {
             self.shared
                 .driver_error("doorbells of an impossible queue or stride");
         }
-        ModelPort {
-            slot: slot.map(Arc::clone),
+        Some(ModelPort {
+            slot: Arc::clone(slot?),
             shared: Arc::clone(&self.shared),
-        }
+        })
     }
 
     fn dma_domain(&self) -> Arc<dyn DmaDomain> {
@@ -375,7 +375,7 @@ impl Transport for Model {
 /// The doorbells of one queue pair, and the controller's turn on it.
 #[derive(Debug)]
 pub struct ModelPort {
-    slot: Option<Arc<Slot>>,
+    slot: Arc<Slot>,
     shared: Arc<Shared>,
 }
 
@@ -386,7 +386,7 @@ impl ModelPort {
         if !ready {
             self.shared.driver_error("doorbell while CSTS.RDY is 0");
         }
-        self.slot.as_deref().filter(|_| ready)
+        ready.then_some(&*self.slot)
     }
 }
 
@@ -407,9 +407,7 @@ impl QueuePort for ModelPort {
 
     #[inline]
     fn service(&mut self) {
-        if let Some(slot) = &self.slot {
-            slot.service(&self.shared);
-        }
+        self.slot.service(&self.shared);
     }
 }
 

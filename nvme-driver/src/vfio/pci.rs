@@ -115,6 +115,13 @@ impl Sysfs {
         self.functions_in(&self.path("bus/pci/devices"))
     }
 
+    /// The group is VFIO's own, made for a device without an IOMMU: nothing keeps such a device from any memory.
+    #[must_use]
+    pub fn is_noiommu_group(&self, group: u32) -> bool {
+        let name = self.path(format!("kernel/iommu_groups/{group}/name"));
+        fs::read_to_string(name).is_ok_and(|name| name.trim() == "vfio-noiommu")
+    }
+
     fn functions_in(&self, folder: &Path) -> io::Result<Vec<PciFunction>> {
         let mut functions = Vec::new();
         for entry in fs::read_dir(folder)? {
