@@ -450,7 +450,7 @@ fn command_that_the_device_fails_ends_its_request_with_ioerr_and_no_other() {
     });
     let mut guest = rig.add_guest(&GuestSetup::default());
     let (read, write) = (request_type::IN, request_type::OUT);
-    let error = Status::UNRECOVERED_READ_ERROR;
+    let error = Status::UNRECOVERED_READ_ERROR.with_dnr();
     for (kind, opcode, len, offset) in [
         (read, io_opcode::READ, 4096, 0),     // one command
         (read, io_opcode::READ, 64 << 10, 0), // eight of them, the first fails

@@ -135,7 +135,7 @@ impl Dma<'_> {
     #[cold]
     fn violation(&self) -> Status {
         self.violations.fetch_add(1, Ordering::Relaxed);
-        Status::DATA_TRANSFER_ERROR
+        Status::DATA_TRANSFER_ERROR.with_dnr()
     }
 
     fn read_u64(&mut self, iova: u64) -> Result<u64, Status> {
