@@ -328,12 +328,20 @@ fn command_that_may_succeed_later_is_sent_again_three_times() {
     let buffer = DmaBuffer::new(controller.dma_space(), PAGE_SIZE, DmaAccess::Both).unwrap();
     let one = LbaRange { slba: 0, blocks: 1 };
     let busy = Status::NAMESPACE_NOT_READY;
-    for (failures, last, resent) in [(1, Status::SUCCESS, 1), (3, Status::SUCCESS, 4), (4, busy, 7)] {
+    for (failures, last, resent) in [
+        (1, Status::SUCCESS, 1),
+        (3, Status::SUCCESS, 4),
+        (4, busy, 7),
+    ] {
         for _ in 0..failures {
             assert!(handle.fail_next(io_opcode::WRITE, busy));
         }
         queue
-            .submit(SubmissionEntry::write(Nsid(1), one, false), whole(&buffer, 512), 512)
+            .submit(
+                SubmissionEntry::write(Nsid(1), one, false),
+                whole(&buffer, 512),
+                512,
+            )
             .unwrap();
         assert!(finish(&mut queue).is(last), "{failures} failures");
         assert_eq!(queue.counters().resent, resent);
