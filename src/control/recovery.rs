@@ -20,12 +20,27 @@ use crate::reactor::{PollerId, ReactorHandle};
 /// Resets of one device within [`RESET_WINDOW`] before it is given up.
 const MAX_RESETS: usize = 3;
 const RESET_WINDOW: Duration = Duration::from_secs(60);
-/// A command that the device has had for so long is ended: longer than the slowest thing that a healthy SSD does to one.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long an aborted command may take to end before the controller is reset.
-const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Completions that make no sense, before the controller is reset.
 const MAX_ANOMALIES: u64 = 8;
+
+/// How long commands may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// One that the device has had for so long is to be aborted.
+    pub command: Duration,
+    /// How long that may take before the controller is reset.
+    pub abort: Duration,
+}
+
+impl Default for Patience {
+    /// Longer than the slowest thing that a healthy SSD does to a command, as Linux's driver gives it too.
+    fn default() -> Patience {
+        Patience {
+            command: Duration::from_secs(30),
+            abort: Duration::from_secs(5),
+        }
+    }
+}
 
 /// One of a device's pollers.
 #[derive(Clone, Debug)]
@@ -46,6 +61,7 @@ pub struct Keeper {
     device: Arc<Device>,
     on_loss: OnDeviceLoss,
     places: Vec<Place>,
+    patience: Patience,
     /// Of the last minute.
     resets: Vec<Instant>,
     total_resets: u64,
@@ -61,8 +77,14 @@ pub struct Keeper {
 impl Keeper {
     /// A keeper of a device that serves.
     #[must_use]
-    pub fn new(device: Arc<Device>, on_loss: OnDeviceLoss, places: Vec<Place>) -> Keeper {
+    pub fn new(
+        device: Arc<Device>,
+        on_loss: OnDeviceLoss,
+        places: Vec<Place>,
+        patience: Patience,
+    ) -> Keeper {
         Keeper {
+            patience,
             device,
             on_loss,
             places,
@@ -108,7 +130,8 @@ impl Keeper {
             .iter()
             .map(|place| (place.health.oldest(), place.pair));
         let late = late.max_by_key(|((_, age), _)| *age);
-        let Some(((cid, age), pair)) = late.filter(|((_, age), _)| *age >= COMMAND_TIMEOUT) else {
+        let Some(((cid, age), pair)) = late.filter(|((_, age), _)| *age >= self.patience.command)
+        else {
             self.aborting = None;
             return;
         };
@@ -125,7 +148,7 @@ impl Keeper {
                     ));
                 }
             }
-            Some(since) if since.elapsed() >= ABORT_TIMEOUT => {
+            Some(since) if since.elapsed() >= self.patience.abort => {
                 self.recover(&format!("a command has taken {age:?} and was not aborted"));
             }
             Some(_) => {}

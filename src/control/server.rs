@@ -19,7 +19,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use super::claim::open_device;
 use super::device::{Device, DeviceError};
 use super::placement::place;
-use super::recovery::{Keeper, Place};
+use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, DiskQueue, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
@@ -168,7 +168,12 @@ impl Server {
             let own = self.pollers.iter().filter(|(device, _)| *device == index);
             let places = own.map(|(_, place)| place.clone()).collect();
             let device = Arc::clone(&self.devices[index]);
-            let keeper = Keeper::new(device, planned.config.on_device_loss, places);
+            let keeper = Keeper::new(
+                device,
+                planned.config.on_device_loss,
+                places,
+                Patience::default(),
+            );
             (planned.config.name.clone(), Mutex::new(keeper))
         });
         self.keepers = keepers.collect();

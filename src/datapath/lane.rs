@@ -257,6 +257,13 @@ impl Lane {
         self.cache_lost = self.config.volatile_cache && !self.config.write_through;
     }
 
+    /// A flush that was at the device when its cache was lost: what it was to keep may be gone.
+    pub(super) fn doubt_flush(&mut self, head: HeadIndex) {
+        if self.cache_lost {
+            self.fail_request(head);
+        }
+    }
+
     pub(super) fn is_drained(&self) -> bool {
         self.state == State::Draining && self.queue.in_flight() == 0 && self.work.is_none()
     }

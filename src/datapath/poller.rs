@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_driver::dma::{DmaError, DmaSpace};
-use nvme_driver::spec::{Cid, Status};
+use nvme_driver::spec::{Cid, Status, io_opcode};
 use nvme_driver::transport::Transport;
 use nvme_driver::{Completion, QueuePair};
 
@@ -151,16 +151,32 @@ impl<T: Transport> Poller<T> {
     }
 
     /// The device is there (again) and knows the queue pair: what was outstanding is carried out again. With
-    /// `cache_lost`, writes that were completed and not flushed may be gone: the next flush of each guest says so.
+    /// `cache_lost`, writes that were completed and not flushed may be gone: the flushes under way and the next one of
+    /// each guest say so (I11).
     pub fn resume(&mut self, cache_lost: bool) {
         if cache_lost {
-            self.lanes
-                .iter_mut()
-                .flatten()
-                .for_each(|lane| lane.cache_was_lost());
+            self.doubt_flushes();
         }
         self.service = Service::Serve;
         self.pair.queue.replay();
+    }
+
+    fn doubt_flushes(&mut self) {
+        self.lanes
+            .iter_mut()
+            .flatten()
+            .for_each(|lane| lane.cache_was_lost());
+        for cid in self.pair.queue.outstanding_cids() {
+            if self.pair.queue.opcode(cid) != Some(io_opcode::FLUSH) {
+                continue;
+            }
+            // A flush is always a part of its request.
+            if let CommandContext::Part { lane, head, .. } = self.pair.commands[cid.index()]
+                && let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane))
+            {
+                lane.doubt_flush(head);
+            }
+        }
     }
 
     /// Ends an outstanding command that no device will complete.

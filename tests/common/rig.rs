@@ -63,12 +63,14 @@ impl Rig {
         let wanted = config.queues;
         let transport = Model::new(config).unwrap();
         let model = transport.handle();
-        let gone = || {
-            Err(DeviceError::Lost {
+        let slot = model.clone();
+        let claim = move || {
+            slot.plug_in().map_err(|error| DeviceError::Model {
                 name: "rig".to_owned(),
+                error,
             })
         };
-        let device = Device::open("rig", transport, wanted, Box::new(gone)).unwrap();
+        let device = Device::open("rig", transport, wanted, Box::new(claim)).unwrap();
         let pollers = (0..device.granted)
             .map(|_| device.create_poller().unwrap().1)
             .collect();

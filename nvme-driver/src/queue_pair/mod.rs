@@ -416,6 +416,12 @@ impl<T: Transport> QueuePair<T> {
         self.slots.outstanding()
     }
 
+    /// The opcode of an outstanding command.
+    #[must_use]
+    pub fn opcode(&self, cid: Cid) -> Option<u8> {
+        self.sent.get(cid.index()).map(|entry| entry.opcode)
+    }
+
     /// Gives an outstanding command up that nobody will complete: there is no device any more
     /// ([`QueuePair::disconnect`]). `false` when the device is still there, or the command not outstanding.
     pub fn abandon(&mut self, cid: Cid) -> bool {
