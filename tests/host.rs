@@ -86,6 +86,8 @@ struct Kernel {
     /// Drivers that refuse every device.
     refusing_drivers: Vec<&'static str>,
     claimed: Vec<&'static str>,
+    /// A second claim of the same disk is refused, as Linux does.
+    claims_once: bool,
     locked: bool,
     not_root: bool,
     huge_pages_left: Option<u64>,
@@ -300,6 +302,10 @@ impl Effects for Handle {
 
     fn look(&mut self, program: &str, arguments: &[&str]) -> io::Result<Ran> {
         let kernel = self.0.borrow();
+        if program == "udevadm" {
+            assert_eq!(arguments, ["settle", "--timeout=10"]);
+            return Err(ErrorKind::NotFound.into());
+        }
         assert_eq!(
             (program, &arguments[..2]),
             ("wipefs", &["-J", "--no-act"][..])
@@ -321,8 +327,14 @@ impl Effects for Handle {
     }
 
     fn claim(&mut self, node: &Path) -> io::Result<Held> {
-        let kernel = self.0.borrow();
+        let mut kernel = self.0.borrow_mut();
         fs::metadata(node)?;
+        if kernel.claims_once {
+            kernel.claimed.push("nvme0n1");
+            if kernel.claimed.len() == 1 {
+                return Ok(Held::nothing());
+            }
+        }
         if kernel.claimed.iter().any(|name| node.ends_with(name)) {
             return Err(ErrorKind::ResourceBusy.into());
         }
@@ -904,6 +916,28 @@ fn bind_of_the_second_device_of_a_btrfs_is_refused() {
 }
 
 #[test]
+fn bind_is_refused_while_the_kernels_nvme_target_exports_a_partition_or_the_controller() {
+    let machine = Machine::with_vfio(&[ssd_a()]);
+    let target = machine.at("sys/kernel/config/nvmet/subsystems/shelf");
+    for (place, device, enable) in [
+        ("namespaces/1", "/dev/nvme0n1p1", "1\n"),
+        ("namespaces/2", "/dev/nvme0n1p2", "0\n"),
+        ("passthru", "/dev/nvme0", "1\n"),
+    ] {
+        write(
+            target.join(place).join("device_path"),
+            &format!("{device}\n"),
+        );
+        write(target.join(place).join("enable"), enable);
+    }
+    machine.setup(&["bind", A]).failed(&format!(
+        "{A}: refused: nvme0n1p1 is part of the kernel's NVMe target shelf\n\
+         {A}: refused: nvme0 is part of the kernel's NVMe target shelf\n"
+    ));
+    machine.untouched();
+}
+
+#[test]
 fn bind_is_refused_for_a_mount_in_another_namespace_naming_its_process() {
     let machine = Machine::with_vfio(&[ssd_a()]);
     machine.process(PID, "containerd", 2);
@@ -971,7 +1005,7 @@ fn bind_while_the_kernel_claims_the_disk_for_what_no_table_shows_is_refused() {
     let machine = Machine::with_vfio(&[ssd_a()]);
     machine.kernel().claimed = vec!["nvme0n1"];
     machine.setup(&["bind", "--force-data", A]).refused(
-        "the kernel has nvme0n1 claimed for something that /proc and /sys do not show (a ZFS pool, an NVMe or SCSI \
+        "the kernel has nvme0n1 claimed for something that /proc and /sys do not show (a ZFS pool, a SCSI \
          target, a mount namespace without a process)",
     );
     machine.untouched();
@@ -1007,13 +1041,27 @@ fn bind_of_native_multipath_looks_at_the_subsystems_disk() {
         .setup(&["bind", A])
         .refused("nvme0n1p1 is mounted at /data");
 
+    // Another controller keeps the disk.
     let free = Machine::with_vfio(&[ssd]);
-    free.setup(&["bind", A]).is(BOUND);
+    free.setup(&["bind", A]).is(&format!(
+        "{BOUND}{A}: beware: the kernel still has nvme0n1 through another controller of the same SSD\n"
+    ));
     assert!(
         free.log()[0].contains(r#""namespaces":["nvme0n1"]"#),
         "{:?}",
         free.log()
     );
+}
+
+#[test]
+fn bind_of_both_controllers_of_one_disk_claims_it_once() {
+    let mut first = ssd_a();
+    first.disks = vec![("nvme0c0n1", vec![])];
+    let mut second = ssd_b();
+    second.disks = vec![("nvme0c1n1", vec![])];
+    let machine = Machine::with_vfio(&[first, second]);
+    machine.kernel().claims_once = true;
+    assert_eq!(machine.setup(&["bind", A, B]).code, 0);
 }
 
 #[test]

@@ -15,8 +15,6 @@ pub struct Block {
     /// How it is reached from the namespace: `nvme0n1p2 > dm-0 (LVM vg-root)`.
     pub label: String,
     pub number: Option<DeviceNumber>,
-    /// A partition of the namespace, or the namespace.
-    pub is_ours: bool,
     /// Names by which `/proc` may call it besides.
     aliases: Vec<String>,
 }
@@ -49,11 +47,11 @@ pub struct BlockTree {
 impl BlockTree {
     /// Follows partitions and holders up from the block device called `namespace`.
     #[must_use]
-    pub fn above(host: &Host, namespace: &str) -> BlockTree {
+    pub fn above(host: &Host, exports: &[Export], namespace: &str) -> BlockTree {
         let mut tree = BlockTree::default();
         let mut seen = HashSet::from([namespace.to_owned()]);
-        let mut ahead = VecDeque::from([(namespace.to_owned(), namespace.to_owned(), true)]);
-        while let Some((name, label, is_ours)) = ahead.pop_front() {
+        let mut ahead = VecDeque::from([(namespace.to_owned(), namespace.to_owned())]);
+        while let Some((name, label)) = ahead.pop_front() {
             let folder = folder(host, &name);
             for partition in partitions(&folder) {
                 // `nvme0n1p1` says by itself what it is a part of.
@@ -62,7 +60,7 @@ impl BlockTree {
                     None => partition.clone(),
                 };
                 if seen.insert(partition.clone()) {
-                    ahead.push_back((partition, label, is_ours));
+                    ahead.push_back((partition, label));
                 }
             }
             for holder in holders(host, &folder, &name) {
@@ -72,7 +70,7 @@ impl BlockTree {
                 });
                 if seen.insert(holder.name.clone()) {
                     let label = format!("{label} > {}", holder.description);
-                    ahead.push_back((holder.name, label, false));
+                    ahead.push_back((holder.name, label));
                 }
             }
             for uuid in btrfs_on(host, &name) {
@@ -81,7 +79,7 @@ impl BlockTree {
                     by: format!("the mounted btrfs file system {uuid}"),
                 });
             }
-            tree.blocks.push(Block {
+            let block = Block {
                 number: attribute(&folder, "dev").and_then(|text| parse_number(&text)),
                 aliases: mapper_name(&folder)
                     .map(|name| format!("mapper/{name}"))
@@ -89,11 +87,62 @@ impl BlockTree {
                     .collect(),
                 name,
                 label,
-                is_ours,
-            });
+            };
+            for Export { subsystem, device } in exports {
+                if block.is_at(device) {
+                    tree.holdings.push(Holding {
+                        device: block.label.clone(),
+                        by: exported_by(subsystem),
+                    });
+                }
+            }
+            tree.blocks.push(block);
         }
         tree
     }
+}
+
+/// What the kernel's own NVMe target gives to other machines. It opens disks without claiming them, and no process has
+/// them open, so this is the only place where it shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    pub subsystem: String,
+    /// A block device, or the file of a whole controller.
+    pub device: PathBuf,
+}
+
+/// All that are enabled.
+#[must_use]
+pub fn exports(host: &Host) -> Vec<Export> {
+    let subsystems = host.sysfs.path("kernel/config/nvmet/subsystems");
+    let mut found = Vec::new();
+    for subsystem in names(&subsystems) {
+        let folder = subsystems.join(&subsystem);
+        let namespaces = names(&folder.join("namespaces"));
+        let mut places: Vec<PathBuf> = namespaces
+            .iter()
+            .map(|name| folder.join("namespaces").join(name))
+            .collect();
+        places.push(folder.join("passthru"));
+        for place in places {
+            let enabled = attribute(&place, "enable").is_some_and(|text| text == "1");
+            if let Some(device) = attribute(&place, "device_path").filter(|_| enabled) {
+                let device = PathBuf::from(device);
+                found.push(Export {
+                    subsystem: subsystem.clone(),
+                    // It may have been named by its serial number.
+                    device: fs::canonicalize(&device).unwrap_or(device),
+                });
+            }
+        }
+    }
+    found
+}
+
+/// How an export is named as a holder.
+#[must_use]
+pub fn exported_by(subsystem: &str) -> String {
+    format!("the kernel's NVMe target {subsystem}")
 }
 
 /// The folder of a disk or partition.

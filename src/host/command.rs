@@ -236,6 +236,10 @@ pub fn setup(
             return 1;
         }
     };
+    if matches!(args.action, Action::Bind(_) | Action::Reset(_)) {
+        // udev opens each new disk for a moment; that is not a user of it. Without udev there is nothing to wait for.
+        let _ = machine.look("udevadm", &["settle", "--timeout=10"]);
+    }
     // What was seen before the lock may have changed.
     let code = match look(host, console) {
         Some(survey) => act(host, &mut machine, &survey, &args.action, console),

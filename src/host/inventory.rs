@@ -8,7 +8,7 @@ use nvme_driver::vfio::pci::{PciAddress, PciFunction, VFIO_DRIVER};
 use serde::Serialize;
 
 use super::Host;
-use super::blocks::{self, BlockTree, attribute, device_file, folder, names};
+use super::blocks::{self, BlockTree, Export, attribute, device_file, folder, names};
 use super::hugepages::{self, Pool};
 use super::owner::Record;
 use super::processes::{Number, Process, Processes, parse_number};
@@ -132,6 +132,12 @@ fn as_text<S: serde::Serializer>(address: &PciAddress, serializer: S) -> Result<
     serializer.collect_str(address)
 }
 
+/// Everybody who may use a disk.
+struct Users {
+    processes: Processes,
+    exports: Vec<Export>,
+}
+
 /// Looks at the whole machine. One without PCI has no devices.
 ///
 /// # Errors
@@ -141,19 +147,22 @@ pub fn survey(host: &Host) -> io::Result<Survey> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         functions => functions?,
     };
-    let processes = Processes::survey(host);
+    let users = Users {
+        processes: Processes::survey(host),
+        exports: blocks::exports(host),
+    };
     let nvme = functions.into_iter().filter(PciFunction::is_nvme);
     Ok(Survey {
         devices: nvme
-            .map(|function| HostDevice::look(host, &processes, function))
+            .map(|function| HostDevice::look(host, &users, function))
             .collect(),
         hugepages: hugepages::pools(host),
-        unseen: processes.unseen,
+        unseen: users.processes.unseen,
     })
 }
 
 impl HostDevice {
-    fn look(host: &Host, processes: &Processes, function: PciFunction) -> HostDevice {
+    fn look(host: &Host, users: &Users, function: PciFunction) -> HostDevice {
         let controllers = controllers(&function);
         let controller = controllers.first();
         let of_controller = |name: &str| {
@@ -161,7 +170,7 @@ impl HostDevice {
             attribute(&folder, name).filter(|text| !text.is_empty())
         };
         let namespaces = namespaces(host, &function);
-        let uses = uses(host, processes, &function, &controllers, &namespaces);
+        let uses = uses(host, users, &function, &controllers, &namespaces);
         let record = match function.driver().as_deref() {
             Some(VFIO_DRIVER) => Record::load(host, function.address).ok().flatten(),
             _ => None,
@@ -283,20 +292,28 @@ fn siblings(host: &Host, function: &PciFunction) -> Vec<Sibling> {
 /// Everybody who uses a function, through whatever driver has it.
 fn uses(
     host: &Host,
-    processes: &Processes,
+    users: &Users,
     function: &PciFunction,
     controllers: &[String],
     namespaces: &[Namespace],
 ) -> Vec<Use> {
+    let processes = &users.processes;
     let mut uses = Vec::new();
     for namespace in namespaces {
-        block_uses(host, processes, &namespace.name, &mut uses);
+        block_uses(host, users, &namespace.name, &mut uses);
         // The namespace's character device, ng0n1, takes commands past the block layer.
         let generic = namespace.name.replacen("nvme", "ng", 1);
         let number = char_number(&host.sysfs.path("class/nvme-generic").join(&generic));
         open_uses(processes, &host.dev.join(generic), number, &mut uses);
     }
     for controller in controllers {
+        let file = Path::new("/dev").join(controller);
+        for export in users.exports.iter().filter(|export| export.device == file) {
+            uses.push(Use::Held {
+                device: controller.clone(),
+                by: blocks::exported_by(&export.subsystem),
+            });
+        }
         let number = char_number(&function.path().join("nvme").join(controller));
         open_uses(processes, &host.dev.join(controller), number, &mut uses);
     }
@@ -325,8 +342,9 @@ fn uses(
     uses
 }
 
-fn block_uses(host: &Host, processes: &Processes, namespace: &str, uses: &mut Vec<Use>) {
-    let tree = BlockTree::above(host, namespace);
+fn block_uses(host: &Host, users: &Users, namespace: &str, uses: &mut Vec<Use>) {
+    let processes = &users.processes;
+    let tree = BlockTree::above(host, &users.exports, namespace);
     for block in &tree.blocks {
         let device = &block.label;
         for mount in &processes.mounts {

@@ -2,10 +2,11 @@
 //!
 //! Three sorts, in this order:
 //! - [`standing`]: what the inventory shows. Nothing overrides these.
-//! - [`claims`]: the kernel is asked for each disk exclusively, which also finds what no table shows, and keeps others
+//! - [`claim`]: the kernel is asked for each disk exclusively, which also finds what no table shows, and keeps others
 //!   from starting to use it until the driver has let go.
 //! - [`data`]: what `wipefs` finds on the disks. `--force-data` overrides these and only these.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -80,29 +81,39 @@ pub fn siblings(device: &HostDevice, leaving: &[PciAddress]) -> Vec<String> {
     reasons.collect()
 }
 
-/// Takes every disk of a device exclusively.
+/// Disks that we have exclusively, by name, until this is dropped.
+pub type Claims = BTreeMap<String, Held>;
+
+/// Takes every disk of a device exclusively, and keeps it in `held`. Those there are ours already: controllers of one
+/// SSD may lead to the same disk.
 ///
 /// # Errors
 /// The reasons, when one of them is not to be had.
-pub fn claims(
+pub fn claim(
     host: &Host,
     effects: &mut dyn Effects,
     device: &HostDevice,
-) -> Result<Vec<Held>, Vec<String>> {
-    let (mut held, mut reasons) = (Vec::new(), Vec::new());
+    held: &mut Claims,
+) -> Result<(), Vec<String>> {
+    let mut reasons = Vec::new();
     for Namespace { name, .. } in &device.namespaces {
+        if held.contains_key(name) {
+            continue;
+        }
         let path = host.dev.join(device_file(name));
         match effects.claim(&path) {
-            Ok(one) => held.push(one),
+            Ok(one) => {
+                held.insert(name.clone(), one);
+            }
             Err(error) if error.kind() == ErrorKind::ResourceBusy => reasons.push(format!(
-                "the kernel has {name} claimed for something that /proc and /sys do not show (a ZFS pool, an NVMe or \
-                 SCSI target, a mount namespace without a process)"
+                "the kernel has {name} claimed for something that /proc and /sys do not show (a ZFS pool, a SCSI \
+                 target, a mount namespace without a process)"
             )),
             Err(error) => reasons.push(format!("cannot open {}: {error}", path.display())),
         }
     }
     if reasons.is_empty() {
-        Ok(held)
+        Ok(())
     } else {
         Err(reasons)
     }

@@ -7,10 +7,11 @@ use std::time::Duration;
 use nvme_driver::vfio::pci::{PciAddress, VFIO_DRIVER};
 
 use super::Host;
-use super::effects::{Effects, Held};
+use super::blocks::device_file;
+use super::effects::Effects;
 use super::inventory::{self, HostDevice, Survey};
 use super::owner::{self, Record, User};
-use super::refusals;
+use super::refusals::{self, Claims};
 
 /// What came of one device: what is to be said, and whether it is as asked.
 pub type Outcome = Result<Vec<String>, Vec<String>>;
@@ -41,19 +42,21 @@ pub fn bind(
     wanted: &[&HostDevice],
     options: &BindOptions,
 ) -> Vec<(PciAddress, Outcome)> {
-    let mut ready = Vec::new();
+    // Until all is done: nobody is to start using a disk between our look at it and the end of its driver.
+    let mut held = Claims::new();
+    let mut ready: Vec<&HostDevice> = Vec::new();
     let mut outcomes = Vec::new();
     for device in wanted {
-        match prepare(host, effects, survey, device, options) {
-            Ok(held) => ready.push((*device, held)),
+        match prepare(host, effects, survey, device, options, &mut held) {
+            Ok(()) => ready.push(device),
             Err(reasons) => outcomes.push((device.address, Err(refused(&reasons)))),
         }
     }
     // Those that share a group may all be named at once: they leave together, or none does.
     loop {
-        let leaving: Vec<PciAddress> = ready.iter().map(|(device, _)| device.address).collect();
+        let leaving: Vec<PciAddress> = ready.iter().map(|device| device.address).collect();
         let before = ready.len();
-        ready.retain(|(device, _)| {
+        ready.retain(|device| {
             let reasons = refusals::siblings(device, &leaving);
             if !reasons.is_empty() {
                 outcomes.push((device.address, Err(refused(&reasons))));
@@ -64,27 +67,27 @@ pub fn bind(
             break;
         }
     }
-    let mut bound = Vec::new();
-    for (device, held) in ready {
-        let outcome = take(host, effects, device, held, options);
-        if outcome.is_ok() && !device.is_bound() {
-            bound.push(device);
-        }
-        outcomes.push((device.address, outcome));
-    }
-    // One of a group that failed leaves the others of no use.
-    if effects.acts() {
-        for device in bound {
-            let staying = device.function.siblings_in_use();
-            if let Some((address, driver)) = staying.first() {
+    let taken: Vec<(&HostDevice, Outcome)> = ready
+        .into_iter()
+        .map(|device| (device, take(host, effects, device, options)))
+        .collect();
+    for (device, mut outcome) in taken {
+        if effects.acts()
+            && !device.is_bound()
+            && let Ok(lines) = &mut outcome
+        {
+            // One of a group that failed leaves the others of no use.
+            if let Some((address, driver)) = device.function.siblings_in_use().first() {
                 let mut lines = vec![format!(
                     "{address} of the same IOMMU group stayed with {driver}, so this one goes back"
                 )];
                 lines.extend(roll_back(host, effects, device));
-                outcomes.retain(|(known, _)| *known != device.address);
-                outcomes.push((device.address, Err(lines)));
+                outcome = Err(lines);
+            } else {
+                lines.extend(left_behind(host, device));
             }
         }
+        outcomes.push((device.address, outcome));
     }
     outcomes.sort_by_key(|(address, _)| *address);
     outcomes
@@ -104,7 +107,8 @@ fn prepare(
     survey: &Survey,
     device: &HostDevice,
     options: &BindOptions,
-) -> Result<Vec<Held>, Vec<String>> {
+    held: &mut Claims,
+) -> Result<(), Vec<String>> {
     let reasons = if device.is_bound() {
         refusals::of_group(device)
     } else {
@@ -114,9 +118,9 @@ fn prepare(
         return Err(reasons);
     }
     if device.is_bound() {
-        return Ok(Vec::new());
+        return Ok(());
     }
-    let held = refusals::claims(host, effects, device)?;
+    refusals::claim(host, effects, device, held)?;
     if !options.force_data {
         let reasons: Vec<String> = refusals::data(host, effects, device)
             .into_iter()
@@ -126,14 +130,13 @@ fn prepare(
             return Err(reasons);
         }
     }
-    Ok(held)
+    Ok(())
 }
 
 fn take(
     host: &Host,
     effects: &mut dyn Effects,
     device: &HostDevice,
-    held: Vec<Held>,
     options: &BindOptions,
 ) -> Outcome {
     let node = device.vfio_path(host).unwrap_or_default();
@@ -159,7 +162,7 @@ fn take(
     };
     // The record comes first: without it, nobody would know where the device belongs if we were killed.
     record.save(host, effects).map_err(|why| vec![why])?;
-    let bound = attach(host, effects, device, held, &node)
+    let bound = attach(host, effects, device, &node)
         .and_then(|()| hand_over(host, effects, device, &node, options));
     match bound {
         Ok(mut lines) => {
@@ -187,7 +190,6 @@ fn attach(
     host: &Host,
     effects: &mut dyn Effects,
     device: &HostDevice,
-    held: Vec<Held>,
     node: &Path,
 ) -> Result<(), String> {
     if !driver_folder(host, VFIO_DRIVER).exists() {
@@ -206,8 +208,6 @@ fn attach(
             &address,
         )?;
     }
-    // The disks are gone, so nobody can come between any more.
-    drop(held);
     write(effects, &host.sysfs.path("bus/pci/drivers_probe"), &address)?;
     if !effects.acts() {
         return Ok(());
@@ -226,6 +226,19 @@ fn attach(
         format!(
             "{VFIO_DRIVER} has it, but {} did not appear",
             node.display()
+        )
+    })
+}
+
+/// A disk of native multipath stays while another controller leads to it: the kernel could still be made to use it.
+fn left_behind(host: &Host, device: &HostDevice) -> Option<String> {
+    let names = device.namespaces.iter().map(|namespace| &namespace.name);
+    let there = names.filter(|name| host.dev.join(device_file(name)).exists());
+    let there: Vec<&str> = there.map(String::as_str).collect();
+    (!there.is_empty()).then(|| {
+        format!(
+            "beware: the kernel still has {} through another controller of the same SSD",
+            there.join(", ")
         )
     })
 }
@@ -411,7 +424,7 @@ fn wait_until_live(
     let nodes = || -> Vec<PathBuf> {
         inventory::namespaces(host, function)
             .into_iter()
-            .map(|namespace| host.dev.join(super::blocks::device_file(&namespace.name)))
+            .map(|namespace| host.dev.join(device_file(&namespace.name)))
             .filter(|node| node.exists())
             .collect()
     };
@@ -485,7 +498,8 @@ pub fn reset(
             "the kernel knows no way to reset it (it has no reset attribute)".to_owned(),
         ]));
     }
-    let held = refusals::claims(host, effects, device).map_err(|reasons| refused(&reasons))?;
+    let mut held = Claims::new();
+    refusals::claim(host, effects, device, &mut held).map_err(|reasons| refused(&reasons))?;
     let done = write(effects, &path, "1");
     drop(held);
     done.map_err(|why| vec![why])?;

@@ -217,7 +217,8 @@ impl PciFunction {
                 width: width.parse().ok()?,
             })
         };
-        Some((link("current")?, link("max")?))
+        let max = link("max").filter(|max| max.speed != "Unknown")?;
+        Some((link("current")?, max))
     }
 
     /// All functions of its group, itself included: they share one table, so none may be the kernel's while we have
