@@ -1167,10 +1167,17 @@ fn bind_without_an_iommu_says_how_to_enable_it() {
     let machine = Machine::with_vfio(&[ssd_a()]);
     fs::remove_file(machine.kernel().function(A).join("iommu_group")).unwrap();
     machine.setup(&["bind", A]).refused(
-        "it is in no IOMMU group, so no IOMMU is on: put intel_iommu=on (Intel) or `amd_iommu=on iommu=pt` (AMD) on the \
+        "it is in no IOMMU group: no IOMMU is on; put intel_iommu=on (Intel) or `amd_iommu=on iommu=pt` (AMD) on the \
          kernel command line, and enable VT-d (Intel) or AMD-Vi (AMD, often called IOMMU) in the firmware",
     );
     machine.untouched();
+    let list = machine.run(&["list"]).out;
+    assert!(
+        list.contains(
+            "-> cannot: it is in no IOMMU group: no IOMMU is on\nFor an IOMMU, put intel_iommu=on"
+        ),
+        "{list}"
+    );
 }
 
 #[test]
@@ -1899,6 +1906,33 @@ fn list_on_a_machine_without_ssds_says_so() {
     );
     fs::remove_dir_all(machine.at("sys/bus/pci")).unwrap();
     assert_eq!(machine.run(&["list"]).code, 0);
+}
+
+#[test]
+fn status_where_namespaces_cannot_be_told_apart_counts_no_mount_twice() {
+    let machine = Machine::with(&[ssd_a()]);
+    machine.mount_here("nvme0n1p1", "/");
+    for pid in [PID, PID + 1] {
+        let folder = machine.process(pid, "service", 1);
+        fs::remove_file(folder.join("ns/mnt")).unwrap();
+        for (name, at) in [("nvme0n1p1", "/"), ("nvme0n1p2", "/data")] {
+            machine.mount(&pid.to_string(), &number(name), &format!("/dev/{name}"), at);
+        }
+    }
+    let out = machine.setup(&["status"]).out;
+    let mounts: Vec<&str> = out
+        .lines()
+        .filter(|line| line.contains("mounted"))
+        .collect();
+    assert_eq!(
+        mounts,
+        [
+            "  nvme0n1p1 is mounted at /".to_owned(),
+            format!(
+                "  nvme0n1p2 is mounted at /data in the mount namespace of pid {PID} (service)"
+            ),
+        ]
+    );
 }
 
 // ---- who may, and how it is called ----

@@ -105,17 +105,22 @@ impl Processes {
                 pid,
                 command: command(&folder),
             };
+            // Of others' processes an ordinary user sees the mounts, and not whose namespace they are in.
             let namespace = fs::read_link(folder.join("ns/mnt")).ok();
-            let known = namespace.is_some_and(|namespace| {
-                let known = namespaces.contains(&namespace);
-                if !known {
+            let is_known = namespace.is_some();
+            let is_new = namespace.is_none_or(|namespace| {
+                let is_new = !namespaces.contains(&namespace);
+                if is_new {
                     namespaces.push(namespace);
                 }
-                known
+                is_new
             });
             let seen = (|| {
-                if !known {
-                    mounts.add(&read(&folder.join("mountinfo"))?, Some(&process));
+                if is_new {
+                    mounts.add(
+                        &read(&folder.join("mountinfo"))?,
+                        Some((&process, is_known)),
+                    );
                 }
                 found.files_of(host, &folder, &process)
             })();
@@ -236,8 +241,9 @@ fn vfio_function(details: &str) -> Option<PathBuf> {
 struct MountTable(BTreeMap<(DeviceNumber, String, String), Mount>);
 
 impl MountTable {
-    /// `process` is one of another namespace, `None` stands for ours.
-    fn add(&mut self, text: &str, process: Option<&Process>) {
+    /// `process` is one of another namespace, `None` stands for ours. One whose namespace is not known to be another
+    /// counts only for mounts that nobody else has.
+    fn add(&mut self, text: &str, process: Option<(&Process, bool)>) {
         for (device, at, source) in text.lines().filter_map(mountinfo_line) {
             let key = (device, at.clone(), source.clone());
             let mount = self.0.entry(key).or_insert_with(|| Mount {
@@ -249,7 +255,8 @@ impl MountTable {
             });
             match process {
                 None => mount.here = true,
-                Some(process) if !mount.elsewhere.contains(process) => {
+                Some((_, false)) if mount.here || !mount.elsewhere.is_empty() => {}
+                Some((process, _)) if !mount.elsewhere.contains(process) => {
                     mount.elsewhere.push(process.clone());
                 }
                 Some(_) => {}

@@ -18,10 +18,12 @@ use super::blocks::device_file;
 use super::effects::{Effects, Held};
 use super::inventory::{HostDevice, Namespace, Survey};
 
-/// How to get what VFIO needs.
-pub const ENABLE_IOMMU: &str = "it is in no IOMMU group, so no IOMMU is on: put intel_iommu=on (Intel) or \
-    `amd_iommu=on iommu=pt` (AMD) on the kernel command line, and enable VT-d (Intel) or AMD-Vi (AMD, often called \
-    IOMMU) in the firmware";
+/// What VFIO needs first.
+pub const NO_GROUP: &str = "it is in no IOMMU group: no IOMMU is on";
+
+/// How to get it.
+pub const ENABLE_IOMMU: &str = "put intel_iommu=on (Intel) or `amd_iommu=on iommu=pt` (AMD) on the kernel command \
+    line, and enable VT-d (Intel) or AMD-Vi (AMD, often called IOMMU) in the firmware";
 
 /// Why we do without it.
 pub const NO_IOMMU: &str =
@@ -39,7 +41,7 @@ pub fn standing(survey: &Survey, device: &HostDevice) -> Vec<String> {
 #[must_use]
 pub fn of_group(device: &HostDevice) -> Vec<String> {
     match device.iommu_group {
-        None => vec![ENABLE_IOMMU.to_owned()],
+        None => vec![format!("{NO_GROUP}; {ENABLE_IOMMU}")],
         Some(_) if device.no_iommu => vec![NO_IOMMU.to_owned()],
         Some(_) => Vec::new(),
     }

@@ -35,7 +35,11 @@ impl Verdict {
 #[must_use]
 pub fn verdicts(host: &Host, effects: &mut dyn Effects, survey: &Survey) -> Vec<Verdict> {
     let alone = |device: &HostDevice| {
-        let mut reasons = refusals::of_group(device);
+        let mut reasons = match device.iommu_group {
+            // How to change that is said once, below all.
+            None => vec![refusals::NO_GROUP.to_owned()],
+            Some(_) => refusals::of_group(device),
+        };
         reasons.extend(device.uses.iter().map(ToString::to_string));
         reasons
     };
@@ -138,6 +142,13 @@ pub fn to_text(survey: &Survey, verdicts: &[Verdict]) -> String {
         if let Some(verdict) = verdicts.get(index) {
             let _ = writeln!(out, "  -> {}", verdict.line());
         }
+    }
+    if survey
+        .devices
+        .iter()
+        .any(|device| device.iommu_group.is_none())
+    {
+        let _ = writeln!(out, "For an IOMMU, {}.", refusals::ENABLE_IOMMU);
     }
     out.push_str(&huge_pages(survey));
     if !survey.unseen.is_empty() {
