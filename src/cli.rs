@@ -37,7 +37,7 @@ pub struct ServeArgs {
     /// TOML file; flags come on top of it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// An NVMe controller: model:ram,size=1G or model:file,path=disk.img (repeatable)
+    /// An NVMe controller: pci:0000:5e:00.0, model:ram,size=1G or model:file,path=disk.img (repeatable)
     #[arg(long, value_name = "SPEC")]
     pub device: Vec<DeviceOptions>,
     /// A vhost-user-blk disk: path=/run/tandem/vm0.sock,queues=4 (repeatable)
@@ -57,7 +57,7 @@ pub struct ServeArgs {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = DEVICE_HELP)]
 pub struct IdentifyArgs {
-    /// An NVMe controller: model:ram,size=1G or model:file,path=disk.img
+    /// An NVMe controller: pci:0000:5e:00.0, model:ram,size=1G or model:file,path=disk.img
     #[arg(long, value_name = "SPEC")]
     pub device: DeviceOptions,
     /// Print JSON instead of text
@@ -83,11 +83,18 @@ impl ServeArgs {
 macro_rules! device_help {
     () => {
         "\
-Keys of --device (a comma within a value is written ,,):
+A --device is pci:0000:5e:00.0 (or 5e:00.0), pci:serial=TEXT, model:ram or model:file.
+Keys of each (a comma within a value is written ,,):
+  name=d0           what disks call it                        [d0, d1, ... in order]
+  on_device_loss=error|hold
+                    while it is gone, requests fail or wait   [error]
+Keys of pci:
+  address=ADDRESS   as lspci writes it, or
+  serial=TEXT       the one with this serial number; it must be bound to vfio-pci
+Keys of model:
   size=1G           capacity, shared equally by the namespaces; an image file is
                     created when absent and extended when shorter
   path=disk.img     the image file (model:file only)
-  name=d0           what disks call it                        [d0, d1, ... in order]
   block=512|4096    logical block size                        [512]
   namespaces=N      1 to 1024                                 [1]
   queues=N          I/O queue pairs that it grants            [64]
@@ -139,24 +146,11 @@ mod tests {
         assert!(
             text.starts_with(
                 "error: invalid value 'model:ram,sise=1G' for '--device <SPEC>': unknown field `sise`, expected one of \
-                 `kind`, `medium`, `name`"
+                 `kind`, `medium`, `address`, `name`"
             ),
             "{text}"
         );
         assert_eq!(error.exit_code(), 2);
-    }
-
-    #[test]
-    fn serve_with_pci_device_says_what_this_version_serves() {
-        let text = serve(&["--device", "pci:0000:5e:00.0"])
-            .unwrap_err()
-            .to_string();
-        assert!(
-            text.contains(
-                "this version serves only the embedded software controller, model:ram or model:file"
-            ),
-            "{text}"
-        );
     }
 
     #[test]

@@ -13,7 +13,9 @@
 
 use std::fmt;
 
-use crate::config::{ByteSize, Config, CoreId, CoreList, DeviceConfig, DiskConfig, Medium, Socket};
+use crate::config::{
+    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Medium, Socket,
+};
 
 /// What the machine has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +57,7 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePlan {
     pub config: DeviceConfig,
-    /// Of all its disks together. Beyond `config.model.queue_pairs`, virtqueues of one core share a queue pair.
+    /// Of all its disks together. Beyond the queue pairs that the controller grants, virtqueues of one core share one.
     pub virtqueues: usize,
 }
 
@@ -95,7 +97,11 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
         .devices
         .iter()
         .map(|device| Spread {
-            limit: device.model.queue_pairs.into(),
+            limit: match &device.controller {
+                ControllerConfig::Model(model) => model.queue_pairs.into(),
+                // What it grants shows when it is claimed.
+                ControllerConfig::Pci(_) => usize::MAX,
+            },
             virtqueues: vec![0; cores.len()],
         })
         .collect();
@@ -205,7 +211,25 @@ impl fmt::Display for Plan {
 }
 
 fn fmt_device(device: &DevicePlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    let DeviceConfig { name, model } = &device.config;
+    let DeviceConfig {
+        name,
+        controller,
+        on_device_loss,
+    } = &device.config;
+    let model = match controller {
+        ControllerConfig::Model(model) => model,
+        ControllerConfig::Pci(target) => {
+            writeln!(
+                f,
+                "device  {name}  {target} through VFIO; if it is lost: {on_device_loss}"
+            )?;
+            return writeln!(
+                f,
+                "  a queue pair for each of {}, as far as it grants them",
+                count(device.virtqueues, "virtqueue")
+            );
+        }
+    };
     write!(f, "device  {name}  embedded controller, ")?;
     let size = match &model.medium {
         Medium::Ram { size } => {

@@ -7,8 +7,9 @@ use clap::Parser;
 use proptest::prelude::*;
 use tandem::cli::{Cli, Command};
 use tandem::config::{
-    BlkOptions, BlockSize, ByteSize, Config, ConfigError, CoreId, CoreList, DeviceConfig,
-    DeviceOptions, DiskConfig, LogLevel, MAX_DEVICE_NAME, Medium, ModelConfig, Options, Socket,
+    BlkOptions, BlockSize, ByteSize, Config, ConfigError, ControllerConfig, CoreId, CoreList,
+    DeviceConfig, DeviceOptions, DiskConfig, LogLevel, MAX_DEVICE_NAME, Medium, ModelConfig,
+    OnDeviceLoss, Options, PciTarget, Socket,
 };
 use tandem::plan::{Topology, plan};
 
@@ -51,7 +52,7 @@ fn refusal(text: &str) -> String {
 
 /// The keys of a device or disk, in the order of the struct, values as text.
 fn device_keys(device: &DeviceConfig) -> Vec<(&'static str, String)> {
-    let model = &device.model;
+    let model = model_of(device);
     let mut keys = vec![("name", device.name.clone())];
     match &model.medium {
         Medium::Ram { size } => keys.push(("size", ByteSize(*size).to_string())),
@@ -81,6 +82,7 @@ fn device_keys(device: &DeviceConfig) -> Vec<(&'static str, String)> {
         ("latency", format!("{}ns", model.latency.as_nanos())),
         ("jitter", format!("{}us", model.jitter.as_micros())),
         ("serial", model.serial.clone()),
+        ("on_device_loss", device.on_device_loss.to_string()),
     ]);
     keys
 }
@@ -102,8 +104,15 @@ fn disk_keys(disk: &DiskConfig, config: &Config) -> Vec<(&'static str, String)> 
     ]
 }
 
+fn model_of(device: &DeviceConfig) -> &ModelConfig {
+    match &device.controller {
+        ControllerConfig::Model(model) => model,
+        ControllerConfig::Pci(target) => panic!("{target} is no model"),
+    }
+}
+
 fn medium_name(device: &DeviceConfig) -> &'static str {
-    match device.model.medium {
+    match model_of(device).medium {
         Medium::Ram { .. } => "ram",
         Medium::File { .. } => "file",
     }
@@ -243,7 +252,9 @@ prop_compose! {
                 if let Medium::File { path, .. } = &mut model.medium {
                     path.as_mut_os_string().push(format!("{index}")); // two devices never share an image
                 }
-                DeviceConfig { name: format!("ssd.{index}"), model }
+                let on_device_loss = if index.is_multiple_of(2) { OnDeviceLoss::Error } else { OnDeviceLoss::Hold };
+                let name = format!("ssd.{index}");
+                DeviceConfig { name, controller: ControllerConfig::Model(model), on_device_loss }
             })
             .collect();
         let disks = disks
@@ -258,7 +269,7 @@ prop_compose! {
                     },
                     queues,
                     device,
-                    nsid: 1 + u32::try_from(nsid.index(devices[device].model.namespaces as usize)).expect("small"),
+                    nsid: 1 + u32::try_from(nsid.index(model_of(&devices[device]).namespaces as usize)).expect("small"),
                     readonly: true, // any of them may then share a namespace
                     serial,
                 }
@@ -323,7 +334,8 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
     let expected = Config {
         devices: vec![DeviceConfig {
             name: "d0".to_owned(),
-            model: ModelConfig {
+            on_device_loss: OnDeviceLoss::Error,
+            controller: ControllerConfig::Model(ModelConfig {
                 medium: Medium::Ram { size: 1 << 30 },
                 block_size: BlockSize::B512,
                 namespaces: 1,
@@ -334,7 +346,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
                 latency: Duration::ZERO,
                 jitter: Duration::ZERO,
                 serial: "tandem-d0".to_owned(),
-            },
+            }),
         }],
         disks: vec![DiskConfig {
             socket: Socket::Path(PathBuf::from("/run/vm0.sock")),
@@ -380,7 +392,7 @@ fn default_serials_of_the_longest_device_name_fit_20_bytes() {
         &["path = \"a\"\nns = 1024"],
     ))
     .unwrap();
-    assert_eq!(config.devices[0].model.serial.len(), 20);
+    assert_eq!(model_of(&config.devices[0]).serial.len(), 20);
     assert_eq!(config.disks[0].serial, format!("{name}-ns1024"));
     assert_eq!(config.disks[0].serial.len(), 20);
 }
@@ -433,7 +445,7 @@ fn delays_need_a_unit() {
     ] {
         let options: DeviceOptions = format!("model:ram,size=1G,latency={text}").parse().unwrap();
         assert_eq!(
-            options.resolve_alone().unwrap().model.latency,
+            model_of(&options.resolve_alone().unwrap()).latency,
             Duration::from_nanos(nanos),
             "{text}"
         );
@@ -543,11 +555,102 @@ fn file_with_bad_value_names_line_and_value() {
 }
 
 #[test]
-fn file_with_pci_device_says_what_this_version_serves() {
+fn pci_device_in_every_form_names_its_ssd() {
+    let address = PciTarget::Address("0000:5e:00.0".parse().unwrap());
+    let serial = PciTarget::Serial("S4EW,NX0R".to_owned());
+    for (spec, target, loss) in [
+        ("pci:0000:5e:00.0", &address, OnDeviceLoss::Error),
+        (
+            "pci:5e:00.0,on_device_loss=hold",
+            &address,
+            OnDeviceLoss::Hold,
+        ),
+        ("pci:serial=S4EW,,NX0R", &serial, OnDeviceLoss::Error),
+        (
+            "pci:serial=S4EW,,NX0R,on_device_loss=error",
+            &serial,
+            OnDeviceLoss::Error,
+        ),
+    ] {
+        let device = spec
+            .parse::<DeviceOptions>()
+            .unwrap()
+            .resolve_alone()
+            .unwrap();
+        assert_eq!(
+            device.controller,
+            ControllerConfig::Pci(target.clone()),
+            "{spec}"
+        );
+        assert_eq!(device.on_device_loss, loss, "{spec}");
+    }
+    let config = from_toml(&file(
+        "kind = \"pci\"\naddress = \"5e:00.0\"\n",
+        &["path = \"a\"\nns = 700"],
+    ))
+    .unwrap();
+    assert_eq!(config.devices[0].controller, ControllerConfig::Pci(address));
     assert_eq!(
-        refusal("[[device]]\nkind = \"pci\"\n"),
-        "vm.toml:2: `pci` (an NVMe controller through VFIO) is not served: this version serves only the embedded \
-         software controller, model:ram or model:file\n  2 | kind = \"pci\""
+        config.disks[0].nsid, 700,
+        "which namespaces there are shows when it is claimed"
+    );
+}
+
+#[test]
+fn pci_device_refusals_say_what_to_write() {
+    for (spec, reason) in [
+        (
+            "pci:",
+            "`address`: `` is not a PCI address: write it as lspci does, 0000:5e:00.0 or 5e:00.0",
+        ),
+        (
+            "pci:5e.0",
+            "`address`: `5e.0` is not a PCI address: write it as lspci does, 0000:5e:00.0 or 5e:00.0",
+        ),
+        (
+            "pci:5e:00.0,on_device_loss=wait",
+            "`on_device_loss`: `wait` is neither error nor hold",
+        ),
+    ] {
+        assert_eq!(
+            spec.parse::<DeviceOptions>().unwrap_err().to_string(),
+            reason,
+            "{spec}"
+        );
+    }
+    let choice = "device d0: say which SSD it is with address=0000:5e:00.0 (tandem list shows them) or serial=..., one of both";
+    for (spec, reason) in [
+        ("pci:5e:00.0,serial=A", choice),
+        (
+            "pci:5e:00.0,size=1G",
+            "device d0: size=... means nothing for a real SSD, which says this itself: drop it",
+        ),
+        (
+            "pci:5e:00.0,queues=4",
+            "device d0: queues=... means nothing for a real SSD, which says this itself: drop it",
+        ),
+        (
+            "model:ram,size=1G,address=5e:00.0",
+            "device d0: address=... means nothing for the embedded controller, which is on no bus: drop it",
+        ),
+    ] {
+        let options = spec.parse::<DeviceOptions>().unwrap();
+        assert_eq!(
+            options.resolve_alone().unwrap_err().to_string(),
+            reason,
+            "{spec}"
+        );
+    }
+    assert_eq!(refusal(&file("kind = \"pci\"", &["path = \"a\""])), choice);
+    assert_eq!(
+        refusal(&file("kind = \"model\"", &["path = \"a\""])),
+        "device d0: the embedded controller needs medium = \"ram\" or \"file\""
+    );
+    let pci = "kind = \"pci\"\naddress = \"5e:00.0\"\n";
+    let twice = format!("{pci}[[device]]\n{pci}name = \"b\"\n");
+    assert_eq!(
+        refusal(&file(&twice, &["path = \"a\"\ndevice = \"b\""])),
+        "devices d0 and b are one SSD, pci:0000:5e:00.0: describe it once"
     );
 }
 
@@ -640,11 +743,11 @@ fn device_spec_refusals_name_the_key() {
         ),
         (
             "",
-            "`` is not a kind of device: this version serves model:ram and model:file",
+            "`` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file",
         ),
         (
             "nvme:ram",
-            "`nvme` is not a kind of device: this version serves model:ram and model:file",
+            "`nvme` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file",
         ),
         ("model:ram,size=1G,size=2G", "key `size` is given twice"),
         ("model:ram,medium=file", "key `medium` is given twice"),
@@ -667,7 +770,7 @@ fn spec_with_doubled_comma_holds_a_comma() {
     .map(str::to_owned);
     let config = from_flags(&flags).unwrap();
     assert_eq!(
-        config.devices[0].model.medium,
+        model_of(&config.devices[0]).medium,
         Medium::File {
             path: PathBuf::from("a,b.img"),
             size: None

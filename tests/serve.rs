@@ -131,8 +131,19 @@ fn serve_that_cannot_start_says_why_exits_2_and_leaves_nothing() {
             "4000",
         ),
         (
-            &["--device", "pci:0000:5e:00.0", "--blk", &a, "--cores", "0"],
-            "pci:",
+            &["--device", "pci:ff:1f.7", "--blk", &a, "--cores", "0"],
+            "cannot claim 0000:ff:1f.7: there is no such PCI function",
+        ),
+        (
+            &[
+                "--device",
+                "pci:serial=NO-SUCH-SSD",
+                "--blk",
+                &a,
+                "--cores",
+                "0",
+            ],
+            "no SSD with serial number NO-SUCH-SSD is bound to vfio-pci",
         ),
         (
             &["--device", "floppy:a", "--blk", &a, "--cores", "0"],
@@ -379,7 +390,10 @@ fn identify_tells_what_the_controller_was_made_of_as_json_and_text() {
 #[test]
 fn identify_of_nothing_is_refused() {
     for (spec, what) in [
-        ("pci:0000:5e:00.0", "pci:"),
+        (
+            "pci:ff:1f.7",
+            "cannot claim 0000:ff:1f.7: there is no such PCI function",
+        ),
         ("model:file,path=/no/such/disk.img", "/no/such/disk.img"),
     ] {
         let output = tandem()

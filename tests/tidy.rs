@@ -17,7 +17,8 @@ const ROOMS: Rooms = &[
     ("main", &["*"]),
     ("lib", &[]),
     ("cli", &["config", "host"]),
-    ("config", &[]),
+    // How a PCI address is written is known where they are read.
+    ("config", &["nvme_driver::vfio"]),
     ("plan", &["config"]),
     // It sees controllers from outside, as PCI functions.
     ("host", &["nvme_driver::vfio"]),
@@ -39,7 +40,14 @@ const ROOMS: Rooms = &[
     // Guest memory is mapped for the device where it is mapped for us: nothing else of NVMe is known there.
     (
         "vhost",
-        &["datapath", "virtio", "block", "stats", "nvme_driver::dma"],
+        &[
+            "datapath",
+            "virtio",
+            "block",
+            "stats",
+            "nvme_driver::dma",
+            "nvme_driver::fault",
+        ],
     ),
     ("reactor", &["datapath", "stats"]),
     (
@@ -76,6 +84,9 @@ const DRIVER_ROOMS: Rooms = &[
             "dma",
             "error",
             "mmio",
+            "fault",
+            "pages",
+            "quirks",
             "queue_pair",
             "spec",
             "transport",
@@ -83,10 +94,13 @@ const DRIVER_ROOMS: Rooms = &[
         ],
     ),
     ("spec", &[]),
-    ("transport", &["spec"]),
+    ("transport", &["spec", "quirks"]),
+    ("quirks", &[]),
     ("mmio", &[]),
-    ("vfio", &["spec", "transport", "dma", "mmio", "error"]),
-    ("dma", &["spec", "transport", "mmio"]),
+    ("fault", &[]),
+    ("pages", &["spec"]),
+    ("vfio", &["spec", "transport", "fault", "quirks"]),
+    ("dma", &["spec", "transport", "mmio", "pages"]),
     ("error", &["dma", "spec", "transport"]),
     ("queue_pair", &["spec", "transport", "dma", "mmio", "error"]),
     (

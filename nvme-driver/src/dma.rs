@@ -3,15 +3,16 @@
 //! alive. Never lends a Rust reference to bytes that a device shares (I1). Start at [`DmaSpace`].
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use memmap2::{MmapOptions, MmapRaw};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::mmio::{reads, writes};
+use crate::pages;
 use crate::spec::PAGE_SIZE;
 pub use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova};
 
@@ -19,22 +20,128 @@ pub use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova};
 const LARGE_WINDOW_ALIGN: u64 = 2 << 20;
 
 /// A device's DMA domain together with the book of its windows.
+///
+/// The book outlives the domain: a device that is lost takes its domain along ([`DmaSpace::detach`]), mappings of
+/// guests and buffers stay where they are in the book, and the domain of the device that comes back gets them all at
+/// the same addresses ([`DmaSpace::attach`]). While there is no domain no device reaches anything.
 #[derive(Debug)]
 pub struct DmaSpace {
-    domain: Arc<dyn DmaDomain>,
-    windows: Mutex<IovaSpace>,
+    /// Held for reading over each call of the domain, so that none is under way while domains are exchanged.
+    domain: RwLock<Option<Arc<dyn DmaDomain>>>,
+    book: Mutex<Book>,
 }
+
+#[derive(Debug)]
+struct Book {
+    free: IovaSpace,
+    /// By start.
+    windows: BTreeMap<u64, Window>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    hva: NonNull<u8>,
+    len: u64,
+    access: DmaAccess,
+}
+
+// SAFETY: the pointer is an address to hand to the domain; nothing here reads or writes through it.
+unsafe impl Send for Window {}
 
 impl DmaSpace {
     /// Takes charge of all windows of `domain`.
     #[must_use]
     pub fn new(domain: Arc<dyn DmaDomain>) -> Arc<DmaSpace> {
-        let windows = Mutex::new(IovaSpace::new(&domain.usable_ranges()));
-        Arc::new(DmaSpace { domain, windows })
+        let book = Book {
+            free: IovaSpace::new(&domain.usable_ranges()),
+            windows: BTreeMap::new(),
+        };
+        Arc::new(DmaSpace {
+            domain: RwLock::new(Some(domain)),
+            book: Mutex::new(book),
+        })
     }
 
-    fn windows(&self) -> std::sync::MutexGuard<'_, IovaSpace> {
-        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Gives the domain up: to be called when its device can no longer reach memory through it.
+    pub fn detach(&self) {
+        *self.domain.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// A domain is there.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.read_domain().is_some()
+    }
+
+    /// Maps every window of the book into `domain`, where it was, and goes on with that domain.
+    ///
+    /// # Errors
+    /// [`DmaError`] when a window lies outside what `domain` can address, or when it refuses; nothing changes then.
+    pub fn attach(&self, domain: Arc<dyn DmaDomain>) -> Result<(), DmaError> {
+        let mut current = self.domain.write().unwrap_or_else(PoisonError::into_inner);
+        let mut book = self.book();
+        let mut free = IovaSpace::new(&domain.usable_ranges());
+        for (iova, window) in &book.windows {
+            let (iova, len) = (*iova, window.len);
+            if !free.take(Iova(iova), len) {
+                let reason = "the device cannot address it".to_owned();
+                return Err(DmaError::Refused {
+                    action: "map",
+                    iova,
+                    len,
+                    reason,
+                });
+            }
+            // SAFETY: whoever asked for this window keeps its memory mapped until it is unmapped (`DmaMapping::new`).
+            unsafe { domain.map(Iova(iova), window.hva, len, window.access)? };
+        }
+        book.free = free;
+        *current = Some(domain);
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`DmaDomain::map`], until [`DmaSpace::unmap`] of the window returned `Ok`.
+    unsafe fn map(&self, hva: NonNull<u8>, len: u64, access: DmaAccess) -> Result<Iova, DmaError> {
+        let domain = self.read_domain();
+        let iova = self.book().free.allocate(len);
+        let iova = iova.ok_or(DmaError::NoWindow { len })?;
+        if let Some(domain) = &*domain {
+            // SAFETY: the caller's promise.
+            let mapped = unsafe { domain.map(iova, hva, len, access) };
+            if let Err(error) = mapped {
+                self.book().free.release(iova, len);
+                return Err(error);
+            }
+        }
+        self.book()
+            .windows
+            .insert(iova.0, Window { hva, len, access });
+        Ok(iova)
+    }
+
+    fn unmap(&self, iova: Iova, len: u64) -> Result<(), DmaError> {
+        let domain = self.read_domain();
+        if let Some(domain) = &*domain {
+            domain.unmap(iova, len)?;
+        }
+        let mut book = self.book();
+        book.windows.remove(&iova.0);
+        book.free.release(iova, len);
+        Ok(())
+    }
+
+    /// The NUMA node that memory for the device is best taken from.
+    fn numa_node(&self) -> Option<u32> {
+        self.read_domain().as_ref()?.numa_node()
+    }
+
+    fn read_domain(&self) -> RwLockReadGuard<'_, Option<Arc<dyn DmaDomain>>> {
+        self.domain.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -74,19 +181,32 @@ impl IovaSpace {
             let Some(base) = start.checked_next_multiple_of(align) else {
                 continue;
             };
-            let Some(top) = base.checked_add(len).filter(|top| *top <= end) else {
+            if end.checked_sub(base).is_none_or(|room| room < len) {
                 continue;
-            };
-            self.free.remove(i);
-            if top < end {
-                self.free.insert(i, (top, end));
             }
-            if start < base {
-                self.free.insert(i, (start, base));
-            }
+            self.take(Iova(base), len);
             return Some(Iova(base));
         }
         None
+    }
+
+    /// Takes exactly this window. `false` when not all of it is free; nothing changes then.
+    fn take(&mut self, Iova(base): Iova, len: u64) -> bool {
+        let Some(top) = base.checked_add(len) else {
+            return false;
+        };
+        let holds = |(start, end): &(u64, u64)| *start <= base && top <= *end;
+        let Some(i) = self.free.iter().position(holds) else {
+            return false;
+        };
+        let (start, end) = self.free.remove(i);
+        if top < end {
+            self.free.insert(i, (top, end));
+        }
+        if start < base {
+            self.free.insert(i, (start, base));
+        }
+        true
     }
 
     /// Gives a window back. Only after the domain confirmed that it is unmapped.
@@ -141,15 +261,8 @@ impl DmaMapping {
         access: DmaAccess,
         owner: Box<dyn Any + Send + Sync>,
     ) -> Result<DmaMapping, DmaError> {
-        let iova = space
-            .windows()
-            .allocate(len)
-            .ok_or(DmaError::NoWindow { len })?;
         // SAFETY: the caller keeps the memory mapped through `owner`, which we drop only after a successful unmap.
-        if let Err(error) = unsafe { space.domain.map(iova, hva, len, access) } {
-            space.windows().release(iova, len);
-            return Err(error);
-        }
+        let iova = unsafe { space.map(hva, len, access)? };
         Ok(DmaMapping {
             space: Arc::clone(space),
             iova,
@@ -189,12 +302,9 @@ impl Drop for DmaMapping {
             std::mem::forget(self.owner.take());
             return;
         }
-        match self.space.domain.unmap(self.iova, self.len) {
-            Ok(()) => self.space.windows().release(self.iova, self.len),
-            Err(error) => {
-                tracing::error!(%error, "memory stays reachable for the device and is leaked");
-                std::mem::forget(self.owner.take());
-            }
+        if let Err(error) = self.space.unmap(self.iova, self.len) {
+            tracing::error!(%error, "memory stays reachable for the device and is leaked");
+            std::mem::forget(self.owner.take());
         }
     }
 }
@@ -237,12 +347,8 @@ impl DmaBuffer {
             .max(1)
             .checked_next_multiple_of(PAGE_SIZE)
             .ok_or_else(|| no_memory("the length overflows".to_owned()))?;
-        let pages = MmapOptions::new()
-            .len(len)
-            .populate()
-            .map_anon()
+        let pages = pages::allocate(len, space.numa_node())
             .map_err(|error| no_memory(error.to_string()))?;
-        let pages = MmapRaw::from(pages);
         let base =
             NonNull::new(pages.as_mut_ptr()).ok_or_else(|| no_memory("null mapping".to_owned()))?;
         // SAFETY: `pages` stays mapped until it is dropped, the mapping owns it, and this type lends no references.

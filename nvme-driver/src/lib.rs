@@ -49,13 +49,16 @@ mod admin;
 mod controller;
 pub mod dma;
 mod error;
+pub mod fault;
 pub mod mmio;
+mod pages;
 mod queue_pair;
+pub mod quirks;
 pub mod spec;
 pub mod transport;
 pub mod vfio;
 
-pub use controller::{Controller, DisableResult, Disabled, Enabled, Namespace};
+pub use controller::{Controller, DisableResult, Disabled, Enabled, Health, Namespace};
 pub use error::{Error, Result};
 pub use queue_pair::prp::{DataSegment, PrpError};
 pub use queue_pair::{

@@ -10,6 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::quirks::Quirks;
 use crate::spec::QueueId;
 
 /// An address as the device sees it.
@@ -105,6 +106,20 @@ pub trait DmaDomain: Send + Sync + Debug {
     /// # Errors
     /// [`DmaError::Refused`]; the caller must treat the memory as still reachable.
     fn unmap(&self, iova: Iova, len: u64) -> Result<(), DmaError>;
+
+    /// The NUMA node that memory for the device is best taken from; `None` when it makes no difference.
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
+}
+
+/// What a device's bus has to say about it, beside what its registers say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The system wants the device back, and waits: it is to be unplugged, or bound to another driver.
+    ReleaseRequested,
+    /// The bus reported an error of the device that was not corrected.
+    BusError,
 }
 
 /// The doorbells of one queue pair. Moves with its queue pair to the thread that polls it (I7).
@@ -137,8 +152,8 @@ pub trait Transport: Send {
     /// Writes a 64-bit register, low half first where it must be split.
     fn write64(&mut self, offset: u32, value: u64);
 
-    /// The doorbells of `queue`; `stride` is CAP.DSTRD in bytes.
-    fn port(&mut self, queue: QueueId, stride: u32) -> Self::Port;
+    /// The doorbells of `queue`; `stride` is CAP.DSTRD in bytes. `None` when they lie beyond what can be reached.
+    fn port(&mut self, queue: QueueId, stride: u32) -> Option<Self::Port>;
 
     /// The device's DMA domain.
     fn dma_domain(&self) -> Arc<dyn DmaDomain>;
@@ -146,6 +161,16 @@ pub trait Transport: Send {
     /// Waits for about `duration` between two looks at a register; the software controller counts it as time.
     fn pause(&mut self, duration: Duration) {
         std::thread::sleep(duration);
+    }
+
+    /// Something that the bus has said since the last call.
+    fn notice(&mut self) -> Option<Notice> {
+        None
+    }
+
+    /// How this device departs from the specification.
+    fn quirks(&self) -> Quirks {
+        Quirks::default()
     }
 
     /// What error messages call this device.

@@ -20,8 +20,12 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nvme_driver::vfio::pci::PciAddress;
+
+use values::Kind;
+
 pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
-pub use values::{BlockSize, ByteSize, CoreId, CoreList, LogLevel, ValueError};
+pub use values::{BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, ValueError};
 
 /// Everything `tandem serve` was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +44,34 @@ pub struct Config {
 pub struct DeviceConfig {
     /// How disks and log lines call it: `d0`, `d1`, ... unless named.
     pub name: String,
-    pub model: ModelConfig,
+    pub controller: ControllerConfig,
+    pub on_device_loss: OnDeviceLoss,
+}
+
+/// Where a controller comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControllerConfig {
+    /// Real hardware, bound to vfio-pci.
+    Pci(PciTarget),
+    /// Software, in this process.
+    Model(ModelConfig),
+}
+
+/// Which SSD.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PciTarget {
+    Address(PciAddress),
+    /// Identify Controller SN.
+    Serial(String),
+}
+
+impl fmt::Display for PciTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => write!(f, "pci:{address}"),
+            Self::Serial(serial) => write!(f, "pci:serial={serial}"),
+        }
+    }
 }
 
 /// The embedded software controller: what its registers and Identify pages will say.
@@ -148,6 +179,24 @@ pub enum ConfigError {
     NoCores,
     #[error("device {name} is described twice: give each a name=... of its own")]
     DuplicateDevice { name: String },
+    #[error("devices {first} and {second} are one SSD, {target}: describe it once")]
+    SharedController {
+        first: String,
+        second: String,
+        target: PciTarget,
+    },
+    #[error("device {device}: {key}=... means nothing {place}: drop it")]
+    StrayKey {
+        device: String,
+        key: &'static str,
+        place: &'static str,
+    },
+    #[error(
+        "device {device}: say which SSD it is with address=0000:5e:00.0 (tandem list shows them) or serial=..., one of both"
+    )]
+    PciChoice { device: String },
+    #[error("device {device}: the embedded controller needs medium = \"ram\" or \"file\"")]
+    NoMedium { device: String },
     #[error("device {device}: {medium} needs {key}=..., for example {example}")]
     MissingKey {
         device: String,
@@ -255,35 +304,113 @@ fn resolve_devices(options: Vec<DeviceOptions>) -> Result<Vec<DeviceConfig>, Con
             if earlier.name == device.name {
                 return Err(ConfigError::DuplicateDevice { name: device.name });
             }
-            if let (Medium::File { path: first, .. }, Medium::File { path: second, .. }) =
-                (&earlier.model.medium, &device.model.medium)
-                && first == second
-            {
-                return Err(ConfigError::SharedImage {
-                    first: earlier.name.clone(),
-                    second: device.name.clone(),
-                    path: second.clone(),
-                });
-            }
+            check_controllers(earlier, &device)?;
         }
         devices.push(device);
     }
     Ok(devices)
 }
 
+fn check_controllers(first: &DeviceConfig, second: &DeviceConfig) -> Result<(), ConfigError> {
+    let names = || (first.name.clone(), second.name.clone());
+    match (&first.controller, &second.controller) {
+        (ControllerConfig::Pci(target), ControllerConfig::Pci(other)) if target == other => {
+            let (first, second) = names();
+            let target = target.clone();
+            Err(ConfigError::SharedController {
+                first,
+                second,
+                target,
+            })
+        }
+        (ControllerConfig::Model(one), ControllerConfig::Model(other)) => {
+            match (&one.medium, &other.medium) {
+                (Medium::File { path: other, .. }, Medium::File { path, .. }) if path == other => {
+                    let (first, second) = names();
+                    let path = path.clone();
+                    Err(ConfigError::SharedImage {
+                        first,
+                        second,
+                        path,
+                    })
+                }
+                _ => Ok(()),
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
 fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, ConfigError> {
     let name = options
         .name
+        .clone()
         .map_or_else(|| format!("d{index}"), |name| name.0);
+    let on_device_loss = options.on_device_loss.unwrap_or_default();
+    let controller = match options.kind {
+        Kind::Pci => ControllerConfig::Pci(resolve_pci(options, &name)?),
+        Kind::Model => ControllerConfig::Model(resolve_model(options, &name)?),
+    };
+    Ok(DeviceConfig {
+        name,
+        controller,
+        on_device_loss,
+    })
+}
+
+fn resolve_pci(options: DeviceOptions, device: &str) -> Result<PciTarget, ConfigError> {
+    let of_the_model = [
+        ("medium", options.medium.is_some()),
+        ("path", options.path.is_some()),
+        ("size", options.size.is_some()),
+        ("block", options.block.is_some()),
+        ("namespaces", options.namespaces.is_some()),
+        ("queues", options.queues.is_some()),
+        ("mqes", options.mqes.is_some()),
+        ("mdts", options.mdts.is_some()),
+        ("vwc", options.vwc.is_some()),
+        ("latency", options.latency.is_some()),
+        ("jitter", options.jitter.is_some()),
+    ];
+    if let Some((key, _)) = of_the_model.into_iter().find(|(_, given)| *given) {
+        let place = "for a real SSD, which says this itself";
+        return Err(ConfigError::StrayKey {
+            device: device.to_owned(),
+            key,
+            place,
+        });
+    }
+    match (options.address, options.serial) {
+        (Some(address), None) => Ok(PciTarget::Address(address.0)),
+        (None, Some(serial)) => Ok(PciTarget::Serial(serial.0)),
+        _ => Err(ConfigError::PciChoice {
+            device: device.to_owned(),
+        }),
+    }
+}
+
+fn resolve_model(options: DeviceOptions, name: &str) -> Result<ModelConfig, ConfigError> {
+    let name = name.to_owned();
+    if options.address.is_some() {
+        let place = "for the embedded controller, which is on no bus";
+        return Err(ConfigError::StrayKey {
+            device: name,
+            key: "address",
+            place,
+        });
+    }
+    let kind = options.medium.ok_or_else(|| ConfigError::NoMedium {
+        device: name.clone(),
+    })?;
     let block_size = options.block.unwrap_or_default();
     let namespaces = options.namespaces.map_or(1, |count| count.0);
     let missing = |key, example| ConfigError::MissingKey {
         device: name.clone(),
-        medium: options.medium,
+        medium: kind,
         key,
         example,
     };
-    let medium = match (options.medium, options.path) {
+    let medium = match (kind, options.path) {
         (MediumKind::Ram, None) => Medium::Ram {
             size: options.size.ok_or_else(|| missing("size", "size=1G"))?.0,
         },
@@ -316,22 +443,19 @@ fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, 
     if mdts.0 != 0 && (!mdts.0.is_power_of_two() || mdts.0 < 8 << 10) {
         return Err(ConfigError::TransferLimit { device: name, mdts });
     }
-    Ok(DeviceConfig {
-        model: ModelConfig {
-            medium,
-            block_size,
-            namespaces,
-            queue_pairs: options.queues.map_or(64, |count| count.0),
-            max_queue_entries: options.mqes.map_or(1024, |entries| entries.0),
-            max_transfer: (mdts.0 != 0).then_some(mdts.0),
-            volatile_write_cache: options.vwc.is_none_or(|vwc| vwc.0),
-            latency: options.latency.map_or(Duration::ZERO, |latency| latency.0),
-            jitter: options.jitter.map_or(Duration::ZERO, |jitter| jitter.0),
-            serial: options
-                .serial
-                .map_or_else(|| format!("tandem-{name}"), |serial| serial.0),
-        },
-        name,
+    Ok(ModelConfig {
+        medium,
+        block_size,
+        namespaces,
+        queue_pairs: options.queues.map_or(64, |count| count.0),
+        max_queue_entries: options.mqes.map_or(1024, |entries| entries.0),
+        max_transfer: (mdts.0 != 0).then_some(mdts.0),
+        volatile_write_cache: options.vwc.is_none_or(|vwc| vwc.0),
+        latency: options.latency.map_or(Duration::ZERO, |latency| latency.0),
+        jitter: options.jitter.map_or(Duration::ZERO, |jitter| jitter.0),
+        serial: options
+            .serial
+            .map_or_else(|| format!("tandem-{name}"), |serial| serial.0),
     })
 }
 
@@ -376,11 +500,14 @@ fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskCon
     };
     let device = &devices[index];
     let nsid = options.ns.map_or(1, |nsid| nsid.0);
-    if nsid > device.model.namespaces {
+    // What a real SSD has shows when it is claimed.
+    if let ControllerConfig::Model(model) = &device.controller
+        && nsid > model.namespaces
+    {
         return Err(ConfigError::UnknownNamespace {
             disk: socket,
             device: device.name.clone(),
-            namespaces: device.model.namespaces,
+            namespaces: model.namespaces,
             nsid,
         });
     }

@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 
 use super::ConfigError;
 use super::values::{
-    BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, Serial,
-    SocketPath, Switch, Within,
+    BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, OnDeviceLoss, Pci,
+    Serial, SocketPath, Switch, ValueError, Within,
 };
 
 /// A configuration as written; [`Options::resolve`] completes and checks it.
@@ -34,12 +34,13 @@ pub struct ServerOptions {
     pub log: Option<LogLevel>,
 }
 
-/// One `[[device]]`, or `--device model:MEDIUM,key=value,...`.
+/// One `[[device]]`, or `--device pci:ADDRESS,key=value,...`, or `--device model:MEDIUM,key=value,...`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceOptions {
     pub(super) kind: Kind,
-    pub(super) medium: MediumKind,
+    pub(super) medium: Option<MediumKind>,
+    pub(super) address: Option<Pci>,
     pub(super) name: Option<DeviceName>,
     pub(super) path: Option<ImagePath>,
     pub(super) size: Option<ByteSize>,
@@ -52,6 +53,7 @@ pub struct DeviceOptions {
     pub(super) latency: Option<Delay>,
     pub(super) jitter: Option<Delay>,
     pub(super) serial: Option<Serial>,
+    pub(super) on_device_loss: Option<OnDeviceLoss>,
 }
 
 /// Where the embedded controller keeps its blocks.
@@ -126,13 +128,22 @@ impl FromStr for DeviceOptions {
         let (head, rest) = spec
             .split_once(',')
             .map_or((spec, None), |(head, rest)| (head, Some(rest)));
-        let (kind, medium) = head.split_once(':').unwrap_or((head, ""));
-        // First, so that `pci:0000:5e:00.0` is told what it is, not that its address is no medium.
-        kind.parse::<Kind>()
-            .map_err(|error| SpecError(error.to_string()))?;
+        let (kind, which) = head.split_once(':').unwrap_or((head, ""));
+        let parsed: Kind = kind
+            .parse()
+            .map_err(|error: ValueError| SpecError(error.to_string()))?;
         let mut table = toml::Table::new();
         table.insert("kind".to_owned(), kind.into());
-        table.insert("medium".to_owned(), medium.into());
+        match parsed {
+            Kind::Model => drop(table.insert("medium".to_owned(), which.into())),
+            // `pci:serial=S4EW...` has no address; what follows the colon is the first key.
+            Kind::Pci if which.contains('=') => {
+                let pairs = spec.split_once(':').map_or(spec, |(_, pairs)| pairs);
+                insert_pairs(&mut table, pairs)?;
+                return read_table(table);
+            }
+            Kind::Pci => drop(table.insert("address".to_owned(), which.into())),
+        }
         if let Some(rest) = rest {
             insert_pairs(&mut table, rest)?;
         }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use nvme_driver::vfio::pci::{PciAddress, PciAddressError};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
@@ -60,8 +61,19 @@ macro_rules! from_scalar {
     )+};
 }
 from_scalar!(
-    ByteSize, Delay, Switch, BlockSize, Serial, DeviceName, ImagePath, SocketPath, CoreList,
-    LogLevel, Kind
+    ByteSize,
+    Delay,
+    Switch,
+    BlockSize,
+    Serial,
+    DeviceName,
+    ImagePath,
+    SocketPath,
+    CoreList,
+    LogLevel,
+    Kind,
+    Pci,
+    OnDeviceLoss
 );
 
 /// A number of bytes; K, M, G and T are powers of 1024.
@@ -293,11 +305,12 @@ fn usable_path(text: &str) -> Result<PathBuf, ValueError> {
     Ok(PathBuf::from(text))
 }
 
-/// Which sort of controller. Real hardware is answered by name, because people will try it.
+/// Which sort of controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "Scalar")]
 pub enum Kind {
     Model,
+    Pci,
 }
 
 impl FromStr for Kind {
@@ -305,13 +318,56 @@ impl FromStr for Kind {
     fn from_str(text: &str) -> Result<Self, ValueError> {
         match text {
             "model" => Ok(Self::Model),
-            "pci" => refuse(
-                "`pci` (an NVMe controller through VFIO) is not served: this version serves only the embedded software \
-                 controller, model:ram or model:file"
-                    .to_owned(),
-            ),
-            _ => refuse(format!("`{text}` is not a kind of device: this version serves model:ram and model:file")),
+            "pci" => Ok(Self::Pci),
+            _ => refuse(format!(
+                "`{text}` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file"
+            )),
         }
+    }
+}
+
+/// Where an NVMe controller is on the PCI bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub struct Pci(pub PciAddress);
+
+impl FromStr for Pci {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        text.parse()
+            .map(Self)
+            .map_err(|error: PciAddressError| ValueError(error.to_string()))
+    }
+}
+
+/// What guests are told while a device is gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub enum OnDeviceLoss {
+    /// Every request fails until the device is back.
+    #[default]
+    Error,
+    /// Requests wait until the device is back; those that were at the device are carried out again.
+    Hold,
+}
+
+impl FromStr for OnDeviceLoss {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "error" => Ok(Self::Error),
+            "hold" => Ok(Self::Hold),
+            _ => refuse(format!("`{text}` is neither error nor hold")),
+        }
+    }
+}
+
+impl fmt::Display for OnDeviceLoss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Hold => "hold",
+        })
     }
 }
 

@@ -5,8 +5,8 @@ use std::fmt::Write;
 use nvme_driver::spec::{IdentifyController, IdentifyNamespace, ascii_field};
 use serde_json::{Map, Value, json};
 
+use super::claim::open_device;
 use super::device::{Device, DeviceError, NamespaceInfo};
-use super::server::open_device;
 use crate::config::DeviceConfig;
 
 /// One field: its name, its value as a number or string, and as text.

@@ -12,19 +12,21 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
 use nvme_driver::spec::Nsid;
-use nvme_model::{Model, ModelHandle};
+use nvme_model::ModelHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
+use super::claim::open_device;
 use super::device::{Device, DeviceError};
 use super::placement::place;
+use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, DiskQueue, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
-use crate::config::{DeviceConfig, Medium, Socket};
+use crate::config::Socket;
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
-use crate::reactor::{PollerId, Reactor, ReactorError, ReactorHandle};
+use crate::reactor::{PollerId, Reactor, ReactorError};
 use crate::stats::{CounterTable, SharedCounters};
 
 /// How often a session looks after its memory, and the monitor after its devices, when nothing else happens.
@@ -68,8 +70,10 @@ pub struct Server {
     models: Vec<(String, ModelHandle)>,
     disks: Vec<Arc<Disk>>,
     reactors: Vec<Reactor>,
-    /// Every poller, with its device and its reactor.
-    pollers: Vec<(Arc<Device>, ReactorHandle, PollerId)>,
+    /// Every poller, with the index of its device.
+    pollers: Vec<(usize, Place)>,
+    /// One for each device.
+    keepers: Arc<[(String, Mutex<Keeper>)]>,
     stop: Arc<Stop>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -120,6 +124,7 @@ impl Server {
             disks: Vec::new(),
             reactors: Vec::new(),
             pollers: Vec::new(),
+            keepers: Arc::new([]),
             stop: Arc::new(Stop::new()?),
             threads: Vec::new(),
         };
@@ -137,7 +142,8 @@ impl Server {
     fn bring_up(&mut self, plan: &Plan, listeners: Vec<Listener>) -> Result<(), ServerError> {
         for device in &plan.devices {
             let (device, handle) = open_device(&device.config, device.virtqueues)?;
-            self.models.push((device.name.clone(), handle));
+            self.models
+                .extend(handle.map(|handle| (device.name.clone(), handle)));
             self.devices.push(Arc::new(device));
         }
         for core in &plan.cores {
@@ -158,10 +164,23 @@ impl Server {
             self.threads
                 .push(thread.spawn(move || accept_loop(&disk, &listener, &stop))?);
         }
-        let (devices, stop) = (self.devices.clone(), Arc::clone(&self.stop));
+        let keepers = plan.devices.iter().enumerate().map(|(index, planned)| {
+            let own = self.pollers.iter().filter(|(device, _)| *device == index);
+            let places = own.map(|(_, place)| place.clone()).collect();
+            let device = Arc::clone(&self.devices[index]);
+            let keeper = Keeper::new(
+                device,
+                planned.config.on_device_loss,
+                places,
+                Patience::default(),
+            );
+            (planned.config.name.clone(), Mutex::new(keeper))
+        });
+        self.keepers = keepers.collect();
+        let (keepers, stop) = (Arc::clone(&self.keepers), Arc::clone(&self.stop));
         let thread = std::thread::Builder::new().name("monitor".to_owned());
         self.threads
-            .push(thread.spawn(move || monitor_loop(&devices, &stop))?);
+            .push(thread.spawn(move || monitor_loop(&keepers, &stop))?);
         Ok(())
     }
 
@@ -195,7 +214,7 @@ impl Server {
                 .iter()
                 .find(|place| place.pair == pair)
                 .map_or(0, |place| place.core);
-            pollers.push(self.create_poller(device, core)?);
+            pollers.push(self.create_poller(index, core)?);
         }
         let mut next = 0;
         for disk in planned {
@@ -203,11 +222,11 @@ impl Server {
             let queues = disk.queue_cores.iter().map(|_| {
                 let place = places[next];
                 next += 1;
-                let (reactor, poller, pair): &(ReactorHandle, PollerId, u16) = &pollers[place.pair];
+                let place: &Place = &pollers[place.pair];
                 DiskQueue {
-                    reactor: reactor.clone(),
-                    poller: *poller,
-                    pair: *pair,
+                    reactor: place.reactor.clone(),
+                    poller: place.id,
+                    pair: place.pair,
                     counters: Arc::new(SharedCounters::default()),
                 }
             });
@@ -228,22 +247,25 @@ impl Server {
         Ok(())
     }
 
-    fn create_poller(
-        &mut self,
-        device: &Arc<Device>,
-        core: usize,
-    ) -> Result<(ReactorHandle, PollerId, u16), ServerError> {
+    fn create_poller(&mut self, device: usize, core: usize) -> Result<Place, ServerError> {
         let reactor = self
             .reactors
             .iter()
             .find(|reactor| reactor.handle().core() == core);
         let reactor = reactor.ok_or(ReactorError::Pin { core })?.handle().clone();
-        let (pair, poller) = device.create_poller()?;
+        let (pair, poller) = self.devices[device].create_poller()?;
         // Fewer than 2^32 queue pairs: a controller has at most 65535.
         let id = PollerId(u32::try_from(self.pollers.len()).unwrap_or(u32::MAX));
+        let health = poller.health();
         reactor.adopt(id, poller);
-        self.pollers.push((Arc::clone(device), reactor.clone(), id));
-        Ok((reactor, id, pair))
+        let place = Place {
+            reactor,
+            id,
+            pair,
+            health,
+        };
+        self.pollers.push((device, place.clone()));
+        Ok(place)
     }
 
     /// The counters of every virtqueue, and what the software controllers say of themselves.
@@ -262,6 +284,13 @@ impl Server {
             }
         }
         let mut report = table.to_string();
+        for (name, keeper) in self.keepers.iter() {
+            report.push_str(&match keeper.try_lock() {
+                Ok(keeper) => keeper.report(),
+                // Nobody waits here for a controller that comes up.
+                Err(_) => format!("device {name}: being reset, or taken again\n"),
+            });
+        }
         for (name, model) in &self.models {
             report.push_str(&format!(
                 "device {name}: iommu violations {}, driver errors {}\n",
@@ -290,8 +319,9 @@ impl Server {
             }
         }
         let mut result = Ok(());
-        for (device, reactor, id) in self.pollers.drain(..) {
-            let returned = reactor.retire(id).recv_timeout(RETIRE_DEADLINE);
+        for (device, place) in self.pollers.drain(..) {
+            let device = &self.devices[device];
+            let returned = place.reactor.retire(place.id).recv_timeout(RETIRE_DEADLINE);
             let deleted = returned
                 .map_err(|_| ())
                 .map(|poller: Box<dyn Poll>| device.delete_poller(poller));
@@ -314,45 +344,6 @@ impl Server {
         }
         result
     }
-}
-
-/// Claims one device.
-///
-/// # Errors
-/// When it cannot be opened.
-pub fn open_device(
-    config: &DeviceConfig,
-    virtqueues: usize,
-) -> Result<(Device, ModelHandle), DeviceError> {
-    let model = &config.model;
-    let namespaces = u64::from(model.namespaces.max(1));
-    let (medium, size) = match &model.medium {
-        Medium::Ram { size } => (nvme_model::Medium::Ram, Some(*size)),
-        Medium::File { path, size } => (nvme_model::Medium::File { path: path.clone() }, *size),
-    };
-    let transport = Model::new(nvme_model::ModelConfig {
-        name: config.name.clone(),
-        medium,
-        size: size.map_or(0, |size| size / namespaces),
-        namespaces: model.namespaces,
-        block_size: model.block_size.bytes(),
-        queues: model.queue_pairs,
-        mqes: model.max_queue_entries,
-        mdts_bytes: model.max_transfer,
-        vwc: model.volatile_write_cache,
-        latency: model.latency,
-        jitter: model.jitter,
-        serial: model.serial.clone(),
-        ..nvme_model::ModelConfig::default()
-    })
-    .map_err(|error| DeviceError::Model {
-        name: config.name.clone(),
-        error,
-    })?;
-    let handle = transport.handle();
-    // At least one, so that a device without disks can be identified.
-    let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
-    Ok((Device::open(&config.name, transport, wanted)?, handle))
 }
 
 /// The namespace of a disk, if it can be served.
@@ -519,18 +510,10 @@ fn run_session(disk: &Arc<Disk>, stream: UnixStream) {
     let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
-fn monitor_loop(devices: &[Arc<Device>], stop: &Stop) {
+fn monitor_loop(keepers: &[(String, Mutex<Keeper>)], stop: &Stop) {
     while !stop.is_set() {
-        for device in devices {
-            match device.next_event() {
-                Ok(None) => {}
-                Ok(Some(event)) => {
-                    tracing::warn!(device = %device.name, event, "asynchronous event")
-                }
-                Err(error) => {
-                    tracing::error!(device = %device.name, %error, "cannot read asynchronous events")
-                }
-            }
+        for (_, keeper) in keepers {
+            keeper.lock().unwrap_or_else(PoisonError::into_inner).look();
         }
         wait_readable(stop.event.as_fd(), None, Some(LOOK_INTERVAL));
     }

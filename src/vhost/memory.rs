@@ -9,10 +9,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nvme_driver::dma::{DmaAccess, DmaError, DmaMapping, DmaSpace};
+use nvme_driver::fault::{FaultGuard, Lost, Poisoned};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::fault::{FaultGuard, Poisoned};
 use crate::virtio::memory::{Gpa, GuestMemory, GuestRegion, RegionError};
 
 /// The most regions of one table. QEMU's own limit for a vhost-user device is lower (512 with memory slots).
@@ -187,7 +187,7 @@ impl MemoryTable {
         let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, info.mmap_offset), size)
             .map_err(|error| refuse(&format!("cannot map its file: {error}")))?;
         let hva = NonNull::new(mapping.as_ptr()).ok_or_else(|| refuse("mapped at address 0"))?;
-        let guard = FaultGuard::register(hva, size, &self.poisoned)
+        let guard = FaultGuard::register(hva, size, &self.poisoned, Lost::Zeroes)
             .ok_or_else(|| refuse("too many guest regions are mapped in this process"))?;
         // SAFETY: `mapping` keeps the pages mapped and is owned by the DMA mapping; guest memory is never lent as a
         // Rust reference (I1).

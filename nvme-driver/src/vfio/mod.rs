@@ -1,3 +1,465 @@
 //! Real hardware: an NVMe controller that the kernel's vfio-pci driver hands to this process.
+//!
+//! ```text
+//!  sysfs (pci) --> group viable? --> container + group --> device: command register, reset, BAR0 (bar), event lines
+//!                                         |                                |
+//!                                    Type1Domain (domain)             VfioTransport, VfioPort
+//! ```
+//! On the kernel's container/group interface. The newer one (IOMMUFD, a file for each device) would replace
+//! `open` and [`domain`]: nothing else here knows how the device was opened.
+//!
+//! Promises: interrupts stay off; the device masters the bus only while this value lives, and its command register is
+//! as before afterwards; a device that vanishes reads as all ones and never ends the process. Start at
+//! [`VfioTransport::claim`].
 
+mod bar;
+mod domain;
 pub mod pci;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
+    VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE,
+};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioRegionInfoCap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::ioctl::ioctl;
+use vmm_sys_util::ioctl_io_nr;
+
+use crate::quirks::{Quirks, of_device};
+use crate::spec::QueueId;
+use crate::transport::{DmaDomain, Notice, Transport};
+use bar::Bar;
+pub use bar::VfioPort;
+use domain::Type1Domain;
+use pci::{PciAddress, PciFunction, Sysfs, VFIO_DRIVER};
+
+ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
+
+/// Where the command register stands in configuration space.
+const PCI_COMMAND: u64 = 0x04;
+const COMMAND_MEMORY: u16 = 1 << 1;
+const COMMAND_BUS_MASTER: u16 = 1 << 2;
+const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+/// Where the doorbells begin in BAR0.
+const DOORBELLS: u64 = 0x1000;
+
+/// Why a device could not be claimed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Nothing is there.
+    #[error("cannot claim {address}: there is no such PCI function (lspci -D lists them)")]
+    NoFunction {
+        /// The function.
+        address: PciAddress,
+    },
+    /// Another kind of device.
+    #[error("cannot claim {address}: it is no NVMe controller (class {class:06x})")]
+    NotNvme {
+        /// The function.
+        address: PciAddress,
+        /// Its class code.
+        class: u32,
+    },
+    /// The kernel, or another driver, has it.
+    #[error("cannot claim {address}: {}; bind it first: scripts/setup-vfio bind {address}", has_driver(.driver.as_deref()))]
+    NotBound {
+        /// The function.
+        address: PciAddress,
+        /// Its driver now.
+        driver: Option<String>,
+    },
+    /// No IOMMU.
+    #[error(
+        "cannot claim {address}: it is in no IOMMU group, so nothing would keep it from writing all memory; switch the \
+         IOMMU on (VT-d or AMD-Vi in the firmware, intel_iommu=on on the kernel's command line)"
+    )]
+    NoIommu {
+        /// The function.
+        address: PciAddress,
+    },
+    /// VFIO's mode without an IOMMU.
+    #[error(
+        "cannot claim {address}: VFIO has it in no-IOMMU mode, in which the SSD could read and write all memory of this \
+         machine, every virtual machine's included, and guest memory has no addresses that it could be given; switch the \
+         IOMMU on"
+    )]
+    NoIommuMode {
+        /// The function.
+        address: PciAddress,
+    },
+    /// Siblings are in use.
+    #[error(
+        "cannot claim {address}: IOMMU group {group} is not viable, since other members have drivers: {}; unbind them or \
+         move the SSD to another slot",
+        list(.siblings)
+    )]
+    NotViable {
+        /// The function.
+        address: PciAddress,
+        /// Its IOMMU group.
+        group: u32,
+        /// Members with drivers.
+        siblings: Vec<(PciAddress, String)>,
+    },
+    /// A call failed.
+    #[error("cannot claim {address}: {doing}: {reason}")]
+    Call {
+        /// The function.
+        address: PciAddress,
+        /// What was attempted.
+        doing: &'static str,
+        /// What the system said, and what to do.
+        reason: String,
+    },
+    /// A known device that does not follow the specification.
+    #[error("cannot claim {address}: {reason}")]
+    Unusable {
+        /// The function.
+        address: PciAddress,
+        /// Its story.
+        reason: &'static str,
+    },
+}
+
+fn has_driver(driver: Option<&str>) -> String {
+    driver.map_or_else(
+        || "no driver has it".to_owned(),
+        |driver| format!("the driver {driver} has it"),
+    )
+}
+
+fn list(siblings: &[(PciAddress, String)]) -> String {
+    let names: Vec<String> = siblings
+        .iter()
+        .map(|(address, driver)| format!("{address} ({driver})"))
+        .collect();
+    names.join(", ")
+}
+
+/// A claimed NVMe controller.
+pub struct VfioTransport {
+    address: PciAddress,
+    bar: Arc<Bar>,
+    domain: Arc<Type1Domain>,
+    quirks: Quirks,
+    /// The kernel wants the device back.
+    release_requested: EventFd,
+    /// The bus has reported an error.
+    bus_error: EventFd,
+    /// What the command register was.
+    command: u16,
+    config_space: ConfigSpace,
+    _device: OpenDevice,
+}
+
+/// The device's configuration space.
+struct ConfigSpace {
+    device: File,
+    start: u64,
+}
+
+impl ConfigSpace {
+    fn command(&self) -> io::Result<u16> {
+        let mut bytes = [0; 2];
+        self.device
+            .read_exact_at(&mut bytes, self.start + PCI_COMMAND)?;
+        Ok(u16::from_le_bytes(bytes))
+    }
+
+    fn set_command(&self, command: u16) -> io::Result<()> {
+        self.device
+            .write_all_at(&command.to_le_bytes(), self.start + PCI_COMMAND)
+    }
+}
+
+impl VfioTransport {
+    /// Takes the function at `address` from vfio-pci and resets it.
+    ///
+    /// # Errors
+    /// [`ClaimError`]; the function is as before then.
+    pub fn claim(address: PciAddress) -> Result<VfioTransport, ClaimError> {
+        let sysfs = Sysfs::default();
+        let function = sysfs
+            .function(address)
+            .map_err(|_| ClaimError::NoFunction { address })?;
+        check(&sysfs, &function)?;
+        let id = |name| {
+            function
+                .hex_attribute(name)
+                .and_then(|id| u16::try_from(id).ok())
+                .unwrap_or(0)
+        };
+        let (quirks, story) = of_device(id("vendor"), id("device"));
+        if let Some(reason) = quirks.unusable {
+            return Err(ClaimError::Unusable { address, reason });
+        }
+        if let Some(story) = story {
+            tracing::info!(device = %address, story, "known device");
+        }
+        let call = |doing: &'static str| {
+            move |error: io::Error| ClaimError::Call {
+                address,
+                doing,
+                reason: error.to_string(),
+            }
+        };
+
+        let (container, device) = open(&function)?;
+        let device = OpenDevice(ManuallyDrop::new(device));
+        let file = device.file().map_err(call("duplicating its descriptor"))?;
+        let config_space = ConfigSpace {
+            device: file,
+            start: device.0.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX),
+        };
+        let command = config_space
+            .command()
+            .map_err(call("reading its command register"))?;
+        // SAFETY: the ioctl takes no argument.
+        if unsafe { ioctl(&*device.0, VFIO_DEVICE_RESET()) } != 0 {
+            // Then only the controller's own reset (CC.EN) is left.
+            let error = io::Error::last_os_error();
+            tracing::info!(device = %address, %error, "the function cannot be reset");
+        }
+        let enabled = command | COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE;
+        config_space
+            .set_command(enabled)
+            .map_err(call("enabling memory and bus mastering"))?;
+        let bar = map_bar(&device.0).map_err(call("mapping BAR0"))?;
+        let numa_node = function.numa_node();
+        let domain = Type1Domain::new(container, numa_node).map_err(|reason| ClaimError::Call {
+            address,
+            doing: "reading what the IOMMU can do",
+            reason,
+        })?;
+        let eventfd = || EventFd::new(EFD_NONBLOCK).map_err(call("making an eventfd"));
+        let (release_requested, bus_error) = (eventfd()?, eventfd()?);
+        for (index, event) in [
+            (VFIO_PCI_REQ_IRQ_INDEX, &release_requested),
+            (VFIO_PCI_ERR_IRQ_INDEX, &bus_error),
+        ] {
+            // Not every function has both.
+            if let Err(error) = device.0.enable_irq(index, vec![event]) {
+                tracing::debug!(device = %address, index, %error, "no event line");
+            }
+        }
+        tracing::info!(
+            device = %address, group = function.iommu_group(), numa_node,
+            "claimed (NUMA node: none where the machine has one only)"
+        );
+        Ok(VfioTransport {
+            address,
+            bar: Arc::new(bar),
+            domain: Arc::new(domain),
+            quirks,
+            release_requested,
+            bus_error,
+            command,
+            config_space,
+            _device: device,
+        })
+    }
+
+    /// Where the function is.
+    #[must_use]
+    pub fn address(&self) -> PciAddress {
+        self.address
+    }
+}
+
+/// What sysfs says against claiming the function.
+fn check(sysfs: &Sysfs, function: &PciFunction) -> Result<(), ClaimError> {
+    let address = function.address;
+    if !function.is_nvme() {
+        return Err(ClaimError::NotNvme {
+            address,
+            class: function.class().unwrap_or(0),
+        });
+    }
+    let driver = function.driver();
+    if driver.as_deref() != Some(VFIO_DRIVER) {
+        return Err(ClaimError::NotBound { address, driver });
+    }
+    let group = function
+        .iommu_group()
+        .ok_or(ClaimError::NoIommu { address })?;
+    if sysfs.is_noiommu_group(group) {
+        return Err(ClaimError::NoIommuMode { address });
+    }
+    let siblings = function.siblings_in_use();
+    if !siblings.is_empty() {
+        return Err(ClaimError::NotViable {
+            address,
+            group,
+            siblings,
+        });
+    }
+    Ok(())
+}
+
+/// A container of its own, and the device in it.
+fn open(function: &PciFunction) -> Result<(Arc<VfioContainer>, VfioDevice), ClaimError> {
+    let address = function.address;
+    let group = function.iommu_group().unwrap_or(0);
+    let failed = |error: VfioError| {
+        let reason = match &error {
+            VfioError::OpenContainer(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                format!("{error}: is the module vfio_iommu_type1 loaded?")
+            }
+            VfioError::OpenGroup(cause, _) if cause.kind() == io::ErrorKind::PermissionDenied => {
+                format!(
+                    "{error}: hand it to this user: scripts/setup-vfio bind {address} --user NAME"
+                )
+            }
+            VfioError::OpenGroup(cause, _) if cause.raw_os_error() == Some(libc::EBUSY) => format!(
+                "/dev/vfio/{group} is open already: a group has one owner at a time (another server, a virtual machine, \
+                 or another device of this group)"
+            ),
+            VfioError::GroupViable => {
+                format!("the kernel says that IOMMU group {group} is not viable")
+            }
+            VfioError::ContainerSetIOMMU(cause) if cause.errno() == libc::EPERM => format!(
+                "{error}: the platform does not isolate interrupts; the kernel's log has more"
+            ),
+            _ => error.to_string(),
+        };
+        ClaimError::Call {
+            address,
+            doing: "opening it through VFIO",
+            reason,
+        }
+    };
+    let container = Arc::new(VfioContainer::new(None).map_err(failed)?);
+    let ops: Arc<dyn vfio_ioctls::VfioOps> = Arc::<VfioContainer>::clone(&container);
+    let device = VfioDevice::new(function.path(), ops, false).map_err(failed)?;
+    Ok((container, device))
+}
+
+/// The parts of BAR0 that may be mapped: all of it, or what the kernel lists.
+fn map_bar(device: &VfioDevice) -> io::Result<Bar> {
+    let index = VFIO_PCI_BAR0_REGION_INDEX;
+    let (start, len) = (
+        device.get_region_offset(index),
+        device.get_region_size(index),
+    );
+    let areas = device
+        .get_region_caps(index)
+        .into_iter()
+        .find_map(|cap| match cap {
+            VfioRegionInfoCap::SparseMmap(sparse) => Some(
+                sparse
+                    .areas
+                    .iter()
+                    .map(|area| (area.offset, area.size))
+                    .collect(),
+            ),
+            _ => None,
+        });
+    let whole = || {
+        let mappable = device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP != 0;
+        if mappable { vec![(0, len)] } else { Vec::new() }
+    };
+    let areas: Vec<(u64, u64)> = areas.unwrap_or_else(whole);
+    // SAFETY: the descriptor is open while `device` lives.
+    let fd = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
+    Bar::map(fd, start, len, &areas)
+}
+
+/// An open device. vfio-ioctls panics on its way out when the device has gone from sysfs meanwhile; what it had to
+/// close is closed all the same, and nobody is to be ended by that.
+struct OpenDevice(ManuallyDrop<VfioDevice>);
+
+impl OpenDevice {
+    fn file(&self) -> io::Result<File> {
+        // SAFETY: the descriptor is open while `self` lives.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) };
+        Ok(File::from(fd.as_fd().try_clone_to_owned()?))
+    }
+}
+
+impl Drop for OpenDevice {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here; nobody uses the field afterwards.
+        let device = unsafe { ManuallyDrop::take(&mut self.0) };
+        if std::panic::catch_unwind(AssertUnwindSafe(|| drop(device))).is_err() {
+            tracing::warn!("a device was gone before it was closed");
+        }
+    }
+}
+
+impl Transport for VfioTransport {
+    type Port = VfioPort;
+
+    fn read32(&mut self, offset: u32) -> u32 {
+        if self.bar.is_lost() {
+            return u32::MAX;
+        }
+        self.bar.read32(offset.into())
+    }
+
+    // Two halves everywhere: some controllers take only 4-byte accesses, and none needs more.
+    fn read64(&mut self, offset: u32) -> u64 {
+        let low = self.read32(offset);
+        u64::from(low) | u64::from(self.read32(offset + 4)) << 32
+    }
+
+    fn write32(&mut self, offset: u32, value: u32) {
+        self.bar.write32(offset.into(), value);
+    }
+
+    fn write64(&mut self, offset: u32, value: u64) {
+        let [low, high] = [value & 0xffff_ffff, value >> 32];
+        // Both have 32 bits.
+        self.write32(offset, u32::try_from(low).unwrap_or(0));
+        self.write32(offset + 4, u32::try_from(high).unwrap_or(0));
+    }
+
+    fn port(&mut self, queue: QueueId, stride: u32) -> Option<VfioPort> {
+        let sq = DOORBELLS + 2 * u64::from(queue.0) * u64::from(stride);
+        VfioPort::new(&self.bar, sq, sq + u64::from(stride))
+    }
+
+    fn dma_domain(&self) -> Arc<dyn DmaDomain> {
+        Arc::<Type1Domain>::clone(&self.domain)
+    }
+
+    fn notice(&mut self) -> Option<Notice> {
+        // Reading is what resets them; an error is an eventfd that nobody has written to.
+        if self.release_requested.read().is_ok() {
+            return Some(Notice::ReleaseRequested);
+        }
+        self.bus_error.read().is_ok().then_some(Notice::BusError)
+    }
+
+    fn quirks(&self) -> Quirks {
+        self.quirks
+    }
+
+    fn name(&self) -> String {
+        self.address.to_string()
+    }
+}
+
+impl Drop for VfioTransport {
+    fn drop(&mut self) {
+        if !self.bar.is_lost()
+            && let Err(error) = self.config_space.set_command(self.command)
+        {
+            tracing::debug!(device = %self.address, %error, "cannot restore the command register");
+        }
+    }
+}
+
+impl fmt::Debug for VfioTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VfioTransport({})", self.address)
+    }
+}

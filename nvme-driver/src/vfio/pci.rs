@@ -115,6 +115,13 @@ impl Sysfs {
         self.functions_in(&self.path("bus/pci/devices"))
     }
 
+    /// The group is VFIO's own, made for a device without an IOMMU: nothing keeps such a device from any memory.
+    #[must_use]
+    pub fn is_noiommu_group(&self, group: u32) -> bool {
+        let name = self.path(format!("kernel/iommu_groups/{group}/name"));
+        fs::read_to_string(name).is_ok_and(|name| name.trim() == "vfio-noiommu")
+    }
+
     fn functions_in(&self, folder: &Path) -> io::Result<Vec<PciFunction>> {
         let mut functions = Vec::new();
         for entry in fs::read_dir(folder)? {
@@ -191,8 +198,8 @@ impl PciFunction {
     /// Its group is one of VFIO's no-IOMMU mode: nothing keeps the device from any memory of the machine.
     #[must_use]
     pub fn is_without_iommu(&self) -> bool {
-        let name = fs::read_to_string(self.path.join("iommu_group/name"));
-        name.is_ok_and(|name| name.contains("vfio-noiommu"))
+        let group = self.iommu_group();
+        group.is_some_and(|group| self.sysfs.is_noiommu_group(group))
     }
 
     /// The file through which a process gets the device, below `/dev`: `vfio/N`. `None` when it is in no group.

@@ -1,24 +1,25 @@
-//! Contains SIGBUS: a front-end that shrinks the file behind its memory costs its own session, not the process.
+//! Contains SIGBUS: pages that vanish under us cost the one they belong to, not the process. A front-end that shrinks
+//! the file behind its memory loses its session; an SSD that is pulled out loses its BAR.
 //!
-//! The handler replaces the page that faulted by a zero page, marks the session as poisoned and returns; whoever
-//! touched the page goes on with zeroes, and the session's control thread closes the connection. A SIGBUS anywhere
-//! else ends the process as it would have without us. Everything the handler uses is async-signal-safe: one table
-//! of atomics and `mmap`.
+//! The handler replaces the page that faulted, sets the flag of whoever registered the region, and returns; whoever
+//! touched the page goes on with zeroes (or with all ones, as a bus answers for a device that is gone). A SIGBUS
+//! anywhere else ends the process as it would have without us. Everything the handler uses is async-signal-safe: one
+//! table of atomics, `mmap`, and stores.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 
-/// Guest regions that one process can have mapped at a time, over all sessions.
+/// Regions that one process can have watched at a time: guest memory of all sessions, and BARs.
 const MAX_GUARDS: usize = 4096;
 
-/// Set by the handler when pages of a session were lost.
+/// Set by the handler when pages were lost.
 #[derive(Clone, Debug, Default)]
 pub struct Poisoned(Arc<AtomicBool>);
 
 impl Poisoned {
-    /// Pages were lost since the session began.
+    /// Pages were lost.
     #[must_use]
     pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
@@ -30,6 +31,17 @@ struct Slot {
     /// 0 while the slot is free or being changed.
     len: AtomicUsize,
     flag: AtomicPtr<AtomicBool>,
+    /// What the replacement reads as.
+    fill: AtomicU8,
+}
+
+/// What whoever goes on with a lost page reads there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// Memory.
+    Zeroes,
+    /// Registers.
+    Ones,
 }
 
 static SLOTS: [Slot; MAX_GUARDS] = [const {
@@ -37,6 +49,7 @@ static SLOTS: [Slot; MAX_GUARDS] = [const {
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         flag: AtomicPtr::new(std::ptr::null_mut()),
+        fill: AtomicU8::new(0),
     }
 }; MAX_GUARDS];
 /// Slots below this have been used: what the handler scans.
@@ -54,7 +67,12 @@ pub struct FaultGuard {
 impl FaultGuard {
     /// Watches `len` bytes at `hva`; a fault there sets `flag`. `None` when the table is full.
     #[must_use]
-    pub fn register(hva: NonNull<u8>, len: usize, flag: &Poisoned) -> Option<FaultGuard> {
+    pub fn register(
+        hva: NonNull<u8>,
+        len: usize,
+        flag: &Poisoned,
+        lost: Lost,
+    ) -> Option<FaultGuard> {
         install();
         let _registry = REGISTRY.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = SLOTS
@@ -66,7 +84,9 @@ impl FaultGuard {
         SLOTS[slot]
             .flag
             .store(Arc::as_ptr(&flag.0).cast_mut(), Ordering::Relaxed);
-        // Release: pairs with the handler's Acquire of `len`, which makes the two above visible.
+        let fill = if lost == Lost::Ones { 0xff } else { 0 };
+        SLOTS[slot].fill.store(fill, Ordering::Relaxed);
+        // Release: pairs with the handler's Acquire of `len`, which makes those above visible.
         SLOTS[slot].len.store(len, Ordering::Release);
         USED.fetch_max(slot + 1, Ordering::Release);
         Some(FaultGuard {
@@ -95,7 +115,7 @@ fn install() {
             libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut())
         };
         if result != 0 {
-            tracing::warn!("cannot install a SIGBUS handler: a front-end that shrinks its memory ends the server");
+            tracing::warn!("cannot install a SIGBUS handler: a front-end that shrinks its memory, or an SSD that is pulled out, ends the process");
         }
     });
 }
@@ -128,6 +148,11 @@ extern "C" fn on_sigbus(
             )
         };
         if replaced != libc::MAP_FAILED {
+            let fill = slot.fill.load(Ordering::Relaxed);
+            if fill != 0 {
+                // SAFETY: the pages are there now, writable, and belong to the region.
+                unsafe { std::ptr::write_bytes(replaced.cast::<u8>(), fill, start + len - page) };
+            }
             // SAFETY: the guard in this slot holds the flag's Arc.
             unsafe { &*slot.flag.load(Ordering::Relaxed) }.store(true, Ordering::Relaxed);
             return;

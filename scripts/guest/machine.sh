@@ -1,0 +1,93 @@
+# shellcheck shell=sh
+# Words for jobs in a machine with SSDs (scripts/guest-run --ssd), besides those of job.sh.
+
+# Programs of the payload bring their libraries.
+export LD_LIBRARY_PATH=/payload/lib
+
+# bind BDF: hands an SSD such as 0000:00:05.0 from the kernel's driver to vfio-pci, whose group is then in /dev/vfio.
+bind() {
+    modprobe vfio_iommu_type1 && modprobe vfio-pci && rebind "$1" vfio-pci
+}
+
+# unbind BDF: gives it back to the kernel's driver.
+unbind() {
+    rebind "$1" ''
+}
+
+rebind() {
+    device=/sys/bus/pci/devices/$1
+    echo "$2" >"$device/driver_override"
+    if [ -e "$device/driver" ]; then
+        echo "$1" >"$device/driver/unbind"
+    fi
+    echo "$1" >/sys/bus/pci/drivers_probe
+    driver=$(basename "$(readlink "$device/driver")")
+    [ "$driver" = "${2:-nvme}" ]
+}
+
+# group BDF: the number of its IOMMU group.
+group() {
+    basename "$(readlink "/sys/bus/pci/devices/$1/iommu_group")"
+}
+
+# within SECONDS COMMAND...: repeats the command until it works.
+within() {
+    within_end=$(($(centiseconds) + $1 * 100))
+    shift
+    until "$@"; do
+        [ "$(centiseconds)" -lt "$within_end" ] || return 1
+        sleep 0.05
+    done
+}
+
+# serve NAME ARGUMENT...: starts a server on CPU 0; its process is in /tmp/NAME.pid, what it says in /tmp/NAME.out and
+# /tmp/NAME.log.
+serve() {
+    serve_name=$1
+    shift
+    tandem serve --cores 0 "$@" >"/tmp/$serve_name.out" 2>"/tmp/$serve_name.log" &
+    echo $! >"/tmp/$serve_name.pid"
+    if ! within 30 served "$serve_name"; then
+        cat "/tmp/$serve_name.log"
+        return 1
+    fi
+}
+
+# The server is ready. One that has ended will not be.
+served() {
+    grep -q '^tandem: ready$' "/tmp/$1.out" && return 0
+    kill -0 "$(cat "/tmp/$1.pid")" 2>/dev/null || {
+        cat "/tmp/$1.log"
+        exit 1
+    }
+    return 1
+}
+
+# refuses TEXT ARGUMENT...: a server that starts nothing, says why (an extended regular expression) and ends with 2.
+refuses() {
+    refuses_text=$1
+    shift
+    refuses_status=0
+    timeout 30 tandem serve --cores 0 "$@" >/tmp/refused 2>&1 || refuses_status=$?
+    cat /tmp/refused
+    [ "$refuses_status" -eq 2 ] && grep -Eq "$refuses_text" /tmp/refused
+}
+
+# finish NAME: ends a server that was started with `serve`; its exit status.
+finish() {
+    finish_status=0
+    kill -TERM "$(cat "/tmp/$1.pid")"
+    wait "$(cat "/tmp/$1.pid")" || finish_status=$?
+    return "$finish_status"
+}
+
+# tells NAME FILE: the lines of a file as TANDEM-FILE lines for the machine outside.
+tells() {
+    sed "s/^/TANDEM-FILE $1 /" "$2"
+    echo "TANDEM-FILE-END $1"
+}
+
+# no_faults: the IOMMU has blocked nothing since the machine started.
+no_faults() {
+    ! dmesg | grep 'DMAR:.*fault'
+}
