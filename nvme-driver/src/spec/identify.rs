@@ -136,6 +136,8 @@ pub mod oncs {
     pub const DATASET_MANAGEMENT: u16 = 1 << 2;
     /// Write Zeroes.
     pub const WRITE_ZEROES: u16 = 1 << 3;
+    /// The Save field of Set Features and the Select field of Get Features.
+    pub const SAVE_AND_SELECT: u16 = 1 << 4;
 }
 
 impl IdentifyController {
