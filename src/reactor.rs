@@ -26,7 +26,21 @@ enum Message {
     Attach(PollerId, Box<Lane>),
     Detach(PollerId, LaneId, Sender<Box<Lane>>),
     Retire(PollerId, Sender<Box<dyn Poll>>),
+    Lend(PollerId, Sender<Box<dyn Poll>>),
     Stop,
+}
+
+impl Message {
+    /// The poller that it is for and that must be there.
+    fn addressee(&self) -> Option<PollerId> {
+        match self {
+            Message::Attach(id, _)
+            | Message::Detach(id, ..)
+            | Message::Retire(id, _)
+            | Message::Lend(id, _) => Some(*id),
+            Message::Adopt(..) | Message::Stop => None,
+        }
+    }
 }
 
 /// Why a reactor could not be started.
@@ -101,6 +115,15 @@ impl ReactorHandle {
         lane_back
     }
 
+    /// Asks for a poller with all its lanes, to be [adopted](ReactorHandle::adopt) again: meanwhile its guests' requests
+    /// wait, and so does whatever is asked of it. The channel closes without one if it is not there.
+    #[must_use]
+    pub fn lend(&self, poller: PollerId) -> Receiver<Box<dyn Poll>> {
+        let (reply, poller_back) = bounded(1);
+        self.send(Message::Lend(poller, reply));
+        poller_back
+    }
+
     /// Asks for a poller back. The channel closes without one while it still has lanes.
     #[must_use]
     pub fn retire(&self, poller: PollerId) -> Receiver<Box<dyn Poll>> {
@@ -168,6 +191,9 @@ struct Loop {
     pollers: Vec<(PollerId, Box<dyn Poll>)>,
     /// Lanes that were asked for and have not drained yet.
     leaving: VecDeque<(LaneId, Sender<Box<Lane>>)>,
+    /// Pollers that are lent, and what was asked of them since.
+    lent: Vec<PollerId>,
+    deferred: VecDeque<Message>,
     lanes: usize,
 }
 
@@ -177,6 +203,8 @@ impl Loop {
             mailbox,
             pollers: Vec::with_capacity(64),
             leaving: VecDeque::with_capacity(64),
+            lent: Vec::with_capacity(64),
+            deferred: VecDeque::with_capacity(MAILBOX),
             lanes: 0,
         }
     }
@@ -204,10 +232,24 @@ impl Loop {
     }
 
     fn handle(&mut self, message: Message) -> bool {
+        if message
+            .addressee()
+            .is_some_and(|id| self.lent.contains(&id))
+        {
+            self.deferred.push_back(message);
+            return true;
+        }
         match message {
             Message::Adopt(id, poller) => {
                 self.lanes += poller.lanes();
                 self.pollers.push((id, poller));
+                self.lent.retain(|lent| *lent != id);
+                // Those for pollers that are still away are deferred again.
+                for _ in 0..self.deferred.len() {
+                    if let Some(message) = self.deferred.pop_front() {
+                        self.handle(message);
+                    }
+                }
             }
             Message::Attach(id, lane) => {
                 if let Some(poller) = self.poller(id) {
@@ -226,6 +268,17 @@ impl Loop {
                 };
                 if let Some(place) = self.pollers.iter().position(idle) {
                     let _ = reply.send(self.pollers.remove(place).1);
+                }
+            }
+            Message::Lend(id, reply) => {
+                if let Some(place) = self.pollers.iter().position(|(other, _)| *other == id) {
+                    let (_, poller) = self.pollers.remove(place);
+                    self.lanes -= poller.lanes();
+                    self.lent.push(id);
+                    // Nobody waits any longer: it goes on as before.
+                    if let Err(refused) = reply.send(poller) {
+                        self.handle(Message::Adopt(id, refused.into_inner()));
+                    }
                 }
             }
             Message::Stop => return false,

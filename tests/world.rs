@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
+#[path = "world/recovery.rs"]
+mod recovery;
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,6 +13,8 @@ use common::rig::{GuestSetup, Rig, RigGuest};
 use common::rng::Rng;
 use nvme_driver::spec::{Status, io_opcode};
 use nvme_model::{Clock, ModelConfig};
+use tandem::control::device::{DeviceControl, DeviceError, Pollers};
+use tandem::datapath::Service;
 use tandem::sim::{Framing, SimRequest};
 use tandem::virtio::blk::{RangeSegment, request_type, status};
 use zerocopy::IntoBytes;
@@ -37,6 +41,8 @@ enum Expected {
     },
     /// Discarded blocks read back zero on this controller.
     Flush,
+    /// Its device lost its cache meanwhile: it may fail.
+    DoubtfulFlush,
     Id,
     Refused(u8),
 }
@@ -52,11 +58,15 @@ struct World {
     busy: Vec<bool>,
     sector_step: u64,
     finished: u64,
+    /// Now and then the controller breaks, or the device is taken away for a while.
+    surprises: bool,
+    /// Guests whose next flush may fail: their device has come back without its cache.
+    cache_lost: Vec<bool>,
     trace: Vec<String>,
 }
 
 impl World {
-    fn new(seed: u64) -> World {
+    fn new(seed: u64, surprises: bool) -> World {
         let mut rng = Rng::new(seed);
         let block_size = *rng.pick(&[512, 4096]);
         let lanes = 1 + rng.below(3);
@@ -90,6 +100,8 @@ impl World {
             .collect();
         World {
             in_flight: guests.iter().map(|_| HashMap::new()).collect(),
+            surprises,
+            cache_lost: vec![false; guests.len()],
             rng,
             rig,
             guests,
@@ -228,7 +240,7 @@ impl World {
             Expected::Read { sector, len } => self.release(*sector, u64::from(*len) / SECTOR),
             Expected::Write { sector, bytes } => self.release(*sector, bytes.len() as u64 / SECTOR),
             Expected::Zeroes { sector, sectors } => self.release(*sector, *sectors),
-            Expected::Flush | Expected::Id | Expected::Refused(_) => {}
+            Expected::Flush | Expected::DoubtfulFlush | Expected::Id | Expected::Refused(_) => {}
         }
     }
 
@@ -272,6 +284,10 @@ impl World {
                     let start = (sector * SECTOR) as usize;
                     self.disk[start..start + (sectors * SECTOR) as usize].fill(0);
                 }
+                Expected::DoubtfulFlush => {}
+                Expected::Flush if completion.status == status::IOERR && self.cache_lost[at] => {
+                    self.cache_lost[at] = false;
+                }
                 Expected::Flush => ok("flush"),
                 Expected::Id => {
                     ok("get id");
@@ -284,8 +300,57 @@ impl World {
         }
     }
 
+    fn control(
+        &mut self,
+        action: impl FnOnce(&mut dyn DeviceControl, &mut Pollers) -> Result<(), DeviceError>,
+    ) {
+        let pollers = &mut self.rig.pollers;
+        let done = self
+            .rig
+            .device
+            .with_control(|control| action(control, pollers));
+        done.unwrap();
+    }
+
+    /// Whatever happens to the device, requests only take longer.
+    fn surprise(&mut self) {
+        let what = self.rng.below(4);
+        self.note(format!("surprise {what}"));
+        let (pull, orderly) = (what == 2, what == 3);
+        if what == 1 {
+            self.rig.model.break_down();
+            self.rig.turn();
+        }
+        if what < 2 {
+            return self.control(|control, pollers| control.recover(pollers));
+        }
+        if pull {
+            self.rig.model.pull_out();
+            self.rig.turn();
+        }
+        self.control(|control, pollers| {
+            control.give_up(pollers, orderly, Service::Hold);
+            Ok(())
+        });
+        for _ in 0..self.rng.below(20) {
+            self.rig.turn();
+            // What is at no device must not end; what was refused, or had ended before, may.
+            (0..self.guests.len()).for_each(|at| self.collect(at));
+        }
+        self.control(|control, pollers| control.regain(pollers));
+        self.cache_lost.fill(true);
+        for expected in self.in_flight.iter_mut().flat_map(HashMap::values_mut) {
+            if matches!(expected, Expected::Flush) {
+                *expected = Expected::DoubtfulFlush;
+            }
+        }
+    }
+
     fn run(&mut self, steps: u64) {
         for _ in 0..steps {
+            if self.surprises && self.rng.one_in(30) {
+                self.surprise();
+            }
             let at = self.rng.below(self.guests.len() as u64) as usize;
             for _ in 0..self.rng.below(6) {
                 self.submit(at);
@@ -319,8 +384,8 @@ impl World {
     }
 }
 
-fn run_seed(seed: u64, steps: u64) -> u64 {
-    let world = std::sync::Mutex::new(World::new(seed));
+fn run_seed(seed: u64, steps: u64, surprises: bool) -> u64 {
+    let world = std::sync::Mutex::new(World::new(seed, surprises));
     let result = std::panic::catch_unwind(|| {
         let mut world = world.lock().unwrap();
         world.run(steps);
@@ -341,17 +406,26 @@ fn run_seed(seed: u64, steps: u64) -> u64 {
     finished
 }
 
-#[test]
-fn world_of_any_seed_keeps_every_block() {
+fn run_seeds(surprises: bool) {
     let seeds = std::env::var("TANDEM_SEEDS")
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(64);
-    let finished: u64 = (0..seeds).map(|seed| run_seed(seed, 400)).sum();
+    let finished: u64 = (0..seeds).map(|seed| run_seed(seed, 400, surprises)).sum();
     assert!(
         finished > seeds * 100,
         "only {finished} requests in {seeds} seeds: the world does nothing"
     );
+}
+
+#[test]
+fn world_of_any_seed_keeps_every_block() {
+    run_seeds(false);
+}
+
+#[test]
+fn world_whose_device_breaks_and_comes_back_ends_every_request_once() {
+    run_seeds(true);
 }
 
 /// Writes, now and then a flush; the power fails with nothing in flight. I11: what was written before a completed flush
@@ -450,7 +524,7 @@ fn command_that_the_device_fails_ends_its_request_with_ioerr_and_no_other() {
     });
     let mut guest = rig.add_guest(&GuestSetup::default());
     let (read, write) = (request_type::IN, request_type::OUT);
-    let error = Status::UNRECOVERED_READ_ERROR;
+    let error = Status::UNRECOVERED_READ_ERROR.with_dnr();
     for (kind, opcode, len, offset) in [
         (read, io_opcode::READ, 4096, 0),     // one command
         (read, io_opcode::READ, 64 << 10, 0), // eight of them, the first fails

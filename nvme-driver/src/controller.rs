@@ -14,11 +14,11 @@ use crate::dma::{DmaAccess, DmaBuffer, DmaSpace};
 use crate::error::{Error, Result};
 use crate::queue_pair::{MAX_TRANSFER, QueuePair};
 use crate::spec::{
-    AsyncEvent, Cap, Cc, Cns, Csts, ErrorLogEntry, FeatureId, IdentifyController,
+    AsyncEvent, Cap, Cc, Cid, Cns, Csts, ErrorLogEntry, FeatureId, IdentifyController,
     IdentifyNamespace, LogId, NamespaceIds, Nsid, PAGE_SIZE, QueueCounts, QueueId, SmartLog,
     SubmissionEntry, Version, admin_queue_attributes, async_event_config, offset,
 };
-use crate::transport::Transport;
+use crate::transport::{Notice, Transport};
 
 /// How long two looks at CSTS are apart.
 const READY_INTERVAL: Duration = Duration::from_millis(1);
@@ -55,6 +55,19 @@ pub struct Controller<T: Transport, S> {
     state: S,
 }
 
+/// How a controller that we enabled is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// As it should be.
+    Ready,
+    /// CSTS.CFS: only a reset helps.
+    Fatal,
+    /// CSTS.RDY is 0: someone else has reset it, and its queues are gone.
+    Stopped,
+    /// It does not answer: it was removed or lost power.
+    Removed,
+}
+
 /// What one namespace is: the parts of its identify data that a server needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
@@ -80,7 +93,26 @@ impl<T: Transport> Controller<T, Disabled> {
     /// # Errors
     /// [`Error`] when nothing answers, when RDY does not change in time, or when the controller lacks the NVM
     /// command set or 4 KiB pages.
-    pub fn new(mut transport: T) -> Result<Controller<T, Disabled>> {
+    pub fn new(transport: T) -> Result<Controller<T, Disabled>> {
+        let space = DmaSpace::new(transport.dma_domain());
+        Controller::start(transport, space)
+    }
+
+    /// The same for a device that comes back: `space` is its predecessor's, given up by [`Controller::release`]. All
+    /// that is mapped in it is mapped for this device, at the same addresses.
+    ///
+    /// # Errors
+    /// As [`Controller::new`], and when something cannot be mapped; `space` has no domain then.
+    pub fn with_space(transport: T, space: Arc<DmaSpace>) -> Result<Controller<T, Disabled>> {
+        space.attach(transport.dma_domain())?;
+        let started = Controller::start(transport, Arc::clone(&space));
+        if started.is_err() {
+            space.detach();
+        }
+        started
+    }
+
+    fn start(mut transport: T, space: Arc<DmaSpace>) -> Result<Controller<T, Disabled>> {
         let cap = Cap(transport.read64(offset::CAP));
         let unsupported = |transport: &T, what: String| Error::Unsupported {
             device: transport.name(),
@@ -105,7 +137,6 @@ impl<T: Transport> Controller<T, Disabled> {
             );
             return Err(unsupported(&transport, what));
         }
-        let space = DmaSpace::new(transport.dma_domain());
         let mut controller = Controller {
             transport,
             space,
@@ -426,40 +457,85 @@ impl<T: Transport> Controller<T, Enabled<T>> {
             entries.min(max_entries),
             self.max_transfer(),
         )?;
-        let (sq, cq) = queue.ring_addresses();
-        let entries = queue.depth() + 1;
+        match self.tell_of(&queue) {
+            Ok(()) => {
+                self.state.in_use[index] = true;
+                Ok(queue)
+            }
+            // The controller answered and refused: it does not know the queue. Otherwise that is open, and dropping
+            // `queue` leaks its memory, and says so.
+            Err((error, unknown)) => {
+                if unknown {
+                    queue.retire();
+                }
+                Err(error)
+            }
+        }
+    }
 
-        if let Err(error) = self.execute_at(
+    /// Creates a queue pair anew that a reset controller, or the one before this, has known: same identifier, same
+    /// memory. Its outstanding commands are not sent yet ([`QueuePair::replay`]).
+    ///
+    /// # Errors
+    /// When the controller grants fewer queue pairs or smaller queues than before, or refuses.
+    pub fn recreate_queue_pair(&mut self, queue: &mut QueuePair<T>) -> Result<()> {
+        let id = queue.id();
+        let entries = queue.depth() + 1;
+        let index = usize::from(id.0).checked_sub(1);
+        let free = index.and_then(|index| self.state.in_use.get(index)) == Some(&false);
+        let max_entries = self.cap.max_queue_entries();
+        if !free || u32::from(entries) > max_entries || queue.max_transfer() > self.max_transfer() {
+            let what = format!(
+                "the controller grants {} I/O queue pairs of {max_entries} entries and {} bytes per command, and queue \
+                 {} of {entries} entries and {} bytes was in use before",
+                self.state.granted,
+                self.max_transfer(),
+                id.0,
+                queue.max_transfer()
+            );
+            return Err(Error::Unsupported {
+                device: self.transport.name(),
+                what,
+            });
+        }
+        queue.restart(self.port(id)?);
+        self.tell_of(queue).map_err(|(error, _)| error)?;
+        queue.is_created();
+        if let Some(in_use) = index.and_then(|index| self.state.in_use.get_mut(index)) {
+            *in_use = true;
+        }
+        Ok(())
+    }
+
+    /// Completion queue first. An error comes with whether the controller is known not to know the queue pair.
+    fn tell_of(&mut self, queue: &QueuePair<T>) -> Result<(), (Error, bool)> {
+        let (sq, cq) = queue.ring_addresses();
+        let (id, entries) = (queue.id(), queue.depth() + 1);
+        let answered = |error: &Error| matches!(error, Error::Command { .. });
+        let created = self.execute_at(
             "creating an I/O completion queue",
             SubmissionEntry::create_io_cq(id, entries),
             cq,
-        ) {
-            return Err(self.abandon(queue, error));
+        );
+        if let Err(error) = created {
+            let unknown = answered(&error);
+            return Err((error, unknown));
         }
-        if let Err(error) = self.execute_at(
+        let created = self.execute_at(
             "creating an I/O submission queue",
             SubmissionEntry::create_io_sq(id, entries),
             sq,
-        ) {
-            // The completion queue exists: take it back, or the identifier stays unusable.
-            return match self.execute(
-                "deleting an I/O completion queue",
-                SubmissionEntry::delete_io_cq(id),
-            ) {
-                Ok(_) => Err(self.abandon(queue, error)),
-                Err(_) => Err(error), // dropping `queue` leaks its memory, and says so
-            };
-        }
-        self.state.in_use[index] = true;
-        Ok(queue)
-    }
-
-    /// The controller answered and refused: it does not know the queue. Only silence leaves that open.
-    fn abandon(&self, queue: QueuePair<T>, error: Error) -> Error {
-        if matches!(error, Error::Command { .. }) {
-            queue.retire();
-        }
-        error
+        );
+        let Err(error) = created else {
+            return Ok(());
+        };
+        // The completion queue exists: take it back, or the identifier stays unusable.
+        let deleted = self.execute(
+            "deleting an I/O completion queue",
+            SubmissionEntry::delete_io_cq(id),
+        );
+        let unknown = answered(&error) && deleted.is_ok();
+        Err((error, unknown))
     }
 
     fn execute_at(
@@ -493,6 +569,30 @@ impl<T: Transport> Controller<T, Enabled<T>> {
             *in_use = false;
         }
         Ok(())
+    }
+
+    /// Asks for an outstanding command's end. `true` when the controller says that it has aborted it: its completion
+    /// follows (Command Abort Requested), unless it had already come.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    pub fn abort(&mut self, queue: QueueId, cid: Cid) -> Result<bool> {
+        let dw0 = self.execute("aborting a command", SubmissionEntry::abort(queue, cid))?;
+        Ok(dw0 & 1 == 0)
+    }
+
+    /// How it is: one look at CSTS.
+    pub fn health(&mut self) -> Health {
+        let csts = Csts(self.transport.read32(offset::CSTS));
+        if csts.is_removed() {
+            Health::Removed
+        } else if csts.is_fatal() {
+            Health::Fatal
+        } else if !csts.is_ready() {
+            Health::Stopped
+        } else {
+            Health::Ready
+        }
     }
 
     /// Normal shutdown (CC.SHN = 01b): the controller makes its cache durable and says so (SHST = 10b); then it is
@@ -547,6 +647,25 @@ impl<T: Transport> Controller<T, Enabled<T>> {
 }
 
 impl<T: Transport, S> Controller<T, S> {
+    /// Gives the device up, whatever it is doing: the transport lets go of it (it can reach no memory any more), then
+    /// its DMA domain goes. What is mapped stays in the space's book for [`Controller::with_space`].
+    pub fn release(self) {
+        let Controller {
+            transport,
+            space,
+            state,
+            ..
+        } = self;
+        drop(transport);
+        drop(state);
+        space.detach();
+    }
+
+    /// What the bus has said of the device since the last call.
+    pub fn notice(&mut self) -> Option<Notice> {
+        self.transport.notice()
+    }
+
     /// Controller Capabilities.
     #[must_use]
     pub fn cap(&self) -> Cap {

@@ -59,7 +59,7 @@ pub mod transport;
 pub mod vfio;
 
 pub use admin::AdminCompletion;
-pub use controller::{Controller, DisableResult, Disabled, Enabled, Namespace};
+pub use controller::{Controller, DisableResult, Disabled, Enabled, Health, Namespace};
 pub use error::{Error, Result};
 pub use queue_pair::prp::{DataSegment, PrpError};
 pub use queue_pair::{

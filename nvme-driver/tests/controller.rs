@@ -309,7 +309,8 @@ fn commands_that_the_specification_forbids_end_with_its_statuses() {
         let got = status(entry, 512);
         assert!(got.is(want) && !got.may_retry(), "{entry:?}: {got}");
     }
-    assert!(handle.fail_next(io_opcode::READ, Status::UNRECOVERED_READ_ERROR));
+    let unreadable = Status::UNRECOVERED_READ_ERROR.with_dnr();
+    assert!(handle.fail_next(io_opcode::READ, unreadable));
     assert!(status(read(1, 0, 1), 512).is(Status::UNRECOVERED_READ_ERROR));
     assert!(status(read(1, 0, 1), 512).is_success());
     // The error log is for admin commands; the SMART log counts what was read.
@@ -350,6 +351,37 @@ fn admin_command_of_any_kind_returns_what_the_controller_answers() {
     assert_eq!(bytes[4608..], [0xa5; 8192 - 4608]);
     let counts = SubmissionEntry::get_features(FeatureId::NumberOfQueues);
     assert_eq!(controller.admin_command(counts).unwrap().dw0, 0);
+    assert_clean(&handle);
+}
+
+#[test]
+fn command_that_may_succeed_later_is_sent_again_three_times() {
+    let (mut controller, handle) = enable(ModelConfig::default(), 1);
+    let mut queue = controller.create_queue_pair(4).unwrap();
+    let buffer = DmaBuffer::new(controller.dma_space(), PAGE_SIZE, DmaAccess::Both).unwrap();
+    let one = LbaRange { slba: 0, blocks: 1 };
+    let busy = Status::NAMESPACE_NOT_READY;
+    for (failures, last, resent) in [
+        (1, Status::SUCCESS, 1),
+        (3, Status::SUCCESS, 4),
+        (4, busy, 7),
+    ] {
+        for _ in 0..failures {
+            assert!(handle.fail_next(io_opcode::WRITE, busy));
+        }
+        queue
+            .submit(
+                SubmissionEntry::write(Nsid(1), one, false),
+                whole(&buffer, 512),
+                512,
+            )
+            .unwrap();
+        assert!(finish(&mut queue).is(last), "{failures} failures");
+        assert_eq!(queue.counters().resent, resent);
+    }
+    // Nothing is left of them: no identifier is lost, and the next command goes through.
+    assert_eq!((queue.outstanding(), queue.room()), (0, queue.depth()));
+    controller.delete_queue_pair(queue).unwrap();
     assert_clean(&handle);
 }
 

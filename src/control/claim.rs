@@ -22,8 +22,7 @@ pub fn open_device(
     let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
     match &config.controller {
         ControllerConfig::Pci(PciTarget::Address(address)) => {
-            let transport = VfioTransport::claim(*address)?;
-            Ok((Device::open(&config.name, transport, wanted)?, None))
+            Ok((claim_pci(&config.name, *address, wanted)?, None))
         }
         ControllerConfig::Pci(PciTarget::Serial(serial)) => {
             Ok((find_by_serial(&config.name, serial, wanted)?, None))
@@ -31,7 +30,14 @@ pub fn open_device(
         ControllerConfig::Model(model) => {
             let transport = make_model(&config.name, model)?;
             let handle = transport.handle();
-            Ok((Device::open(&config.name, transport, wanted)?, Some(handle)))
+            // Only one whose reset failed is given up. What memory held is gone with it; an image file is still there.
+            let (name, model) = (config.name.clone(), model.clone());
+            let again = Box::new(move || match model.medium {
+                Medium::Ram { .. } => Err(DeviceError::Lost { name: name.clone() }),
+                Medium::File { .. } => make_model(&name, &model),
+            });
+            let device = Device::open(&config.name, transport, wanted, again)?;
+            Ok((device, Some(handle)))
         }
     }
 }
@@ -46,7 +52,7 @@ fn find_by_serial(name: &str, serial: &str, wanted: u16) -> Result<Device, Devic
             continue;
         }
         let address = function.address;
-        match asked(name, address, wanted) {
+        match claim_pci(name, address, wanted) {
             Ok(device) if ascii_field(&device.identity.sn) == serial => return Ok(device),
             Ok(device) => {
                 others.push(format!("{address} is {}", ascii_field(&device.identity.sn)));
@@ -66,8 +72,9 @@ fn find_by_serial(name: &str, serial: &str, wanted: u16) -> Result<Device, Devic
     })
 }
 
-fn asked(name: &str, address: PciAddress, wanted: u16) -> Result<Device, DeviceError> {
-    Device::open(name, VfioTransport::claim(address)?, wanted)
+fn claim_pci(name: &str, address: PciAddress, wanted: u16) -> Result<Device, DeviceError> {
+    let claim = move || Ok(VfioTransport::claim(address)?);
+    Device::open(name, claim()?, wanted, Box::new(claim))
 }
 
 fn make_model(name: &str, model: &ModelConfig) -> Result<Model, DeviceError> {

@@ -2,14 +2,19 @@
 //! chosen here once and hidden behind [`DeviceControl`]; the data path stays statically dispatched.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nvme_driver::dma::DmaSpace;
-use nvme_driver::spec::{IdentifyController, IdentifyNamespace, Nsid, Version, oncs};
-use nvme_driver::transport::Transport;
-use nvme_driver::{Controller, Enabled, Namespace};
+use nvme_driver::spec::{
+    Cid, IdentifyController, IdentifyNamespace, Nsid, QueueId, Version, ascii_field, oncs,
+};
+use nvme_driver::transport::{Notice, Transport};
+use nvme_driver::{Controller, Disabled, Enabled, Health, Namespace};
 
-use crate::datapath::{Poll, Poller};
+use crate::datapath::{Poll, Poller, Service};
 
+/// How long requests may take to end when the system wants a device back.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
 /// Submission queue entries that we ask for: as many as the largest virtqueue has descriptors.
 const QUEUE_ENTRIES: u16 = 1024;
 
@@ -45,10 +50,46 @@ pub enum DeviceError {
         /// What it said.
         error: nvme_model::ModelError,
     },
+    /// It was given up.
+    #[error("device {name} is lost")]
+    Lost {
+        /// The device's name in the configuration.
+        name: String,
+    },
+    /// What came back is not what guests were told of.
+    #[error(
+        "device {name} came back as another: {what}; it is not served (restart the server to serve what is there now)"
+    )]
+    Changed {
+        /// The device's name in the configuration.
+        name: String,
+        /// What is different.
+        what: String,
+    },
     /// A poller was handed to another device than its own.
     #[error("a queue pair was returned to a device that did not make it")]
     ForeignPoller,
 }
+
+/// How a device is, as one look at it shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// As it should be.
+    Ready,
+    /// It said something that an operator should know; it goes on working.
+    Event(String),
+    /// It is there, but only a reset helps.
+    Broken(String),
+    /// The system wants it back.
+    Wanted,
+    /// It does not answer.
+    Gone(String),
+    /// It was given up; see [`DeviceControl::regain`].
+    GivenUp,
+}
+
+/// All pollers of one device, on loan from their reactors.
+pub type Pollers = Vec<Box<dyn Poll>>;
 
 /// What the server does with a controller, whatever its transport.
 pub trait DeviceControl: Send {
@@ -64,11 +105,29 @@ pub trait DeviceControl: Send {
     /// When the controller refuses.
     fn delete_poller(&mut self, poller: Box<dyn Poll>) -> Result<(), DeviceError>;
 
-    /// Deals with one asynchronous event, if any has arrived. Says what it was.
+    /// Looks at the device, and deals with one asynchronous event, if any has arrived.
+    fn look(&mut self) -> Condition;
+
+    /// Asks the controller to end one command that takes too long.
     ///
     /// # Errors
-    /// When the controller does not answer.
-    fn next_event(&mut self) -> Result<Option<String>, DeviceError>;
+    /// When the controller refuses or does not answer.
+    fn abort(&mut self, queue: u16, cid: Cid) -> Result<bool, DeviceError>;
+
+    /// Resets the controller and carries out again what was outstanding. The pollers are all that it has.
+    ///
+    /// # Errors
+    /// When it does not come up as it was: it must be given up then.
+    fn recover(&mut self, pollers: &mut Pollers) -> Result<(), DeviceError>;
+
+    /// Gives the device up: with a normal shutdown first where `orderly`, at once otherwise. The pollers go on without.
+    fn give_up(&mut self, pollers: &mut Pollers, orderly: bool, service: Service);
+
+    /// Takes the device again that was given up, if it is there, and goes on where it was.
+    ///
+    /// # Errors
+    /// When it is not there (which is no news), or is another one than before.
+    fn regain(&mut self, pollers: &mut Pollers) -> Result<(), DeviceError>;
 
     /// Normal shutdown: the cache is durable afterwards.
     ///
@@ -77,8 +136,91 @@ pub trait DeviceControl: Send {
     fn shutdown(self: Box<Self>) -> Result<(), DeviceError>;
 }
 
+/// Takes a device that was given up from the system again.
+pub type Claim<T> = Box<dyn FnMut() -> Result<T, DeviceError> + Send>;
+
 struct Controlled<T: Transport> {
-    controller: Controller<T, Enabled<T>>,
+    name: String,
+    /// `None` while the device is given up.
+    controller: Option<Controller<T, Enabled<T>>>,
+    space: Arc<DmaSpace>,
+    claim: Claim<T>,
+    wanted: u16,
+    identity: Box<IdentifyController>,
+    namespaces: Vec<NamespaceInfo>,
+}
+
+impl<T: Transport + 'static> Controlled<T>
+where
+    T::Port: 'static,
+{
+    fn controller(&mut self) -> Result<&mut Controller<T, Enabled<T>>, DeviceError> {
+        let name = &self.name;
+        self.controller
+            .as_mut()
+            .ok_or_else(|| DeviceError::Lost { name: name.clone() })
+    }
+
+    /// The same SSD with the same namespaces as when guests were told of them?
+    fn check_identity(
+        &self,
+        controller: &mut Controller<T, Enabled<T>>,
+    ) -> Result<(), DeviceError> {
+        let changed = |what: String| DeviceError::Changed {
+            name: self.name.clone(),
+            what,
+        };
+        let (was, is) = (&self.identity, controller.identity());
+        if (was.sn, was.mn) != (is.sn, is.mn) {
+            let (was, is) = (ascii_field(&was.sn), ascii_field(&is.sn));
+            return Err(changed(format!("its serial number was {was} and is {is}")));
+        }
+        for info in &self.namespaces {
+            let nsid = info.namespace.nsid;
+            let now = controller.namespace(nsid)?;
+            if now != info.namespace {
+                return Err(changed(format!(
+                    "namespace {} was {:?} and is {now:?}",
+                    nsid.0, info.namespace
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells a controller that was just enabled of every queue pair, and sends what was outstanding.
+    fn go_on(
+        &self,
+        controller: &mut Controller<T, Enabled<T>>,
+        pollers: &mut Pollers,
+        cache_lost: bool,
+    ) -> Result<(), DeviceError> {
+        self.check_identity(controller)?;
+        for poller in pollers.iter_mut() {
+            controller.recreate_queue_pair(own(poller)?.queue_pair())?;
+        }
+        for poller in pollers.iter_mut() {
+            own::<T>(poller)?.resume(cache_lost);
+        }
+        Ok(())
+    }
+
+    fn enable(
+        &self,
+        disabled: Controller<T, Disabled>,
+    ) -> Result<Controller<T, Enabled<T>>, DeviceError> {
+        disabled.enable(self.wanted).map_err(|(disabled, error)| {
+            disabled.release();
+            error.into()
+        })
+    }
+}
+
+fn own<T: Transport + 'static>(poller: &mut Box<dyn Poll>) -> Result<&mut Poller<T>, DeviceError> {
+    poller
+        .as_any()
+        .downcast_mut::<Poller<T>>()
+        .ok_or(DeviceError::ForeignPoller)
 }
 
 impl<T: Transport + 'static> DeviceControl for Controlled<T>
@@ -86,9 +228,10 @@ where
     T::Port: 'static,
 {
     fn create_poller(&mut self) -> Result<(u16, Box<dyn Poll>), DeviceError> {
-        let queue = self.controller.create_queue_pair(QUEUE_ENTRIES)?;
+        let controller = self.controller()?;
+        let queue = controller.create_queue_pair(QUEUE_ENTRIES)?;
         let id = queue.id().0;
-        let poller = Poller::new(queue, self.controller.dma_space())?;
+        let poller = Poller::new(queue, controller.dma_space())?;
         Ok((id, Box::new(poller)))
     }
 
@@ -97,32 +240,149 @@ where
             .into_any()
             .downcast::<Poller<T>>()
             .map_err(|_| DeviceError::ForeignPoller)?;
-        Ok(self
-            .controller
-            .delete_queue_pair(poller.into_queue_pair())?)
+        let queue = poller.into_queue_pair();
+        match &mut self.controller {
+            Some(controller) => Ok(controller.delete_queue_pair(queue)?),
+            // Disconnected: no device knows it any more.
+            None => Ok(()),
+        }
     }
 
-    fn next_event(&mut self) -> Result<Option<String>, DeviceError> {
-        let Some(event) = self.controller.next_event()? else {
-            return Ok(None);
+    fn look(&mut self) -> Condition {
+        let Some(controller) = &mut self.controller else {
+            return Condition::GivenUp;
         };
-        let what = if event.is_namespace_change() {
-            "namespace attributes changed: restart the server to serve the new size".to_owned()
-        } else {
-            format!(
-                "type {} information {:#04x}",
-                event.event_type(),
-                event.information()
-            )
+        match controller.notice() {
+            Some(Notice::ReleaseRequested) => return Condition::Wanted,
+            Some(Notice::BusError) => {
+                return Condition::Broken("the bus reported an error".to_owned());
+            }
+            None => {}
+        }
+        match controller.health() {
+            Health::Ready => {}
+            Health::Fatal => {
+                return Condition::Broken("it reports a fatal status (CSTS.CFS)".to_owned());
+            }
+            Health::Stopped => {
+                return Condition::Broken(
+                    "it is not ready any more (CSTS.RDY): someone has reset it".to_owned(),
+                );
+            }
+            Health::Removed => {
+                return Condition::Gone(
+                    "its registers read all ones: it was removed or lost power".to_owned(),
+                );
+            }
+        }
+        match controller.next_event() {
+            Ok(None) => Condition::Ready,
+            Ok(Some(event)) if event.is_namespace_change() => Condition::Event(
+                "namespace attributes changed: restart the server to serve the new size".to_owned(),
+            ),
+            Ok(Some(event)) => {
+                let (kind, what) = (event.event_type(), event.information());
+                Condition::Event(format!("type {kind} information {what:#04x}"))
+            }
+            Err(error @ nvme_driver::Error::Removed { .. }) => Condition::Gone(error.to_string()),
+            Err(error) => Condition::Broken(error.to_string()),
+        }
+    }
+
+    fn abort(&mut self, queue: u16, cid: Cid) -> Result<bool, DeviceError> {
+        Ok(self.controller()?.abort(QueueId(queue), cid)?)
+    }
+
+    fn recover(&mut self, pollers: &mut Pollers) -> Result<(), DeviceError> {
+        let Some(controller) = self.controller.take() else {
+            return Err(DeviceError::Lost {
+                name: self.name.clone(),
+            });
         };
-        Ok(Some(what))
+        // Without doorbells until the controller knows the queue pairs again.
+        pollers
+            .iter_mut()
+            .for_each(|poller| poller.suspend(Service::Hold));
+        let disabled = controller.reset().map_err(|(disabled, error)| {
+            disabled.release();
+            error
+        })?;
+        // From here on nothing that was outstanding can reach memory any more: EN = 0 and RDY = 0 were seen.
+        let mut controller = self.enable(disabled)?;
+        match self.go_on(&mut controller, pollers, false) {
+            Ok(()) => {
+                self.controller = Some(controller);
+                Ok(())
+            }
+            Err(error) => {
+                pollers
+                    .iter_mut()
+                    .for_each(|poller| poller.suspend(Service::Hold));
+                controller.release();
+                Err(error)
+            }
+        }
+    }
+
+    fn give_up(&mut self, pollers: &mut Pollers, orderly: bool, service: Service) {
+        if orderly {
+            let settled = pollers
+                .iter_mut()
+                .all(|poller| poller.settle(SETTLE_DEADLINE));
+            if !settled {
+                tracing::warn!(device = %self.name, "requests are still at the device that is to be released");
+            }
+        }
+        let controller = self.controller.take();
+        if let Some(controller) = controller {
+            // Doorbells first: they keep the device open. Nothing is failed before the device is let go of: until
+            // then it may still write to guests.
+            pollers
+                .iter_mut()
+                .for_each(|poller| poller.suspend(Service::Hold));
+            if orderly {
+                match controller.shutdown() {
+                    Ok(disabled) => disabled.release(),
+                    Err((disabled, error)) => {
+                        tracing::warn!(device = %self.name, %error, "it did not confirm its shutdown");
+                        disabled.release();
+                    }
+                }
+            } else {
+                controller.release();
+            }
+        }
+        pollers
+            .iter_mut()
+            .for_each(|poller| poller.suspend(service));
+    }
+
+    fn regain(&mut self, pollers: &mut Pollers) -> Result<(), DeviceError> {
+        let transport = (self.claim)()?;
+        let disabled = Controller::with_space(transport, Arc::clone(&self.space))?;
+        let mut controller = self.enable(disabled)?;
+        match self.go_on(&mut controller, pollers, true) {
+            Ok(()) => {
+                self.controller = Some(controller);
+                Ok(())
+            }
+            Err(error) => {
+                pollers
+                    .iter_mut()
+                    .for_each(|poller| poller.suspend(Service::Hold));
+                controller.release();
+                Err(error)
+            }
+        }
     }
 
     fn shutdown(self: Box<Self>) -> Result<(), DeviceError> {
-        self.controller
-            .shutdown()
-            .map(drop)
-            .map_err(|(_, error)| error.into())
+        self.controller.map_or(Ok(()), |controller| {
+            controller
+                .shutdown()
+                .map(drop)
+                .map_err(|(_, error)| error.into())
+        })
     }
 }
 
@@ -149,21 +409,29 @@ pub struct Device {
     pub max_transfer: u32,
     /// Active namespaces.
     pub namespaces: Vec<NamespaceInfo>,
+    no_write_zeroes: bool,
     /// Its DMA windows.
     pub space: Arc<DmaSpace>,
     control: Mutex<Option<Box<dyn DeviceControl>>>,
 }
 
 impl Device {
-    /// Brings a controller up and looks at its namespaces. Asks for `queue_pairs`; fewer may be granted.
+    /// Brings a controller up and looks at its namespaces. Asks for `queue_pairs`; fewer may be granted. `claim` takes
+    /// the device again when it was given up and has come back.
     ///
     /// # Errors
     /// When the controller does not come up, or an active namespace cannot be identified.
-    pub fn open<T>(name: &str, transport: T, queue_pairs: u16) -> Result<Device, DeviceError>
+    pub fn open<T>(
+        name: &str,
+        transport: T,
+        queue_pairs: u16,
+        claim: Claim<T>,
+    ) -> Result<Device, DeviceError>
     where
         T: Transport + 'static,
         T::Port: 'static,
     {
+        let no_write_zeroes = transport.quirks().no_write_zeroes;
         let disabled = Controller::new(transport)?;
         let mut controller = disabled.enable(queue_pairs).map_err(|(_, error)| error)?;
         let mut namespaces = Vec::new();
@@ -173,15 +441,26 @@ impl Device {
                 identify: controller.identify_namespace(nsid)?,
             });
         }
+        let identity = Box::new(*controller.identity());
+        let space = Arc::clone(controller.dma_space());
         Ok(Device {
             name: name.to_owned(),
-            identity: Box::new(*controller.identity()),
+            identity: identity.clone(),
             version: controller.version(),
             granted: controller.granted_queue_pairs(),
             max_transfer: controller.max_transfer(),
-            namespaces,
-            space: Arc::clone(controller.dma_space()),
-            control: Mutex::new(Some(Box::new(Controlled { controller }))),
+            namespaces: namespaces.clone(),
+            no_write_zeroes,
+            space: Arc::clone(&space),
+            control: Mutex::new(Some(Box::new(Controlled {
+                name: name.to_owned(),
+                controller: Some(controller),
+                space,
+                claim,
+                wanted: queue_pairs,
+                identity,
+                namespaces,
+            }))),
         })
     }
 
@@ -209,11 +488,26 @@ impl Device {
     /// Write Zeroes is there.
     #[must_use]
     pub fn can_write_zeroes(&self) -> bool {
-        self.identity.supports(oncs::WRITE_ZEROES)
+        !self.no_write_zeroes && self.identity.supports(oncs::WRITE_ZEROES)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Box<dyn DeviceControl>>> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something with the controller.
+    ///
+    /// # Errors
+    /// What `action` says, and [`DeviceError::Lost`] after a shutdown.
+    pub fn with_control<V>(
+        &self,
+        action: impl FnOnce(&mut dyn DeviceControl) -> Result<V, DeviceError>,
+    ) -> Result<V, DeviceError> {
+        let mut control = self.lock();
+        let control = control.as_mut().ok_or_else(|| DeviceError::Lost {
+            name: self.name.clone(),
+        })?;
+        action(control.as_mut())
     }
 
     /// See [`DeviceControl::create_poller`].
@@ -221,10 +515,7 @@ impl Device {
     /// # Errors
     /// As there, and after a shutdown.
     pub fn create_poller(&self) -> Result<(u16, Box<dyn Poll>), DeviceError> {
-        self.lock()
-            .as_mut()
-            .ok_or(DeviceError::ForeignPoller)?
-            .create_poller()
+        self.with_control(|control| control.create_poller())
     }
 
     /// See [`DeviceControl::delete_poller`].
@@ -232,20 +523,7 @@ impl Device {
     /// # Errors
     /// As there, and after a shutdown.
     pub fn delete_poller(&self, poller: Box<dyn Poll>) -> Result<(), DeviceError> {
-        self.lock()
-            .as_mut()
-            .ok_or(DeviceError::ForeignPoller)?
-            .delete_poller(poller)
-    }
-
-    /// See [`DeviceControl::next_event`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn next_event(&self) -> Result<Option<String>, DeviceError> {
-        self.lock()
-            .as_mut()
-            .map_or(Ok(None), |control| control.next_event())
+        self.with_control(|control| control.delete_poller(poller))
     }
 
     /// Normal shutdown; the second call does nothing.

@@ -5,6 +5,7 @@ pub mod claim;
 pub mod device;
 pub mod identify;
 pub mod placement;
+pub mod recovery;
 pub mod server;
 pub mod session;
 pub mod socket;

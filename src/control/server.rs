@@ -19,13 +19,14 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use super::claim::open_device;
 use super::device::{Device, DeviceError};
 use super::placement::place;
+use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, DiskQueue, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
 use crate::config::Socket;
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
-use crate::reactor::{PollerId, Reactor, ReactorError, ReactorHandle};
+use crate::reactor::{PollerId, Reactor, ReactorError};
 use crate::stats::{CounterTable, SharedCounters};
 
 /// How often a session looks after its memory, and the monitor after its devices, when nothing else happens.
@@ -69,8 +70,10 @@ pub struct Server {
     models: Vec<(String, ModelHandle)>,
     disks: Vec<Arc<Disk>>,
     reactors: Vec<Reactor>,
-    /// Every poller, with its device and its reactor.
-    pollers: Vec<(Arc<Device>, ReactorHandle, PollerId)>,
+    /// Every poller, with the index of its device.
+    pollers: Vec<(usize, Place)>,
+    /// One for each device.
+    keepers: Arc<[(String, Mutex<Keeper>)]>,
     stop: Arc<Stop>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -121,6 +124,7 @@ impl Server {
             disks: Vec::new(),
             reactors: Vec::new(),
             pollers: Vec::new(),
+            keepers: Arc::new([]),
             stop: Arc::new(Stop::new()?),
             threads: Vec::new(),
         };
@@ -160,10 +164,23 @@ impl Server {
             self.threads
                 .push(thread.spawn(move || accept_loop(&disk, &listener, &stop))?);
         }
-        let (devices, stop) = (self.devices.clone(), Arc::clone(&self.stop));
+        let keepers = plan.devices.iter().enumerate().map(|(index, planned)| {
+            let own = self.pollers.iter().filter(|(device, _)| *device == index);
+            let places = own.map(|(_, place)| place.clone()).collect();
+            let device = Arc::clone(&self.devices[index]);
+            let keeper = Keeper::new(
+                device,
+                planned.config.on_device_loss,
+                places,
+                Patience::default(),
+            );
+            (planned.config.name.clone(), Mutex::new(keeper))
+        });
+        self.keepers = keepers.collect();
+        let (keepers, stop) = (Arc::clone(&self.keepers), Arc::clone(&self.stop));
         let thread = std::thread::Builder::new().name("monitor".to_owned());
         self.threads
-            .push(thread.spawn(move || monitor_loop(&devices, &stop))?);
+            .push(thread.spawn(move || monitor_loop(&keepers, &stop))?);
         Ok(())
     }
 
@@ -197,7 +214,7 @@ impl Server {
                 .iter()
                 .find(|place| place.pair == pair)
                 .map_or(0, |place| place.core);
-            pollers.push(self.create_poller(device, core)?);
+            pollers.push(self.create_poller(index, core)?);
         }
         let mut next = 0;
         for disk in planned {
@@ -205,11 +222,11 @@ impl Server {
             let queues = disk.queue_cores.iter().map(|_| {
                 let place = places[next];
                 next += 1;
-                let (reactor, poller, pair): &(ReactorHandle, PollerId, u16) = &pollers[place.pair];
+                let place: &Place = &pollers[place.pair];
                 DiskQueue {
-                    reactor: reactor.clone(),
-                    poller: *poller,
-                    pair: *pair,
+                    reactor: place.reactor.clone(),
+                    poller: place.id,
+                    pair: place.pair,
                     counters: Arc::new(SharedCounters::default()),
                 }
             });
@@ -230,22 +247,25 @@ impl Server {
         Ok(())
     }
 
-    fn create_poller(
-        &mut self,
-        device: &Arc<Device>,
-        core: usize,
-    ) -> Result<(ReactorHandle, PollerId, u16), ServerError> {
+    fn create_poller(&mut self, device: usize, core: usize) -> Result<Place, ServerError> {
         let reactor = self
             .reactors
             .iter()
             .find(|reactor| reactor.handle().core() == core);
         let reactor = reactor.ok_or(ReactorError::Pin { core })?.handle().clone();
-        let (pair, poller) = device.create_poller()?;
+        let (pair, poller) = self.devices[device].create_poller()?;
         // Fewer than 2^32 queue pairs: a controller has at most 65535.
         let id = PollerId(u32::try_from(self.pollers.len()).unwrap_or(u32::MAX));
+        let health = poller.health();
         reactor.adopt(id, poller);
-        self.pollers.push((Arc::clone(device), reactor.clone(), id));
-        Ok((reactor, id, pair))
+        let place = Place {
+            reactor,
+            id,
+            pair,
+            health,
+        };
+        self.pollers.push((device, place.clone()));
+        Ok(place)
     }
 
     /// The counters of every virtqueue, and what the software controllers say of themselves.
@@ -264,6 +284,13 @@ impl Server {
             }
         }
         let mut report = table.to_string();
+        for (name, keeper) in self.keepers.iter() {
+            report.push_str(&match keeper.try_lock() {
+                Ok(keeper) => keeper.report(),
+                // Nobody waits here for a controller that comes up.
+                Err(_) => format!("device {name}: being reset, or taken again\n"),
+            });
+        }
         for (name, model) in &self.models {
             report.push_str(&format!(
                 "device {name}: iommu violations {}, driver errors {}\n",
@@ -292,8 +319,9 @@ impl Server {
             }
         }
         let mut result = Ok(());
-        for (device, reactor, id) in self.pollers.drain(..) {
-            let returned = reactor.retire(id).recv_timeout(RETIRE_DEADLINE);
+        for (device, place) in self.pollers.drain(..) {
+            let device = &self.devices[device];
+            let returned = place.reactor.retire(place.id).recv_timeout(RETIRE_DEADLINE);
             let deleted = returned
                 .map_err(|_| ())
                 .map(|poller: Box<dyn Poll>| device.delete_poller(poller));
@@ -482,18 +510,10 @@ fn run_session(disk: &Arc<Disk>, stream: UnixStream) {
     let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
-fn monitor_loop(devices: &[Arc<Device>], stop: &Stop) {
+fn monitor_loop(keepers: &[(String, Mutex<Keeper>)], stop: &Stop) {
     while !stop.is_set() {
-        for device in devices {
-            match device.next_event() {
-                Ok(None) => {}
-                Ok(Some(event)) => {
-                    tracing::warn!(device = %device.name, event, "asynchronous event")
-                }
-                Err(error) => {
-                    tracing::error!(device = %device.name, %error, "cannot read asynchronous events")
-                }
-            }
+        for (_, keeper) in keepers {
+            keeper.lock().unwrap_or_else(PoisonError::into_inner).look();
         }
         wait_readable(stop.event.as_fd(), None, Some(LOOK_INTERVAL));
     }

@@ -156,6 +156,8 @@ pub struct Lane {
     requests: Box<[Request]>,
     work: Option<Work>,
     state: State,
+    /// The device has come back without its cache: the next flush cannot keep its promise.
+    cache_lost: bool,
     /// Its place in the poller.
     slot: u16,
     block_shift: u32,
@@ -205,6 +207,7 @@ impl Lane {
             requests: vec![idle; usize::from(size)].into_boxed_slice(),
             work: None,
             state: State::Running,
+            cache_lost: false,
             slot: 0,
             block_shift: config.limits.geometry.block_shift(),
             counters: config.shared.snapshot(),
@@ -243,6 +246,22 @@ impl Lane {
 
     pub(super) fn drain(&mut self) {
         self.state = State::Draining;
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.state == State::Draining
+    }
+
+    /// Writes that were completed and not flushed may be gone. Of a guest that gets write-through, none are.
+    pub(super) fn cache_was_lost(&mut self) {
+        self.cache_lost = self.config.volatile_cache && !self.config.write_through;
+    }
+
+    /// A flush that was at the device when its cache was lost: what it was to keep may be gone.
+    pub(super) fn doubt_flush(&mut self, head: HeadIndex) {
+        if self.cache_lost {
+            self.fail_request(head);
+        }
     }
 
     pub(super) fn is_drained(&self) -> bool {
@@ -373,6 +392,9 @@ impl Lane {
         let step = match request.op {
             BlockOp::Flush => {
                 self.counters.flushes += 1;
+                if std::mem::take(&mut self.cache_lost) {
+                    self.fail_request(head);
+                }
                 self.config.volatile_cache.then_some(Step::Flush)
             }
             BlockOp::Discard => {
@@ -617,6 +639,40 @@ impl Lane {
             offset: 0,
         };
         Progress::Issued
+    }
+
+    /// There is no device: what was not sent yet never will be.
+    pub(super) fn give_up_work(&mut self) {
+        if let Some(work) = self.work.take() {
+            self.fail_request(work.head);
+            self.end_command(work.head);
+        }
+    }
+
+    /// There is no device: takes new requests from the ring and fails them. `true` when there were any.
+    pub(super) fn fail_new(&mut self) -> bool {
+        if self.state != State::Running {
+            return false;
+        }
+        let available = match self.queue.available() {
+            Ok(0) => return false,
+            Ok(available) => available.min(FETCH_BUDGET),
+            Err(error) => return self.break_ring(&error),
+        };
+        for _ in 0..available {
+            let ends = match self.queue.pop_framed(&self.config.memory, &mut self.chain) {
+                Ok(Some(ends)) => ends,
+                Ok(None) => break,
+                Err(error) => return self.break_ring(&error),
+            };
+            let head = self.chain.head();
+            let (chain, ranges) = (&mut self.chain, &mut self.ranges);
+            match blk::parse_framed(ends, chain, ranges, &self.config.limits) {
+                Ok(request) => self.request_done(head, request.status, request.data_in, false),
+                Err(reject) => self.reject(head, reject),
+            }
+        }
+        true
     }
 
     /// The command that was all of the request at `head` has completed.

@@ -6,8 +6,11 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use nvme_driver::dma::{DmaError, DmaSpace};
+use nvme_driver::spec::{Cid, Status, io_opcode};
 use nvme_driver::transport::Transport;
 use nvme_driver::{Completion, QueuePair};
 
@@ -17,8 +20,55 @@ use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
 const POLL_BUDGET: usize = 64;
-/// A lane's counters are shown to others every so many turns.
+/// A lane's counters are shown to others, and the clock is looked at, every so many turns.
 const PUBLISH_INTERVAL: u64 = 1024;
+/// What the age of commands is counted in.
+const ERA: Duration = Duration::from_millis(250);
+
+/// What a poller does with its lanes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// The device carries requests out.
+    Serve,
+    /// There is no device: every request fails.
+    Fail,
+    /// There is no device: requests wait, those that were at the device too. A lane that is asked back fails its own.
+    Hold,
+}
+
+/// What others may know of a queue pair while a reactor has it.
+#[derive(Debug, Default)]
+pub struct PairHealth {
+    /// How long the oldest outstanding command has been at the device, in milliseconds; and its CID, in the upper half.
+    oldest: AtomicU64,
+    anomalies: AtomicU64,
+    resent: AtomicU64,
+}
+
+impl PairHealth {
+    /// The command that has been at the device longest, and since when (in steps of a quarter of a second).
+    #[must_use]
+    pub fn oldest(&self) -> (Cid, Duration) {
+        let value = self.oldest.load(Ordering::Relaxed);
+        let [cid, millis] = [value >> 48, value & 0xffff_ffff];
+        (
+            Cid(u16::try_from(cid).unwrap_or(0)),
+            Duration::from_millis(millis),
+        )
+    }
+
+    /// See `QueuePairCounters::anomalies`.
+    #[must_use]
+    pub fn anomalies(&self) -> u64 {
+        self.anomalies.load(Ordering::Relaxed)
+    }
+
+    /// See `QueuePairCounters::resent`.
+    #[must_use]
+    pub fn resent(&self) -> u64 {
+        self.resent.load(Ordering::Relaxed)
+    }
+}
 
 /// What a reactor drives: one turn at a time, whatever the transport. The one virtual call of a turn is here.
 pub trait Poll: Send {
@@ -32,8 +82,17 @@ pub trait Poll: Send {
     fn take_drained(&mut self) -> Option<Box<Lane>>;
     /// Lanes here, draining ones included.
     fn lanes(&self) -> usize;
+    /// What others may know of its queue pair meanwhile.
+    fn health(&self) -> Arc<PairHealth>;
+    /// Carries on with what is at the device and takes nothing new, until nothing is there or `deadline` has passed.
+    /// `true` when nothing is. For the control thread that has the poller.
+    fn settle(&mut self, deadline: Duration) -> bool;
+    /// The device is given up: lets go of it, and does without. For the control thread that has the poller.
+    fn suspend(&mut self, service: Service);
     /// The poller by value, for its maker.
     fn into_any(self: Box<Self>) -> Box<dyn Any>;
+    /// The poller, for its maker.
+    fn as_any(&mut self) -> &mut dyn Any;
 }
 
 /// One queue pair and its lanes.
@@ -45,6 +104,10 @@ pub struct Poller<T: Transport> {
     lane_count: usize,
     draining: usize,
     turns: u64,
+    service: Service,
+    /// When the current era began.
+    era: Instant,
+    health: Arc<PairHealth>,
 }
 
 impl<T: Transport> Poller<T> {
@@ -70,6 +133,9 @@ impl<T: Transport> Poller<T> {
             lane_count: 0,
             draining: 0,
             turns: 0,
+            service: Service::Serve,
+            era: Instant::now(),
+            health: Arc::default(),
         })
     }
 
@@ -77,6 +143,128 @@ impl<T: Transport> Poller<T> {
     #[must_use]
     pub fn into_queue_pair(self) -> QueuePair<T> {
         self.pair.queue
+    }
+
+    /// The queue pair, for its controller to create anew.
+    pub fn queue_pair(&mut self) -> &mut QueuePair<T> {
+        &mut self.pair.queue
+    }
+
+    /// The device is there (again) and knows the queue pair: what was outstanding is carried out again. With
+    /// `cache_lost`, writes that were completed and not flushed may be gone: the flushes under way and the next one of
+    /// each guest say so (I11).
+    pub fn resume(&mut self, cache_lost: bool) {
+        if cache_lost {
+            self.doubt_flushes();
+        }
+        self.service = Service::Serve;
+        self.pair.queue.replay();
+    }
+
+    fn doubt_flushes(&mut self) {
+        self.lanes
+            .iter_mut()
+            .flatten()
+            .for_each(|lane| lane.cache_was_lost());
+        for cid in self.pair.queue.outstanding_cids() {
+            if self.pair.queue.opcode(cid) != Some(io_opcode::FLUSH) {
+                continue;
+            }
+            // A flush is always a part of its request.
+            if let CommandContext::Part { lane, head, .. } = self.pair.commands[cid.index()]
+                && let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane))
+            {
+                lane.doubt_flush(head);
+            }
+        }
+    }
+
+    /// Ends an outstanding command that no device will complete.
+    fn give_up(&mut self, cid: Cid) {
+        if self.pair.queue.abandon(cid) {
+            self.complete(Completion {
+                cid,
+                status: Status::ABORTED_POWER_LOSS,
+            });
+        }
+    }
+
+    /// Ends every command of the lanes that `which` chooses, and what they had not sent yet.
+    fn give_up_lanes(&mut self, which: impl Fn(&Lane) -> bool) {
+        let chosen = |lanes: &[Option<Box<Lane>>], slot: u16| {
+            let lane = lanes.get(usize::from(slot)).and_then(Option::as_deref);
+            lane.is_some_and(&which)
+        };
+        for cid in (0..self.pair.queue.depth()).map(Cid) {
+            let slot = match self.pair.commands[cid.index()] {
+                CommandContext::Whole { lane, .. } | CommandContext::Part { lane, .. } => lane,
+            };
+            if chosen(&self.lanes, slot) {
+                self.give_up(cid);
+            }
+        }
+        for lane in self.lanes.iter_mut().flatten().filter(|lane| which(lane)) {
+            lane.give_up_work();
+            lane.publish();
+        }
+    }
+
+    /// A turn while there is no device.
+    #[cold]
+    fn turn_without_device(&mut self) -> bool {
+        let mut busy = false;
+        if self.service == Service::Fail {
+            for lane in self.lanes.iter_mut().flatten() {
+                if lane.fail_new() {
+                    busy = true;
+                    lane.publish();
+                }
+            }
+        } else if self.draining > 0 {
+            self.give_up_lanes(Lane::is_draining);
+        }
+        self.turns += 1;
+        if self.turns.is_multiple_of(PUBLISH_INTERVAL) {
+            self.lanes
+                .iter()
+                .flatten()
+                .for_each(|lane| lane.publish_counters());
+        }
+        busy
+    }
+
+    /// Shows others how the queue pair is.
+    #[cold]
+    fn show_health(&mut self) {
+        if self.era.elapsed() < ERA {
+            return;
+        }
+        self.era = Instant::now();
+        self.pair.queue.next_era();
+        let (cid, eras) = self.pair.queue.oldest().unwrap_or((Cid(0), 0));
+        let millis = u64::from(eras) * u64::try_from(ERA.as_millis()).unwrap_or(0);
+        let oldest = u64::from(cid.0) << 48 | millis;
+        self.health.oldest.store(oldest, Ordering::Relaxed);
+        let counters = self.pair.queue.counters();
+        self.health
+            .anomalies
+            .store(counters.anomalies, Ordering::Relaxed);
+        self.health.resent.store(counters.resent, Ordering::Relaxed);
+    }
+
+    /// Takes what has completed. `true` when anything had.
+    #[inline]
+    fn collect(&mut self) -> bool {
+        let mut busy = false;
+        self.pair.queue.service();
+        for _ in 0..POLL_BUDGET {
+            let Some(completion) = self.pair.queue.poll() else {
+                break;
+            };
+            busy = true;
+            self.complete(completion);
+        }
+        busy
     }
 
     #[inline]
@@ -112,17 +300,15 @@ impl<T: Transport> Poller<T> {
 
 impl<T: Transport + 'static> Poll for Poller<T> {
     fn turn(&mut self) -> bool {
-        let mut busy = false;
-        self.pair.queue.service();
-        for _ in 0..POLL_BUDGET {
-            let Some(completion) = self.pair.queue.poll() else {
-                break;
-            };
-            busy = true;
-            self.complete(completion);
+        if self.service != Service::Serve {
+            return self.turn_without_device();
         }
+        let mut busy = self.collect();
         self.turns += 1;
         let show = self.turns.is_multiple_of(PUBLISH_INTERVAL);
+        if show {
+            self.show_health();
+        }
         let before = self.pair.queue.counters();
         for lane in self.lanes.iter_mut().flatten() {
             let commands = lane.counters_mut().commands;
@@ -200,7 +386,37 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         self.lane_count
     }
 
+    fn health(&self) -> Arc<PairHealth> {
+        Arc::clone(&self.health)
+    }
+
+    fn settle(&mut self, deadline: Duration) -> bool {
+        let start = Instant::now();
+        while self.pair.queue.outstanding() > 0 && start.elapsed() < deadline {
+            if self.collect() {
+                self.lanes
+                    .iter_mut()
+                    .flatten()
+                    .for_each(|lane| lane.publish());
+            }
+        }
+        self.pair.queue.outstanding() == 0
+    }
+
+    fn suspend(&mut self, service: Service) {
+        self.pair.queue.disconnect();
+        self.service = service;
+        self.health.oldest.store(0, Ordering::Relaxed);
+        if service == Service::Fail {
+            self.give_up_lanes(|_| true);
+        }
+    }
+
     fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+
+    fn as_any(&mut self) -> &mut dyn Any {
         self
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nvme_driver::spec::Nsid;
 use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
-use tandem::control::device::Device;
+use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{Lane, LaneConfig, LaneId, Poll, Signal};
 use tandem::sim::{SimGuest, SimGuestConfig};
 use tandem::vhost::memory::{MemoryTable, RegionInfo};
@@ -63,7 +63,14 @@ impl Rig {
         let wanted = config.queues;
         let transport = Model::new(config).unwrap();
         let model = transport.handle();
-        let device = Device::open("rig", transport, wanted).unwrap();
+        let slot = model.clone();
+        let claim = move || {
+            slot.plug_in().map_err(|error| DeviceError::Model {
+                name: "rig".to_owned(),
+                error,
+            })
+        };
+        let device = Device::open("rig", transport, wanted, Box::new(claim)).unwrap();
         let pollers = (0..device.granted)
             .map(|_| device.create_poller().unwrap().1)
             .collect();

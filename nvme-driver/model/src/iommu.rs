@@ -83,6 +83,10 @@ impl DmaTable {
         Some(unsafe { window.hva.add(offset) })
     }
 
+    pub(crate) fn clear(&mut self) {
+        self.windows.clear();
+    }
+
     fn add(&mut self, window: Window) -> Result<(), String> {
         let end = window.iova.checked_add(window.len);
         let end = end.ok_or_else(|| "the window wraps around".to_owned())?;
@@ -135,7 +139,7 @@ impl Dma<'_> {
     #[cold]
     fn violation(&self) -> Status {
         self.violations.fetch_add(1, Ordering::Relaxed);
-        Status::DATA_TRANSFER_ERROR
+        Status::DATA_TRANSFER_ERROR.with_dnr()
     }
 
     fn read_u64(&mut self, iova: u64) -> Result<u64, Status> {
@@ -259,6 +263,9 @@ impl DmaDomain for Domain {
     }
 
     fn unmap(&self, iova: Iova, len: u64) -> Result<(), DmaError> {
+        if self.0.gone.load(Ordering::Relaxed) {
+            return Ok(()); // the table went with the device
+        }
         self.change("unmap", iova, len, |table| table.remove(iova.0, len))
     }
 }

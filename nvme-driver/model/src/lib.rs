@@ -30,7 +30,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nvme_driver::spec::{Nsid, PAGE_SIZE, QueueId, Status};
-use nvme_driver::transport::{DmaDomain, QueuePort, Transport};
+use nvme_driver::transport::{DmaDomain, Notice, QueuePort, Transport};
 
 pub use queue::IoCounters;
 
@@ -364,6 +364,11 @@ impl Transport for Model {
         Arc::new(Domain(Arc::clone(&self.shared)))
     }
 
+    fn notice(&mut self) -> Option<Notice> {
+        let asked = self.shared.release_requested.swap(false, Ordering::Relaxed);
+        asked.then_some(Notice::ReleaseRequested)
+    }
+
     fn pause(&mut self, duration: Duration) {
         if !self.registers.advance(duration) {
             std::thread::sleep(duration);
@@ -386,7 +391,7 @@ impl ModelPort {
     #[inline]
     fn slot(&self) -> Option<&Slot> {
         let ready = self.shared.ready.load(Ordering::Relaxed);
-        if !ready {
+        if !ready && !self.shared.gone.load(Ordering::Relaxed) {
             self.shared.driver_error("doorbell while CSTS.RDY is 0");
         }
         ready.then_some(&*self.slot)
@@ -461,7 +466,52 @@ impl ModelHandle {
     /// The next I/O command with this opcode ends with `status` and is not carried out. `false` when too
     /// many are programmed already.
     pub fn fail_next(&self, opcode: u8, status: Status) -> bool {
-        self.shared.add_fault(opcode, status)
+        self.shared.add_fault(opcode, Some(status))
+    }
+
+    /// The next I/O command with this opcode never ends, unless it is aborted. `false` when too many are programmed.
+    pub fn hang_next(&self, opcode: u8) -> bool {
+        self.shared.add_fault(opcode, None)
+    }
+
+    /// The controller stops: CSTS.CFS, until it is reset.
+    pub fn break_down(&self) {
+        self.shared.fatal.store(true, Ordering::Relaxed);
+    }
+
+    /// The system wants the device back, as when it is to be unplugged in good order.
+    pub fn ask_for_release(&self) {
+        self.shared.release_requested.store(true, Ordering::Relaxed);
+    }
+
+    /// The device is pulled out in mid-work: its registers read all ones, its doorbells lead nowhere, it reaches no
+    /// memory any more.
+    pub fn pull_out(&self) {
+        self.shared.gone.store(true, Ordering::SeqCst);
+        self.shared.forget_queues();
+    }
+
+    /// The device is put in again after [`ModelHandle::pull_out`], or after its driver let go of it: a controller as
+    /// after power-on, with the same medium. The transport before must have been dropped.
+    ///
+    /// # Errors
+    /// [`ModelError::Workers`].
+    pub fn plug_in(&self) -> Result<Model, ModelError> {
+        let shared = Arc::clone(&self.shared);
+        shared.forget_queues();
+        // Cannot fail: clearing has no conflicts.
+        let _ = shared.change_table(|table| {
+            table.clear();
+            Ok(())
+        });
+        shared.fatal.store(false, Ordering::Relaxed);
+        shared.gone.store(false, Ordering::SeqCst);
+        let workers = Workers::start(&shared).map_err(ModelError::Workers)?;
+        Ok(Model {
+            registers: Registers::new(Arc::clone(&shared)),
+            shared,
+            _workers: workers,
+        })
     }
 
     /// Reports a changed namespace by an asynchronous event.

@@ -461,8 +461,15 @@ impl DeviceQueue {
     #[inline]
     fn execute(&mut self, shared: &Shared, entry: SubmissionEntry) {
         let cid = entry.cid.get();
-        if let Some(status) = shared.take_fault(entry.opcode) {
-            return self.complete(cid, status, 0);
+        match shared.take_fault(entry.opcode) {
+            None => {}
+            Some(Some(status)) => return self.complete(cid, status, 0),
+            Some(None) => {
+                self.arrivals += 1;
+                let order = self.arrivals;
+                let due = Duration::MAX;
+                return self.delayed.push(Reverse(Delayed { due, order, entry }));
+            }
         }
         let mut dma = Dma {
             table: &self.table,

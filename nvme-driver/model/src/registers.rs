@@ -65,6 +65,9 @@ impl Registers {
     }
 
     pub(crate) fn read32(&self, at: u32) -> u32 {
+        if self.shared.gone.load(Ordering::Relaxed) {
+            return u32::MAX;
+        }
         let half = |value: u64, at: u32| ((value >> (8 * (at & 4))) & 0xffff_ffff) as u32;
         match at {
             offset::CAP | 0x04 => half(self.cap(), at),
@@ -80,6 +83,9 @@ impl Registers {
     }
 
     pub(crate) fn write32(&mut self, at: u32, value: u32) {
+        if self.shared.gone.load(Ordering::Relaxed) {
+            return;
+        }
         let low = |old: u64| old & !0xffff_ffff | u64::from(value);
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         match at {
@@ -175,12 +181,7 @@ impl Registers {
             self.shared
                 .driver_error("CC.EN cleared before CSTS.RDY was 1");
         }
-        self.shared.ready.store(false, Ordering::Release);
-        for slot in &self.shared.slots {
-            slot.lock().reset();
-            slot.unring();
-        }
-        self.shared.admin().reset();
+        self.shared.forget_queues();
         self.shared
             .write_cache
             .store(self.shared.config.vwc, Ordering::Relaxed);

@@ -56,11 +56,16 @@ pub(crate) struct Shared {
     pub(crate) driver_errors: AtomicU64,
     /// CSTS.CFS.
     pub(crate) fatal: AtomicBool,
+    /// Pulled out: nothing answers.
+    pub(crate) gone: AtomicBool,
+    /// The system wants the device back.
+    pub(crate) release_requested: AtomicBool,
     /// CSTS.RDY: doorbells mean something.
     pub(crate) ready: AtomicBool,
     /// Feature 06h: the volatile write cache is in use.
     pub(crate) write_cache: AtomicBool,
-    faults: ArrayQueue<(u8, Status)>,
+    /// An opcode, and the status that the next command with it ends with; `None`: it never ends.
+    faults: ArrayQueue<(u8, Option<Status>)>,
     fault_count: AtomicUsize,
     started: Instant,
 }
@@ -91,6 +96,8 @@ impl Shared {
             violations: AtomicU64::new(0),
             driver_errors: AtomicU64::new(0),
             fatal: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+            release_requested: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             write_cache,
             faults: ArrayQueue::new(FAULTS),
@@ -144,6 +151,16 @@ impl Shared {
         spin(&self.admin)
     }
 
+    /// Every queue and whatever waits in it is forgotten.
+    pub(crate) fn forget_queues(&self) {
+        self.ready.store(false, Ordering::Release);
+        for slot in &self.slots {
+            slot.lock().reset();
+            slot.unring();
+        }
+        self.admin().reset();
+    }
+
     /// Makes a new table and hands it to every queue. When this returns nobody uses the old one.
     pub(crate) fn change_table(
         &self,
@@ -175,8 +192,8 @@ impl Shared {
         })
     }
 
-    /// Programs the next command with this opcode to fail. `false` when too many are programmed.
-    pub(crate) fn add_fault(&self, opcode: u8, status: Status) -> bool {
+    /// Programs the next command with this opcode to fail, or never to end. `false` when too many are programmed.
+    pub(crate) fn add_fault(&self, opcode: u8, status: Option<Status>) -> bool {
         let added = self.faults.push((opcode, status)).is_ok();
         if added {
             self.fault_count.fetch_add(1, Ordering::Release);
@@ -184,9 +201,9 @@ impl Shared {
         added
     }
 
-    /// The status that a command with this opcode was programmed to end with.
+    /// What a command with this opcode was programmed to end with.
     #[inline]
-    pub(crate) fn take_fault(&self, opcode: u8) -> Option<Status> {
+    pub(crate) fn take_fault(&self, opcode: u8) -> Option<Option<Status>> {
         if self.fault_count.load(Ordering::Relaxed) == 0 {
             return None;
         }
@@ -194,7 +211,7 @@ impl Shared {
     }
 
     #[cold]
-    fn find_fault(&self, opcode: u8) -> Option<Status> {
+    fn find_fault(&self, opcode: u8) -> Option<Option<Status>> {
         for _ in 0..FAULTS {
             let (wanted, status) = self.faults.pop()?;
             if wanted == opcode {

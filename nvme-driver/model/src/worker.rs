@@ -41,6 +41,7 @@ pub(crate) struct Workers {
 
 impl Workers {
     pub(crate) fn start(shared: &Arc<Shared>) -> std::io::Result<Workers> {
+        shared.stop.store(false, Ordering::Release);
         let mut workers = Workers {
             shared: Arc::clone(shared),
             threads: Vec::new(),

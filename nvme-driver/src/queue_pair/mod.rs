@@ -15,8 +15,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U64};
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
 use crate::mmio::AtomicU64;
@@ -33,6 +33,9 @@ pub const MAX_TRANSFER: u32 = 2 << 20;
 
 /// The largest submission queue that we ask for. Bounds the list pages (4 KiB a slot) of one queue pair to 4 MiB.
 pub const MAX_ENTRIES: u16 = 1024;
+
+/// How often a command is sent again that the device says may succeed then (DNR = 0).
+const MAX_RETRIES: u8 = 3;
 
 /// A command's end, as the device reported it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,15 +66,21 @@ pub struct QueuePairCounters {
     pub cq_doorbells: u64,
     /// Completions of another queue, with an identifier that was not outstanding, or with an impossible SQHD.
     pub anomalies: u64,
+    /// Commands sent again: after a status without DNR, or after a reset.
+    pub resent: u64,
 }
 
 /// An NVMe I/O queue pair. `Send`, not `Sync`.
 #[derive(Debug)]
 pub struct QueuePair<T: Transport> {
-    port: T::Port,
+    /// `None` while the device is gone.
+    port: Option<T::Port>,
     sq: SubmissionRing,
     cq: CompletionRing,
     slots: Slots,
+    /// Every outstanding command as it was sent, by CID: its entry in the ring may be overwritten once it was fetched,
+    /// but not before it has completed does anyone know that it need not be sent again.
+    sent: Box<[SubmissionEntry]>,
     /// The tail that the device knows.
     rung_tail: u16,
     /// Completions consumed since the last head doorbell.
@@ -98,10 +107,11 @@ impl<T: Transport> QueuePair<T> {
         let entries = entries.clamp(2, MAX_ENTRIES);
         let slots = entries - 1;
         Ok(QueuePair {
-            port,
+            port: Some(port),
             sq: SubmissionRing::new(space, entries)?,
             cq: CompletionRing::new(space, entries)?,
             slots: Slots::new(slots),
+            sent: vec![SubmissionEntry::new_zeroed(); usize::from(slots)].into_boxed_slice(),
             rung_tail: 0,
             unreported: 0,
             reported_head: 0,
@@ -272,6 +282,7 @@ impl<T: Transport> QueuePair<T> {
     fn push(&mut self, mut entry: SubmissionEntry, cid: Cid) {
         entry.cid = U16::new(cid.0);
         self.sq.push(&entry);
+        self.sent[cid.index()] = entry;
         self.counters.commands = self.counters.commands.wrapping_add(1);
     }
 
@@ -289,7 +300,9 @@ impl<T: Transport> QueuePair<T> {
             self.report_head();
         }
         self.sq.publish();
-        self.port.ring_sq(tail);
+        if let Some(port) = &mut self.port {
+            port.ring_sq(tail);
+        }
         self.rung_tail = tail;
         self.counters.sq_doorbells += 1;
     }
@@ -297,7 +310,9 @@ impl<T: Transport> QueuePair<T> {
     /// Writes the completion head doorbell if the controller does not know the head yet.
     pub fn report_head(&mut self) {
         if self.unreported > 0 {
-            self.port.ring_cq(self.cq.head());
+            if let Some(port) = &mut self.port {
+                port.ring_cq(self.cq.head());
+            }
             self.unreported = 0;
             self.counters.cq_doorbells += 1;
         }
@@ -306,34 +321,125 @@ impl<T: Transport> QueuePair<T> {
     /// Gives a software controller its turn; to be called once before a round of [`QueuePair::poll`].
     #[inline]
     pub fn service(&mut self) {
-        self.port.service();
+        if let Some(port) = &mut self.port {
+            port.service();
+        }
     }
 
     /// The next completed command, if any. An entry that names another queue, no outstanding command, or an impossible
-    /// SQHD is counted and ends this round: the device gets no endless loop out of us (I8).
+    /// SQHD is counted and ends this round: the device gets no endless loop out of us (I8). A command that may succeed
+    /// when it is sent again is sent again, three times at most, before anyone hears of it.
     #[inline]
     pub fn poll(&mut self) -> Option<Completion> {
-        let Some(entry) = self.cq.pop() else {
-            self.end_round();
-            return None;
-        };
-        // At most as many as were submitted: a completion of nothing reports the head at once.
-        self.unreported = self.unreported.wrapping_add(1);
-        // Another queue's completion says nothing about our commands, nor about what was fetched of ours (I4).
-        if entry.sqid.get() != self.id.0 {
-            self.note_anomaly();
-            return None;
+        loop {
+            let Some(entry) = self.cq.pop() else {
+                self.end_round();
+                return None;
+            };
+            // At most as many as were submitted: a completion of nothing reports the head at once.
+            self.unreported = self.unreported.wrapping_add(1);
+            // Another queue's completion says nothing about our commands, nor about what was fetched of ours (I4).
+            if entry.sqid.get() != self.id.0 {
+                self.note_anomaly();
+                return None;
+            }
+            self.reported_head = entry.sqhd.get();
+            let cid = Cid(entry.cid.get());
+            let status = Status::from_wire(entry.phase_and_status.get());
+            if !status.is_success() && self.send_again(cid, status) {
+                continue; // each command so often only: the device cannot keep us here
+            }
+            if !self.slots.release(cid) {
+                self.note_anomaly();
+                return None;
+            }
+            return Some(Completion { cid, status });
         }
-        self.reported_head = entry.sqhd.get();
-        let cid = Cid(entry.cid.get());
-        if !self.slots.release(cid) {
-            self.note_anomaly();
-            return None;
+    }
+
+    /// Sends a failed command again, if its status says that this may help.
+    #[cold]
+    fn send_again(&mut self, cid: Cid, status: Status) -> bool {
+        let hopeless = !status.may_retry()
+            || status.is(Status::ABORT_REQUESTED)
+            || status.is(Status::ABORTED_SQ_DELETION);
+        self.end_round();
+        if hopeless || self.sq.is_full() || !self.slots.try_again(cid, MAX_RETRIES) {
+            return false;
         }
-        Some(Completion {
-            cid,
-            status: Status::from_wire(entry.phase_and_status.get()),
-        })
+        self.resend(cid);
+        self.ring();
+        true
+    }
+
+    fn resend(&mut self, cid: Cid) {
+        self.sq.push(&self.sent[cid.index()]);
+        self.counters.resent += 1;
+    }
+
+    /// Time goes by: to be called at even intervals by whoever wants to know of [`QueuePair::oldest`] commands.
+    pub fn next_era(&mut self) {
+        self.slots.next_era();
+    }
+
+    /// The command that has been outstanding longest, and for how many intervals.
+    #[must_use]
+    pub fn oldest(&self) -> Option<(Cid, u16)> {
+        self.slots.oldest()
+    }
+
+    /// Lets go of the doorbells, and with them of the device: to be called when the device is gone or is about to be
+    /// given up. Outstanding commands stay outstanding until the controller's successor is told of this queue pair
+    /// (`Controller::recreate_queue_pair`) or they are [abandoned](QueuePair::abandon).
+    pub fn disconnect(&mut self) {
+        self.port = None;
+        self.retired = true;
+    }
+
+    /// The controller was reset, or is another one: both rings empty, nothing known to it yet. Commands that are
+    /// outstanding are sent again by [`QueuePair::replay`].
+    pub(crate) fn restart(&mut self, port: T::Port) {
+        self.port = Some(port);
+        self.retired = true; // until the controller knows it
+        self.sq.reset();
+        self.cq.reset();
+        self.rung_tail = 0;
+        self.unreported = 0;
+        self.reported_head = 0;
+    }
+
+    /// The controller knows this queue pair from now on.
+    pub(crate) fn is_created(&mut self) {
+        self.retired = false;
+    }
+
+    /// Sends every outstanding command again. There is room: the ring was emptied and has a place for each slot.
+    pub fn replay(&mut self) {
+        for i in 0..self.sent.len() {
+            // Fewer than 1024.
+            let cid = Cid(u16::try_from(i).unwrap_or(u16::MAX));
+            if self.slots.try_again(cid, u8::MAX) && self.sq.room() > 0 {
+                self.resend(cid);
+            }
+        }
+        self.ring();
+    }
+
+    /// The identifiers of outstanding commands.
+    pub fn outstanding_cids(&self) -> impl Iterator<Item = Cid> {
+        self.slots.outstanding()
+    }
+
+    /// The opcode of an outstanding command.
+    #[must_use]
+    pub fn opcode(&self, cid: Cid) -> Option<u8> {
+        self.sent.get(cid.index()).map(|entry| entry.opcode)
+    }
+
+    /// Gives an outstanding command up that nobody will complete: there is no device any more
+    /// ([`QueuePair::disconnect`]). `false` when the device is still there, or the command not outstanding.
+    pub fn abandon(&mut self, cid: Cid) -> bool {
+        self.port.is_none() && self.slots.release(cid)
     }
 
     /// Takes over how far the controller has fetched: of the completions polled since the last time, the last one's

@@ -5,6 +5,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use zerocopy::FromZeros;
+
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace, Iova};
 use crate::mmio::{AtomicU64, dma_rmb, dma_wmb, reads, writes};
 use crate::spec::{CompletionEntry, SubmissionEntry};
@@ -66,6 +68,13 @@ impl SubmissionRing {
     #[inline]
     pub(crate) fn tail(&self) -> u16 {
         self.tail
+    }
+
+    /// Empty, as a controller expects it that is told of it anew.
+    pub(crate) fn reset(&mut self) {
+        self.tail = 0;
+        self.head = 0;
+        self.used = 0;
     }
 
     /// The controller has fetched everything before this entry.
@@ -169,6 +178,16 @@ impl CompletionRing {
 
     pub(crate) fn entries(&self) -> u16 {
         self.entries
+    }
+
+    /// Zeroed and at its beginning, as a controller expects it that is told of it anew.
+    pub(crate) fn reset(&mut self) {
+        let zeroes = CompletionEntry::new_zeroed();
+        for i in 0..usize::from(self.entries) {
+            self.memory.write(i * size_of::<CompletionEntry>(), &zeroes);
+        }
+        self.head = 0;
+        self.phase = PHASE;
     }
 
     #[inline]

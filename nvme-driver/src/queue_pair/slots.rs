@@ -10,6 +10,8 @@ pub(crate) struct Slots {
     /// The first of the free ones: a list, the most recently used one first, since it is the warmest in the cache.
     free: u16,
     free_count: u16,
+    /// Time, in units of whoever calls [`Slots::next_era`].
+    era: u16,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +19,10 @@ struct Slot {
     /// The free slot behind this one, while it is free; [`NONE`] behind the last.
     next: u16,
     outstanding: bool,
+    /// How often the command was sent again.
+    retries: u8,
+    /// When it was taken.
+    era: u16,
 }
 
 /// No slot: there are at most 1023.
@@ -30,10 +36,13 @@ impl Slots {
                 .map(|next| Slot {
                     next,
                     outstanding: false,
+                    retries: 0,
+                    era: 0,
                 })
                 .collect(),
             free: 0,
             free_count: count,
+            era: 0,
         }
     }
 
@@ -54,9 +63,49 @@ impl Slots {
         // [`NONE`] names no slot.
         let slot = self.slots.get_mut(usize::from(cid))?;
         slot.outstanding = true;
+        slot.retries = 0;
+        slot.era = self.era;
         self.free = slot.next;
         self.free_count = self.free_count.wrapping_sub(1); // not 0: there was a free one
         Some(Cid(cid))
+    }
+
+    /// The identifiers of outstanding commands.
+    pub(crate) fn outstanding(&self) -> impl Iterator<Item = Cid> {
+        let taken = (0_u16..).zip(&self.slots);
+        taken
+            .filter(|(_, slot)| slot.outstanding)
+            .map(|(cid, _)| Cid(cid))
+    }
+
+    /// Counts one more attempt of an outstanding command; its time starts anew. `false` when it has had `most`, or is
+    /// not outstanding.
+    pub(crate) fn try_again(&mut self, cid: Cid, most: u8) -> bool {
+        let era = self.era;
+        let slot = self.slots.get_mut(cid.index());
+        let Some(slot) = slot.filter(|slot| slot.outstanding && slot.retries < most) else {
+            return false;
+        };
+        slot.retries += 1;
+        slot.era = era;
+        true
+    }
+
+    /// Time goes by.
+    pub(crate) fn next_era(&mut self) {
+        self.era = self.era.wrapping_add(1);
+    }
+
+    /// The outstanding command that was taken first, and how many eras ago (at most 65535).
+    pub(crate) fn oldest(&self) -> Option<(Cid, u16)> {
+        let age = |cid: Cid| {
+            self.slots
+                .get(cid.index())
+                .map_or(0, |slot| self.era.wrapping_sub(slot.era))
+        };
+        self.outstanding()
+            .map(|cid| (cid, age(cid)))
+            .max_by_key(|(_, age)| *age)
     }
 
     /// Frees a completed identifier. `false` when the device named one that is out of range or not outstanding (I10).
@@ -91,6 +140,27 @@ mod tests {
         assert!(slots.release(cid));
         assert!(!slots.release(cid), "a second completion of one command");
         assert_eq!(slots.free_count(), 2);
+    }
+
+    #[test]
+    fn oldest_is_the_command_taken_first_also_when_eras_wrap() {
+        let mut slots = Slots::new(4);
+        for _ in 0..u16::MAX {
+            slots.next_era();
+        }
+        assert_eq!(slots.oldest(), None);
+        let (first, second) = (slots.take().unwrap(), slots.take().unwrap());
+        slots.next_era();
+        slots.next_era();
+        let third = slots.take().unwrap();
+        assert!(slots.try_again(first, 1) && !slots.try_again(first, 1));
+        slots.next_era();
+        assert_eq!(slots.oldest(), Some((second, 3)));
+        assert!(slots.release(second));
+        let oldest = slots.oldest().unwrap();
+        assert!(oldest == (first, 1) || oldest == (third, 1));
+        assert!(!slots.try_again(second, 9), "not outstanding any more");
+        assert_eq!(slots.outstanding().count(), 2);
     }
 
     #[test]

@@ -245,6 +245,15 @@ impl SubmissionEntry {
         }
     }
 
+    /// Abort of the command `cid` in the submission queue `queue`.
+    #[must_use]
+    pub fn abort(queue: QueueId, cid: Cid) -> SubmissionEntry {
+        SubmissionEntry {
+            cdw10: U32::new(u32::from(queue.0) | u32::from(cid.0) << 16),
+            ..SubmissionEntry::new(admin_opcode::ABORT, Nsid::NONE)
+        }
+    }
+
     /// Delete I/O Submission Queue.
     #[must_use]
     pub fn delete_io_sq(queue: QueueId) -> SubmissionEntry {

@@ -1,0 +1,271 @@
+//! What happens to a device after it was claimed: it is looked at twice a second, reset when it is broken, given up when
+//! it is gone or the system wants it back, and taken again when it returns.
+//!
+//! ```text
+//!  Serving --broken--> all pollers on loan, reset, queue pairs created anew, what was outstanding sent again --> Serving
+//!     |                     | it does not come up, or broke three times in a minute
+//!     +--gone, wanted--> Lost: pollers fail requests or hold them (on_device_loss) --it is back--> Serving
+//! ```
+//! Pollers move here by value while something is done to their queue pairs, so no reactor ever waits: the guests' other
+//! disks go on. Nobody is told that a request failed before the device is known to reach no memory any more.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::device::{Condition, Device, DeviceError, Pollers};
+use crate::config::OnDeviceLoss;
+use crate::datapath::{PairHealth, Service};
+use crate::reactor::{PollerId, ReactorHandle};
+
+/// Resets of one device within [`RESET_WINDOW`] before it is given up.
+const MAX_RESETS: usize = 3;
+const RESET_WINDOW: Duration = Duration::from_secs(60);
+/// Completions that make no sense, before the controller is reset.
+const MAX_ANOMALIES: u64 = 8;
+
+/// How long commands may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// One that the device has had for so long is to be aborted.
+    pub command: Duration,
+    /// How long that may take before the controller is reset.
+    pub abort: Duration,
+}
+
+impl Default for Patience {
+    /// Longer than the slowest thing that a healthy SSD does to a command, as Linux's driver gives it too.
+    fn default() -> Patience {
+        Patience {
+            command: Duration::from_secs(30),
+            abort: Duration::from_secs(5),
+        }
+    }
+}
+
+/// One of a device's pollers.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The reactor that has it.
+    pub reactor: ReactorHandle,
+    /// Its name there.
+    pub id: PollerId,
+    /// Identifier of its queue pair on the controller.
+    pub pair: u16,
+    /// How it is.
+    pub health: Arc<PairHealth>,
+}
+
+/// Looks after one device.
+#[derive(Debug)]
+pub struct Keeper {
+    device: Arc<Device>,
+    on_loss: OnDeviceLoss,
+    places: Vec<Place>,
+    patience: Patience,
+    /// Of the last minute.
+    resets: Vec<Instant>,
+    total_resets: u64,
+    lost: bool,
+    /// What regaining it failed with last: told once.
+    refusal: String,
+    /// When an abort was asked for.
+    aborting: Option<Instant>,
+    /// Anomalies that were dealt with.
+    anomalies: u64,
+}
+
+impl Keeper {
+    /// A keeper of a device that serves.
+    #[must_use]
+    pub fn new(
+        device: Arc<Device>,
+        on_loss: OnDeviceLoss,
+        places: Vec<Place>,
+        patience: Patience,
+    ) -> Keeper {
+        Keeper {
+            patience,
+            device,
+            on_loss,
+            places,
+            resets: Vec::new(),
+            total_resets: 0,
+            lost: false,
+            refusal: String::new(),
+            aborting: None,
+            anomalies: 0,
+        }
+    }
+
+    /// One look, and what follows from it.
+    pub fn look(&mut self) {
+        let device = Arc::clone(&self.device);
+        match device.with_control(|control| Ok(control.look())) {
+            Ok(Condition::Ready) => self.look_at_commands(),
+            Ok(Condition::Event(event)) => {
+                tracing::warn!(device = %device.name, event, "asynchronous event");
+            }
+            Ok(Condition::Broken(reason)) => self.recover(&reason),
+            Ok(Condition::Wanted) => self.give_up("the system wants it back", true),
+            Ok(Condition::Gone(reason)) => self.give_up(&reason, false),
+            Ok(Condition::GivenUp) => self.regain(),
+            // The server ends.
+            Err(_) => {}
+        }
+    }
+
+    /// Commands that take too long, and completions that make no sense.
+    fn look_at_commands(&mut self) {
+        let anomalies: u64 = self
+            .places
+            .iter()
+            .map(|place| place.health.anomalies())
+            .sum();
+        if anomalies.saturating_sub(self.anomalies) >= MAX_ANOMALIES {
+            self.anomalies = anomalies;
+            return self.recover("it has completed commands that nobody sent");
+        }
+        let late = self
+            .places
+            .iter()
+            .map(|place| (place.health.oldest(), place.pair));
+        let late = late.max_by_key(|((_, age), _)| *age);
+        let Some(((cid, age), pair)) = late.filter(|((_, age), _)| *age >= self.patience.command)
+        else {
+            self.aborting = None;
+            return;
+        };
+        match self.aborting {
+            None => {
+                tracing::warn!(
+                    device = %self.device.name, pair, cid = cid.0, ?age, "a command takes too long: asking for its end"
+                );
+                self.aborting = Some(Instant::now());
+                let aborted = self.device.with_control(|control| control.abort(pair, cid));
+                if let Err(error) = aborted {
+                    self.recover(&format!(
+                        "a command took {age:?}, and it could not be aborted: {error}"
+                    ));
+                }
+            }
+            Some(since) if since.elapsed() >= self.patience.abort => {
+                self.recover(&format!("a command has taken {age:?} and was not aborted"));
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Every poller of the device, from its reactor.
+    fn borrow(&self) -> Pollers {
+        let waiting: Vec<_> = self
+            .places
+            .iter()
+            .map(|place| place.reactor.lend(place.id))
+            .collect();
+        // A reactor answers after a few turns; one that does not has ended, and its pollers with it.
+        waiting
+            .into_iter()
+            .filter_map(|poller| poller.recv().ok())
+            .collect()
+    }
+
+    fn give_back(&self, pollers: Pollers) {
+        for (place, poller) in self.places.iter().zip(pollers) {
+            place.reactor.adopt(place.id, poller);
+        }
+    }
+
+    fn recover(&mut self, reason: &str) {
+        self.aborting = None;
+        let name = &self.device.name;
+        self.resets.retain(|at| at.elapsed() < RESET_WINDOW);
+        if self.resets.len() >= MAX_RESETS {
+            return self.give_up(
+                &format!("{reason}, and {MAX_RESETS} resets did not help"),
+                false,
+            );
+        }
+        self.resets.push(Instant::now());
+        self.total_resets += 1;
+        tracing::warn!(device = %name, reason, "resetting the controller");
+        let start = Instant::now();
+        let mut pollers = self.borrow();
+        let result = self
+            .device
+            .with_control(|control| control.recover(&mut pollers));
+        match result {
+            Ok(()) => {
+                tracing::warn!(device = %name, after = ?start.elapsed(), "the controller is up again: requests go on");
+                self.give_back(pollers);
+            }
+            Err(error) => self.finish_loss(
+                pollers,
+                &format!("it did not come up after a reset: {error}"),
+                false,
+            ),
+        }
+    }
+
+    fn give_up(&mut self, reason: &str, orderly: bool) {
+        let pollers = self.borrow();
+        self.finish_loss(pollers, reason, orderly);
+    }
+
+    fn finish_loss(&mut self, mut pollers: Pollers, reason: &str, orderly: bool) {
+        let (service, then) = match self.on_loss {
+            OnDeviceLoss::Error => (Service::Fail, "requests fail"),
+            OnDeviceLoss::Hold => (Service::Hold, "requests wait"),
+        };
+        let name = &self.device.name;
+        let given_up = self.device.with_control(|control| {
+            control.give_up(&mut pollers, orderly, service);
+            Ok(())
+        });
+        if given_up.is_ok() {
+            tracing::error!(device = %name, reason, "device lost: {then} until it is back");
+        }
+        self.lost = true;
+        self.give_back(pollers);
+    }
+
+    /// It may be back.
+    fn regain(&mut self) {
+        let mut pollers = self.borrow();
+        let result = self
+            .device
+            .with_control(|control| control.regain(&mut pollers));
+        self.give_back(pollers);
+        match result {
+            Ok(()) => {
+                tracing::warn!(device = %self.device.name, "device is back: requests go on");
+                self.lost = false;
+                self.refusal.clear();
+            }
+            Err(error) => self.note_refusal(&error),
+        }
+    }
+
+    fn note_refusal(&mut self, error: &DeviceError) {
+        let error = error.to_string();
+        if error != self.refusal {
+            tracing::info!(device = %self.device.name, error, "waiting for the device");
+            self.refusal = error;
+        }
+    }
+
+    /// One line for the server's report.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let sum = |count: fn(&PairHealth) -> u64| -> u64 {
+            self.places.iter().map(|place| count(&place.health)).sum()
+        };
+        format!(
+            "device {}: {}, resets {}, commands sent again {}, completions without a command {}\n",
+            self.device.name,
+            if self.lost { "lost" } else { "serving" },
+            self.total_resets,
+            sum(PairHealth::resent),
+            sum(PairHealth::anomalies),
+        )
+    }
+}
