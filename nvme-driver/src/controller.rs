@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::admin::{ADMIN_ENTRIES, AdminQueue};
+use crate::admin::{ADMIN_ENTRIES, AdminCompletion, AdminQueue};
 use crate::dma::{DmaAccess, DmaBuffer, DmaSpace};
 use crate::error::{Error, Result};
 use crate::queue_pair::{MAX_TRANSFER, QueuePair};
@@ -240,6 +240,26 @@ impl<T: Transport> Controller<T, Enabled<T>> {
         self.state
             .admin
             .execute(&mut self.transport, doing, entry, data, deadline)
+    }
+
+    /// Sends one admin command as it stands, data pointer included (only the command identifier is ours), and waits for
+    /// the answer. Commands that this crate has no words for go this way, and invalid ones.
+    ///
+    /// A data pointer names memory that is mapped for the device ([`crate::dma::DmaBuffer::iova`]) and stays mapped
+    /// meanwhile. What the driver keeps book of is the caller's to leave alone or to restore: queues that
+    /// [`Controller::create_queue_pair`] made, Number of Queues, Asynchronous Event Configuration. An Asynchronous
+    /// Event Request that is granted would not be answered in time: see [`Controller::next_event`].
+    ///
+    /// # Errors
+    /// When no answer comes. That the controller refuses is an answer: [`AdminCompletion::status`].
+    pub fn admin_command(&mut self, entry: SubmissionEntry) -> Result<AdminCompletion> {
+        let deadline = self.cap.ready_timeout().max(ADMIN_DEADLINE);
+        self.state.admin.run(
+            &mut self.transport,
+            "sending an admin command",
+            entry,
+            deadline,
+        )
     }
 
     /// Identify Controller data.
