@@ -97,7 +97,7 @@ fn start(lab: &Lab, ssds: &[&str], complaints: &[&str], job: &str) -> Guest {
         cpus: 2, // the server polls one
         more: &more,
         complaints,
-        deadline: Duration::from_secs(300),
+        deadline: Duration::from_secs(600),
         ..Setup::new(&[], job)
     };
     Guest::boot(lab, &setup)
@@ -601,6 +601,25 @@ fn user_with_the_group_and_a_memory_limit_serves_and_one_with_too_little_is_told
         "a.img",
         Load::parse("seed=5,queues=2,requests=200,mib=8,block=512"),
     );
+}
+
+/// Guest driver, QEMU, tandem, vfio-pci, SSD: nothing in between is simulated, and all of it is emulated twice. It takes
+/// minutes when the machine is busy.
+#[test]
+fn linux_guest_within_the_machine_has_its_disk_on_the_ssd() {
+    let lab = Lab::new("chain");
+    medium(&lab, "a.img", 64);
+    let ssds = ["--ssd", "a.img,max_ioqpairs=8,mdts=7", "--chain"];
+    let facts = machine(&lab, &ssds, include_str!("../scripts/guest/chain-job"));
+    assert_eq!(facts["sum"], facts["sum.on-ssd"]);
+    assert_eq!(facts["vda.bytes"], (64 << 20).to_string());
+    let report = report_of(&facts, "report");
+    assert!(
+        report.total("writes") > 0 && report.total("flushes") > 0,
+        "{report:?}"
+    );
+    // The guest sleeps until it is signalled.
+    assert!(report.total("notifications") > 0, "{report:?}");
 }
 
 /// What tests of removal build upon: the root port, the monitor, and the kernel's side of it.
