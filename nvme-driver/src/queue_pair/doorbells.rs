@@ -208,8 +208,11 @@ mod tests {
             (0xffff, 0xffff, 0, true),
             (0xfffe, 0xffff, 1, false),
             (0, 0, 1, true),
-            // A ring's corner: from the last entry to the first. Rung once too often, never once too little.
-            (1022, 1023, 0, true),
+            // Round the corner of a ring of 1024.
+            (1022, 1023, 0, false),
+            (1023, 1023, 0, true),
+            (0, 1022, 1, true),
+            (5, 1020, 3, false),
         ] {
             assert_eq!(
                 wants_doorbell(event, new, old),
