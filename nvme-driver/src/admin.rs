@@ -20,6 +20,15 @@ pub(crate) const ADMIN_ENTRIES: u16 = 32;
 /// How long two looks at the completion queue are apart.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
+/// How an admin command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdminCompletion {
+    /// The controller's answer.
+    pub status: Status,
+    /// Dword 0 of the completion; what it means depends on the command.
+    pub dw0: u32,
+}
+
 /// The admin submission and completion queue of one controller.
 #[derive(Debug)]
 pub(crate) struct AdminQueue<T: Transport> {
@@ -57,7 +66,8 @@ impl<T: Transport> AdminQueue<T> {
         self.cq.leak();
     }
 
-    /// Runs one command whose data, if any, lies in the page at `data`. Returns dword 0 of the completion.
+    /// Runs one command that has to succeed, and whose data, if any, lies in the page at `data`. Returns dword 0 of the
+    /// completion.
     pub(crate) fn execute(
         &mut self,
         transport: &mut T,
@@ -67,6 +77,25 @@ impl<T: Transport> AdminQueue<T> {
         deadline: Duration,
     ) -> Result<u32> {
         entry.prp1 = U64::new(data.map_or(0, |iova| iova.0));
+        let AdminCompletion { status, dw0 } = self.run(transport, doing, entry, deadline)?;
+        if status.is_success() {
+            return Ok(dw0);
+        }
+        Err(Error::Command {
+            device: transport.name(),
+            doing,
+            status,
+        })
+    }
+
+    /// Runs one command as it stands, and waits for whatever answer it gets.
+    pub(crate) fn run(
+        &mut self,
+        transport: &mut T,
+        doing: &'static str,
+        entry: SubmissionEntry,
+        deadline: Duration,
+    ) -> Result<AdminCompletion> {
         let cid = self.submit(transport, doing, entry)?;
         let mut waited = Duration::ZERO;
         loop {
@@ -76,18 +105,10 @@ impl<T: Transport> AdminQueue<T> {
                 let Some((completed, status, dw0)) = self.next_completion() else {
                     break;
                 };
-                if completed != cid {
-                    self.note_event(completed, status, dw0);
-                } else if status.is_success() {
-                    return Ok(dw0);
-                } else {
-                    let device = transport.name();
-                    return Err(Error::Command {
-                        device,
-                        doing,
-                        status,
-                    });
+                if completed == cid {
+                    return Ok(AdminCompletion { status, dw0 });
                 }
+                self.note_event(completed, status, dw0);
             }
             let csts = Csts(transport.read32(offset::CSTS));
             if csts.is_removed() {

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::admin::{ADMIN_ENTRIES, AdminQueue};
+use crate::admin::{ADMIN_ENTRIES, AdminCompletion, AdminQueue};
 use crate::dma::{DmaAccess, DmaBuffer, DmaSpace};
 use crate::error::{Error, Result};
 use crate::queue_pair::{MAX_TRANSFER, QueuePair};
@@ -24,6 +24,9 @@ use crate::transport::{Notice, Transport};
 const READY_INTERVAL: Duration = Duration::from_millis(1);
 /// The least that an admin command is given: CAP.TO speaks of enabling only, and queue deletion may wait for media.
 const ADMIN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the registers may be out of reach while the function is reset: the PCI Express specification gives it 100 ms,
+/// and some devices take longer.
+const FUNCTION_RESET_DEADLINE: Duration = Duration::from_secs(2);
 /// The least that a shutdown is given: many controllers leave RTD3E at 0.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -83,7 +86,7 @@ pub struct Namespace {
     pub write_protected: bool,
     /// DLFEAT: deallocated blocks read back zero.
     pub deallocated_reads_zero: bool,
-    /// NGUID, EUI-64, UUID.
+    /// NGUID, EUI-64, UUID, and the command set if the controller says it.
     pub ids: NamespaceIds,
 }
 
@@ -240,6 +243,26 @@ impl<T: Transport> Controller<T, Enabled<T>> {
         self.state
             .admin
             .execute(&mut self.transport, doing, entry, data, deadline)
+    }
+
+    /// Sends one admin command as it stands, data pointer included (only the command identifier is ours), and waits for
+    /// the answer. Commands that this crate has no words for go this way, and invalid ones.
+    ///
+    /// A data pointer names memory that is mapped for the device ([`crate::dma::DmaBuffer::iova`]) and stays mapped
+    /// meanwhile. What the driver keeps book of is the caller's to leave alone or to restore: queues that
+    /// [`Controller::create_queue_pair`] made, Number of Queues, Asynchronous Event Configuration. An Asynchronous
+    /// Event Request that is granted would not be answered in time: see [`Controller::next_event`].
+    ///
+    /// # Errors
+    /// When no answer comes. That the controller refuses is an answer: [`AdminCompletion::status`].
+    pub fn admin_command(&mut self, entry: SubmissionEntry) -> Result<AdminCompletion> {
+        let deadline = self.cap.ready_timeout().max(ADMIN_DEADLINE);
+        self.state.admin.run(
+            &mut self.transport,
+            "sending an admin command",
+            entry,
+            deadline,
+        )
     }
 
     /// Identify Controller data.
@@ -685,6 +708,7 @@ impl<T: Transport, S> Controller<T, S> {
     /// EN 1 -> 0, and RDY = 0 seen. A controller that is just being enabled is waited for first: clearing EN before
     /// RDY is 1 is undefined.
     fn disable(&mut self) -> Result<()> {
+        self.wait_for_registers()?;
         let cc = Cc(self.transport.read32(offset::CC));
         if cc.is_enabled() {
             // A fatal status is an answer as well: only clearing EN helps then.
@@ -701,6 +725,23 @@ impl<T: Transport, S> Controller<T, S> {
             self.cap.ready_timeout(),
             |csts| !csts.is_ready(),
         )
+    }
+
+    /// CAP reads as it did at first. While somebody else resets the function its registers are out of reach, and read
+    /// all ones or zero.
+    fn wait_for_registers(&mut self) -> Result<()> {
+        let mut waited = Duration::ZERO;
+        while Cap(self.transport.read64(offset::CAP)) != self.cap {
+            if waited >= FUNCTION_RESET_DEADLINE {
+                return Err(Error::Removed {
+                    device: self.transport.name(),
+                });
+            }
+            self.transport.pause(READY_INTERVAL);
+            waited += READY_INTERVAL;
+            self.transport.restore();
+        }
+        Ok(())
     }
 
     /// CSTS.RDY becomes `ready` within CAP.TO; a fatal status ends the wait.

@@ -58,6 +58,7 @@ pub mod spec;
 pub mod transport;
 pub mod vfio;
 
+pub use admin::AdminCompletion;
 pub use controller::{Controller, DisableResult, Disabled, Enabled, Health, Namespace};
 pub use error::{Error, Result};
 pub use queue_pair::prp::{DataSegment, PrpError};

@@ -3,7 +3,7 @@
 //! Runs on the thread that services the admin queue, which is never a polling core, and may wait. Start at
 //! [`execute`].
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 
 use nvme_driver::spec::{
@@ -13,7 +13,7 @@ use nvme_driver::spec::{
 };
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::io::{copy_in, copy_out};
+use crate::io::copy_out;
 use crate::iommu::Dma;
 use crate::queue::{DeviceQueue, IoCounters, Slot};
 use crate::shared::Shared;
@@ -28,14 +28,23 @@ const WAITING_EVENTS: usize = 64;
 
 const INVALID_FIELD: Status = Status::INVALID_FIELD.with_dnr();
 
+/// Composite temperatures in kelvin: that of a controller that is never hot, and the thresholds of warnings.
+const TEMPERATURE: u16 = 298;
+const WARNING_TEMPERATURE: u16 = 343;
+const CRITICAL_TEMPERATURE: u16 = 373;
+
+/// Error Recovery: the one feature that each namespace has of its own. Default 0.
+const ERROR_RECOVERY: u8 = 0x05;
+/// Power Management. There is one power state, 0.
+const POWER_MANAGEMENT: u8 = 0x02;
+
 /// Feature identifiers that the driver does not use and that hold a value all the same, with their defaults:
-/// Arbitration, Power Management, Temperature Threshold, Error Recovery, Interrupt Coalescing, Interrupt Vector
-/// Configuration, Write Atomicity Normal.
-const PLAIN_FEATURES: [(u8, u32); 7] = [
+/// Arbitration, Power Management, Temperature Threshold, Interrupt Coalescing, Interrupt Vector Configuration, Write
+/// Atomicity Normal.
+const PLAIN_FEATURES: [(u8, u32); 6] = [
     (0x01, 0),
-    (0x02, 0),
-    (0x04, 343),
-    (0x05, 0),
+    (POWER_MANAGEMENT, 0),
+    (0x04, WARNING_TEMPERATURE as u32),
     (0x08, 0),
     (0x09, 0),
     (0x0a, 0),
@@ -45,6 +54,8 @@ const PLAIN_FEATURES: [(u8, u32); 7] = [
 #[derive(Debug)]
 pub(crate) struct Admin {
     features: [u32; PLAIN_FEATURES.len()],
+    /// Of the namespaces that it was set for.
+    error_recovery: BTreeMap<Nsid, u32>,
     /// I/O queue pairs granted by Set Features; `None` before it was sent.
     granted: Option<u16>,
     event_config: u32,
@@ -64,6 +75,7 @@ impl Default for Admin {
     fn default() -> Admin {
         Admin {
             features: PLAIN_FEATURES.map(|(_, value)| value),
+            error_recovery: BTreeMap::new(),
             granted: None,
             event_config: 0,
             requests: VecDeque::new(),
@@ -90,6 +102,7 @@ impl Admin {
     /// Forgets what a controller reset forgets. Logs survive.
     pub(crate) fn reset(&mut self) {
         self.features = PLAIN_FEATURES.map(|(_, value)| value);
+        self.error_recovery.clear();
         self.granted = None;
         self.event_config = 0;
         self.requests.clear();
@@ -175,7 +188,7 @@ pub(crate) fn execute(
             admin_opcode::DELETE_IO_CQ => delete_cq(shared, entry),
             admin_opcode::IDENTIFY => identify(shared, dma, entry),
             admin_opcode::GET_LOG_PAGE => get_log_page(shared, dma, entry),
-            admin_opcode::SET_FEATURES => set_features(shared, dma, entry),
+            admin_opcode::SET_FEATURES => set_features(shared, entry),
             admin_opcode::GET_FEATURES => get_features(shared, entry),
             admin_opcode::ABORT => Ok(abort(shared, entry)),
             admin_opcode::ASYNC_EVENT_REQUEST => {
@@ -300,6 +313,14 @@ fn identify(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> Admi
         cns if cns == Cns::Controller as u8 => {
             page.copy_from_slice(identify_controller(shared).as_bytes());
         }
+        // There is no Namespace Management, so nothing is common to all of them.
+        cns if (cns == Cns::Namespace as u8 || cns == Cns::NamespaceDescriptors as u8)
+            && nsid == Nsid::ALL =>
+        {
+            return Err(Status::INVALID_NAMESPACE.with_dnr());
+        }
+        // Zeroes for an inactive one.
+        cns if cns == Cns::Namespace as u8 && shared.is_inactive(nsid) => {}
         cns if cns == Cns::Namespace as u8 => {
             page.copy_from_slice(identify_namespace(shared, nsid)?.as_bytes());
         }
@@ -319,13 +340,14 @@ fn identify(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> Admi
                 eui64: Some(namespace.eui64),
                 nguid: Some(namespace.nguid),
                 uuid: Some(namespace.uuid),
+                command_set: Some(0),
             }
             .to_list();
             page[..list.len()].copy_from_slice(&list);
         }
         _ => return Err(INVALID_FIELD),
     }
-    copy_out(dma, entry, &page)?;
+    copy_out(dma, entry, PAGE_SIZE, &page)?;
     Ok(0)
 }
 
@@ -356,17 +378,21 @@ fn identify_controller(shared: &Shared) -> Box<IdentifyController> {
     id.cntlid = 1.into();
     id.ver = VERSION.into();
     id.oaes = (1 << 8).into(); // Namespace Attribute Notices
+    id.cntrltype = 1; // I/O controller
     id.acl = 3;
     id.aerl = EVENT_REQUESTS - 1;
     id.frmw = 0b11; // one slot, read-only
+    id.lpa = 1 << 2; // Get Log Page takes all 32 bits of NUMD, and an offset
     id.elpe = ERROR_ENTRIES - 1;
+    id.wctemp = WARNING_TEMPERATURE.into();
+    id.cctemp = CRITICAL_TEMPERATURE.into();
     id.tnvmcap = bytes.sum::<u128>().to_le_bytes();
     id.sqes = 0x66;
     id.cqes = 0x44;
-    id.nn = u32::try_from(shared.namespaces.len())
-        .unwrap_or(u32::MAX)
-        .into();
-    id.oncs = (oncs::COMPARE | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES).into();
+    id.nn = shared.max_namespaces().into();
+    id.oncs =
+        (oncs::COMPARE | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES | oncs::SAVE_AND_SELECT)
+            .into();
     id.vwc = 0b110 | u8::from(config.vwc); // Flush knows the broadcast NSID
     let uuid = shared
         .namespaces
@@ -412,16 +438,37 @@ fn identify_namespace(shared: &Shared, nsid: Nsid) -> Result<Box<IdentifyNamespa
 const SELECT_SUPPORTED: u32 = 3;
 /// CDW10 bit 31 in Set Features: keep it over a power cycle.
 const SAVE: u32 = 1 << 31;
-/// Answer to [`SELECT_SUPPORTED`]: changeable, not saveable, the whole controller's.
+/// Answer to [`SELECT_SUPPORTED`]: changeable; nothing is saveable.
 const CHANGEABLE: u32 = 1 << 2;
+/// The same: each namespace has its own.
+const NAMESPACE_SPECIFIC: u32 = 1 << 1;
 
-fn set_features(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> AdminResult {
+fn set_features(shared: &Shared, entry: &SubmissionEntry) -> AdminResult {
     let id = (entry.cdw10.get() & 0xff) as u8;
     let value = entry.cdw11.get();
+    let nsid = Nsid(entry.nsid.get());
     if entry.cdw10.get() & SAVE != 0 {
         return Err(Status::FEATURE_NOT_SAVEABLE.with_dnr());
     }
+    if id == ERROR_RECOVERY {
+        let of = match nsid {
+            Nsid::ALL => shared.namespaces.as_slice(),
+            nsid => std::slice::from_ref(shared.namespace(nsid)?),
+        };
+        let values = of.iter().map(|namespace| (namespace.nsid, value));
+        shared.admin().error_recovery.extend(values);
+        return Ok(0);
+    }
+    // The others are the whole controller's.
+    if nsid != Nsid::NONE && nsid != Nsid::ALL {
+        return Err(if nsid.0 > shared.max_namespaces() {
+            Status::INVALID_NAMESPACE.with_dnr()
+        } else {
+            Status::FEATURE_NOT_NAMESPACE_SPECIFIC.with_dnr()
+        });
+    }
     match id {
+        POWER_MANAGEMENT if value & 0x1f != 0 => Err(INVALID_FIELD),
         id if id == FeatureId::VolatileWriteCache as u8 => {
             if !shared.config.vwc {
                 return Err(INVALID_FIELD);
@@ -458,12 +505,7 @@ fn set_features(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> 
                 shared.admin().features[at] = value;
                 Ok(0)
             }
-            None => {
-                // As the specification wants it, the data pointer is looked at all the same.
-                let mut nothing = [0; 4];
-                copy_in(dma, entry, &mut nothing)?;
-                Err(INVALID_FIELD)
-            }
+            None => Err(INVALID_FIELD),
         },
     }
 }
@@ -481,6 +523,18 @@ fn get_features(shared: &Shared, entry: &SubmissionEntry) -> AdminResult {
     let select = entry.cdw10.get() >> 8 & 7;
     if select > SELECT_SUPPORTED {
         return Err(INVALID_FIELD);
+    }
+    if id == ERROR_RECOVERY {
+        let nsid = match Nsid(entry.nsid.get()) {
+            Nsid::ALL => return Err(Status::INVALID_NAMESPACE.with_dnr()),
+            nsid => shared.namespace(nsid)?.nsid,
+        };
+        let current = shared.admin().error_recovery.get(&nsid).copied();
+        return Ok(match select {
+            SELECT_SUPPORTED => CHANGEABLE | NAMESPACE_SPECIFIC,
+            0 => current.unwrap_or(0),
+            _ => 0,
+        });
     }
     let admin = shared.admin();
     let queues = number_of_queues(shared.config.queues);
@@ -518,14 +572,23 @@ fn get_log_page(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> 
         .ok()
         .filter(|start| start.is_multiple_of(4) && *start <= page.len());
     let start = start.ok_or(INVALID_FIELD)?;
-    let len = usize::try_from(dwords * 4).map_err(|_| INVALID_FIELD)?;
-    if len > PAGE_SIZE {
-        return Err(INVALID_FIELD); // the longest log page has 4096 bytes
+    if shared
+        .config
+        .mdts_bytes
+        .is_some_and(|most| dwords * 4 > most)
+    {
+        return Err(INVALID_FIELD);
     }
-    let mut bytes = [0; PAGE_SIZE];
-    let available = (page.len() - start).min(len);
-    bytes[..available].copy_from_slice(&page[start..start + available]);
-    copy_out(dma, entry, &bytes[..len])?;
+    // A page that no namespace has of its own (LPA bit 0 is 0).
+    let nsid = Nsid(entry.nsid.get());
+    if nsid != Nsid::NONE && nsid != Nsid::ALL {
+        shared.namespace(nsid)?;
+        return Err(INVALID_FIELD);
+    }
+    // What follows the page is undefined; without MDTS it could be 16 GiB of it.
+    let wanted = usize::try_from(dwords * 4).unwrap_or(usize::MAX);
+    let end = page.len().min(start.saturating_add(wanted));
+    copy_out(dma, entry, wanted, &page[start..end])?;
     let retain = cdw10 & (1 << 15) != 0;
     if !retain {
         let mut admin = shared.admin();
@@ -587,12 +650,13 @@ fn smart(counters: &IoCounters, critical_warning: u8, error_count: u64) -> Smart
     let wide = |value: u64| u128::from(value).to_le_bytes();
     let mut log = SmartLog::new_zeroed();
     log.critical_warning = critical_warning;
-    log.temperature = 298.into(); // 25 degrees Celsius, in kelvin
+    log.temperature = TEMPERATURE.into();
     log.available_spare = 100;
     log.available_spare_threshold = 10;
-    log.data_units_read = wide(counters.units_read.div_ceil(1000));
+    log.data_units_read = wide((counters.units_read + counters.units_compared).div_ceil(1000));
     log.data_units_written = wide(counters.units_written.div_ceil(1000));
-    log.host_read_commands = wide(counters.reads);
+    // Compare reads as well.
+    log.host_read_commands = wide(counters.reads + counters.compares);
     log.host_write_commands = wide(counters.writes);
     log.power_cycles = wide(1);
     log.error_log_entries = wide(error_count);

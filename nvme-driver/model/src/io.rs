@@ -253,14 +253,17 @@ pub(crate) fn copy_in(
     })
 }
 
-/// Copies a command's data into the driver's memory.
+/// Copies a command's data into the driver's memory: `bytes`, which the data pointer may have more room for (`room`).
 pub(crate) fn copy_out(
     dma: &mut Dma<'_>,
     entry: &SubmissionEntry,
+    room: usize,
     bytes: &[u8],
 ) -> Result<(), Status> {
-    dma.pages(entry, bytes.len(), Direction::Write, |to, len, at| {
-        let from = &bytes[at..at + len];
+    dma.pages(entry, room, Direction::Write, |to, len, at| {
+        let from = bytes.get(at..).unwrap_or_default();
+        let from = &from[..len.min(from.len())];
+        let len = from.len();
         // SAFETY: as in `copy_in`, the other way round.
         unsafe { to.as_ptr().copy_from_nonoverlapping(from.as_ptr(), len) };
         Ok(())
@@ -327,7 +330,7 @@ fn execute_on_file(
             let (extent, len) = transfer(shared, entry)?;
             let data = sized(&mut scratch.data, len);
             image.read(extent.offset, data).map_err(read_error)?;
-            shared.with_dma(&mut scratch.hint, |dma| copy_out(dma, entry, data))
+            shared.with_dma(&mut scratch.hint, |dma| copy_out(dma, entry, len, data))
         }
         io_opcode::WRITE => {
             let (extent, len) = transfer(shared, entry)?;

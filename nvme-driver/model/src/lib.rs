@@ -42,8 +42,8 @@ use shared::{NamespaceState, Shared, spin};
 use worker::Workers;
 
 const MODEL_NUMBER: &str = "Tandem embedded controller";
-/// NVMe 2.0.0, as VS and the identify data say it.
-const VERSION: u32 = 0x0002_0000;
+/// NVMe 1.4.0, as VS and the identify data say it: 2.0 wants Identify data and log pages that nobody here would read.
+const VERSION: u32 = 0x0001_0400;
 
 /// Where blocks are kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +77,8 @@ pub struct ModelConfig {
     pub size: u64,
     /// Namespaces, with identifiers from 1.
     pub namespaces: u32,
+    /// The largest namespace identifier that is valid (NN), if there are fewer namespaces: those above are inactive.
+    pub max_namespaces: u32,
     /// Bytes of a logical block: 512 or 4096.
     pub block_size: u32,
     /// I/O queue pairs that it grants at most.
@@ -114,6 +116,7 @@ impl Default for ModelConfig {
             medium: Medium::Ram,
             size: 64 << 20,
             namespaces: 1,
+            max_namespaces: 1,
             block_size: 512,
             queues: 64,
             mqes: 1024,

@@ -138,6 +138,8 @@ pub struct IoCounters {
     pub deallocated_ranges: u64,
     /// Compare commands.
     pub compares: u64,
+    /// 512-byte units that they read.
+    pub units_compared: u64,
     /// Commands that ended with an error.
     pub errors: u64,
 }
@@ -154,6 +156,7 @@ impl IoCounters {
         self.deallocates += other.deallocates;
         self.deallocated_ranges += other.deallocated_ranges;
         self.compares += other.compares;
+        self.units_compared += other.units_compared;
         self.errors += other.errors;
     }
 }
@@ -510,7 +513,10 @@ impl DeviceQueue {
             }
             io_opcode::FLUSH => counters.flushes += 1,
             io_opcode::WRITE_ZEROES => counters.write_zeroes += 1,
-            io_opcode::COMPARE => counters.compares += 1,
+            io_opcode::COMPARE => {
+                counters.compares += 1;
+                counters.units_compared += units();
+            }
             _ => {
                 counters.deallocates += 1;
                 counters.deallocated_ranges += u64::from(entry.cdw10.get() & 0xff) + 1;

@@ -114,13 +114,36 @@ impl Shared {
         self.admin().note_driver_error(what);
     }
 
+    /// The namespace that a command is for. NVM Express Base 2.0, "Namespace Identifier": one that is not valid is
+    /// told apart from one that is inactive, and from the broadcast value where a command has no use for it.
     pub(crate) fn namespace(&self, nsid: Nsid) -> Result<&NamespaceState, Status> {
         let index = usize::try_from(nsid.0)
             .ok()
             .and_then(|nsid| nsid.checked_sub(1));
         index
             .and_then(|index| self.namespaces.get(index))
-            .ok_or(Status::INVALID_NAMESPACE.with_dnr())
+            .ok_or_else(|| self.no_namespace(nsid))
+    }
+
+    #[cold]
+    fn no_namespace(&self, nsid: Nsid) -> Status {
+        let status = if self.is_inactive(nsid) || nsid == Nsid::ALL {
+            Status::INVALID_FIELD
+        } else {
+            Status::INVALID_NAMESPACE
+        };
+        status.with_dnr()
+    }
+
+    /// Valid, and of no namespace.
+    pub(crate) fn is_inactive(&self, nsid: Nsid) -> bool {
+        let active = u32::try_from(self.namespaces.len()).unwrap_or(u32::MAX);
+        (active + 1..=self.max_namespaces()).contains(&nsid.0)
+    }
+
+    /// NN.
+    pub(crate) fn max_namespaces(&self) -> u32 {
+        self.config.max_namespaces.max(self.config.namespaces)
     }
 
     /// Admin state. Never waited for by a polling core: whoever holds it does so for a few instructions.

@@ -209,6 +209,20 @@ impl<T: Transport> QueuePair<T> {
     /// [`SubmitError::Full`].
     #[inline]
     pub fn submit_without_data(&mut self, entry: SubmissionEntry) -> Result<Cid, SubmitError> {
+        debug_assert!(entry.prp1.get() == 0 && entry.prp2.get() == 0);
+        self.submit_raw(entry)
+    }
+
+    /// Puts a command into the submission queue as it stands, data pointer included (only the command identifier is
+    /// ours); no doorbell yet. Commands that this crate has no words for go this way, and invalid ones.
+    ///
+    /// Memory that the data pointer names is mapped for the device and stays so until the completion with the returned
+    /// identifier was polled (I2).
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`].
+    #[inline]
+    pub fn submit_raw(&mut self, entry: SubmissionEntry) -> Result<Cid, SubmitError> {
         let cid = self.take_cid()?;
         self.push(entry, cid);
         Ok(cid)
@@ -265,10 +279,13 @@ impl<T: Transport> QueuePair<T> {
     }
 
     #[inline]
-    fn push(&mut self, mut entry: SubmissionEntry, cid: Cid) {
-        entry.cid = U16::new(cid.0);
-        self.sq.push(&entry);
-        self.sent[cid.index()] = entry;
+    fn push(&mut self, entry: SubmissionEntry, cid: Cid) {
+        let sent = &mut self.sent[cid.index()];
+        *sent = SubmissionEntry {
+            cid: U16::new(cid.0),
+            ..entry
+        };
+        self.sq.push(sent);
         self.counters.commands = self.counters.commands.wrapping_add(1);
     }
 

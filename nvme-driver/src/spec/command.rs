@@ -109,7 +109,9 @@ pub struct LbaRange {
 }
 
 impl SubmissionEntry {
-    fn new(opcode: u8, nsid: Nsid) -> SubmissionEntry {
+    /// A command with this opcode, of an admin or an I/O command set, and zeroes elsewhere: the fields are public.
+    #[must_use]
+    pub fn new(opcode: u8, nsid: Nsid) -> SubmissionEntry {
         SubmissionEntry {
             opcode,
             nsid: U32::new(nsid.0),

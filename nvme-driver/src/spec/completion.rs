@@ -171,6 +171,7 @@ status_codes! {
     FEATURE_NOT_SAVEABLE = (1, 0x0d, "Feature Identifier Not Saveable");
     FEATURE_NOT_CHANGEABLE = (1, 0x0e, "Feature Not Changeable");
     INVALID_QUEUE_DELETION = (1, 0x0c, "Invalid Queue Deletion");
+    FEATURE_NOT_NAMESPACE_SPECIFIC = (1, 0x0f, "Feature Not Namespace Specific");
     NAMESPACE_NOT_ATTACHED = (1, 0x1a, "Namespace Not Attached");
     CONFLICTING_ATTRIBUTES = (1, 0x80, "Conflicting Attributes");
     WRITE_TO_READ_ONLY_RANGE = (1, 0x82, "Attempted Write to Read Only Range");

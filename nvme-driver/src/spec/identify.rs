@@ -52,7 +52,10 @@ pub struct IdentifyController {
     pub oaes: U32,
     /// Controller attributes.
     pub ctratt: U32,
-    reserved_100: [u8; 156],
+    reserved_100: [u8; 11],
+    /// Controller type: 1 is an I/O controller; 0 before NVMe 1.4.
+    pub cntrltype: u8,
+    reserved_112: [u8; 144],
     /// Optional admin command support.
     pub oacs: U16,
     /// Abort command limit, zero-based.
@@ -117,6 +120,7 @@ pub struct IdentifyController {
 
 const _: () = assert!(size_of::<IdentifyController>() == 4096);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, mdts) == 77);
+const _: () = assert!(std::mem::offset_of!(IdentifyController, cntrltype) == 111);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, oacs) == 256);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, tnvmcap) == 280);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, kas) == 320);
@@ -132,6 +136,8 @@ pub mod oncs {
     pub const DATASET_MANAGEMENT: u16 = 1 << 2;
     /// Write Zeroes.
     pub const WRITE_ZEROES: u16 = 1 << 3;
+    /// The Save field of Set Features and the Select field of Get Features.
+    pub const SAVE_AND_SELECT: u16 = 1 << 4;
 }
 
 impl IdentifyController {
@@ -276,6 +282,8 @@ pub struct NamespaceIds {
     pub nguid: Option<[u8; 16]>,
     /// UUID (type 3).
     pub uuid: Option<[u8; 16]>,
+    /// Command Set Identifier (type 4): 0 is the NVM command set, 2 the Zoned Namespace command set.
+    pub command_set: Option<u8>,
 }
 
 impl NamespaceIds {
@@ -293,6 +301,7 @@ impl NamespaceIds {
                 1 => ids.eui64 = value.try_into().ok(),
                 2 => ids.nguid = value.try_into().ok(),
                 3 => ids.uuid = value.try_into().ok(),
+                4 => ids.command_set = value.first().copied(),
                 _ => {}
             }
             rest = next;
@@ -316,6 +325,9 @@ impl NamespaceIds {
         }
         if let Some(value) = &self.uuid {
             push(3, value);
+        }
+        if let Some(value) = self.command_set {
+            push(4, &[value]);
         }
         list
     }
