@@ -108,7 +108,7 @@ const ACCEPTED: &[Accepted] = &[
     ("*.fuse*", "dnr", "1", "0", Choice, "Do Not Retry is advice"),
     ("compare.*", "dnr", "1", "0", Choice, "Do Not Retry is advice, and others may write meanwhile"),
     ("dsm.*", "status", "0/80", "0/00", Choice, "a range beyond the end is refused, or its deallocation, which is advice, is not followed"),
-    ("counted", "reads_more", "0", "2", QemuDeparts, "a Write Zeroes may be counted for a comparison that failed before it"),
+    ("counted", "reads_more", "0", "*", QemuDeparts, "a Write Zeroes may be counted in the place of a comparison that failed before it"),
     ("read.prp1_odd", "status", "0/13", "0/00", Choice, "a controller need not look at the two lowest bits of PRP1"),
 ];
 
