@@ -1,4 +1,4 @@
-//! The command line: `tandem serve` and `tandem identify`, as clap sees them.
+//! The command line as clap sees it: `tandem serve`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
 //! comes first and flags come on top: `--device` and `--blk` add to it, `--cores` and `--log` replace what it says.
@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{BlkOptions, Config, ConfigError, CoreList, DeviceOptions, LogLevel, Options};
+use crate::host::command::{ListArgs, SetupArgs};
 
 /// A polled-mode userspace storage server: each virtqueue of a guest's disk rides in tandem with one NVMe queue pair.
 #[derive(Debug, Parser)]
@@ -24,6 +25,10 @@ pub enum Command {
     Serve(ServeArgs),
     /// Print what a controller says of itself and of its namespaces
     Identify(IdentifyArgs),
+    /// Show this machine's SSDs, and what Tandem would do with each
+    List(ListArgs),
+    /// Hand SSDs to vfio-pci and back, and reserve huge pages; refuses what is in use
+    SetupVfio(SetupArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -125,7 +130,7 @@ mod tests {
     fn serve(flags: &[&str]) -> Result<ServeArgs, clap::Error> {
         match Cli::try_parse_from(["tandem", "serve"].iter().chain(flags))?.command {
             Command::Serve(args) => Ok(args),
-            Command::Identify(_) => panic!("serve was parsed as identify"),
+            other => panic!("serve was parsed as {other:?}"),
         }
     }
 

@@ -20,6 +20,7 @@
 //! |---|---|
 //! | [`cli`], [`config`], [`plan`] | flags and TOML -> `Config` -> `Plan`, before anything is touched |
 //! | [`control`] | the life of the process: devices, sockets, one [`control::session`] per front-end |
+//! | [`host`] | the machine's SSDs: who uses them, handing them to vfio-pci and back |
 //! | [`vhost`] | a front-end's memory: mapped here and for the device, faults contained |
 //! | [`reactor`] | a pinned core with a mailbox and pollers |
 //! | [`datapath`] | lanes (a virtqueue in service) and pollers (a queue pair and its lanes) |
@@ -58,6 +59,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod datapath;
+pub mod host;
 pub mod plan;
 pub mod reactor;
 pub mod sim;

@@ -8,13 +8,16 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tandem::cli::{Cli, Command, IdentifyArgs, ServeArgs};
 use tandem::config::{CoreId, LogLevel};
-use tandem::control::{claim, identify, server};
+use tandem::control::{identify, server};
+use tandem::host::command;
 use tandem::plan::{Topology, plan};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve(&args),
         Command::Identify(args) => run_identify(&args),
+        Command::List(args) => Ok(command::list_here(&args).into()),
+        Command::SetupVfio(args) => Ok(command::setup_here(&args).into()),
     };
     result.unwrap_or_else(|error| {
         eprintln!("tandem: {error}");
@@ -56,13 +59,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
 fn run_identify(args: &IdentifyArgs) -> anyhow::Result<ExitCode> {
     let config = args.device.clone().resolve_alone()?;
-    let (device, _) = claim::open_device(&config, 1)?;
-    if args.json {
-        print(&format!("{:#}\n", identify::to_json(&device)));
-    } else {
-        print(&identify::to_text(&device));
-    }
-    device.shutdown()?;
+    print(&identify::describe(&config, args.json)?);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -27,7 +27,7 @@ fn from_flags(flags: &[String]) -> Result<Config, String> {
         .command
     {
         Command::Serve(args) => args.config().map_err(|error| error.to_string()),
-        Command::Identify(_) => Err("parsed as identify".to_owned()),
+        other => Err(format!("parsed as {other:?}")),
     }
 }
 

@@ -2,9 +2,6 @@
 //! reactor does under a load, and does not (I9).
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
-#[path = "common/front_end.rs"]
-mod front_end;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -15,13 +12,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use front_end::*;
 use tandem::config::{CoreId, Options};
 use tandem::control::server::Server;
 use tandem::plan::{Topology, plan};
+use tandem::sim::front_end::feature::*;
+use tandem::sim::front_end::request::*;
+use tandem::sim::front_end::*;
 use tandem::sim::{SimCompletion, SimGuest, SimGuestConfig, SimRequest};
 use tandem::virtio::blk::{VirtioBlkConfig, request_type, status};
-use tandem::virtio::memory::{Gpa, GuestMemory, GuestRegion};
+use tandem::virtio::memory::Gpa;
 use zerocopy::FromBytes;
 
 /// A server in this process, with one RAM disk for each name.
@@ -88,32 +87,18 @@ impl Drop for Rig {
 }
 
 const BASE: u64 = 0x10_0000;
-const USER: u64 = 0x7f00_0000_0000;
+const USER: u64 = USER_BASE;
 const MEMORY: u64 = 8 << 20;
 
 /// A guest with one queue in a memfd, as the front-end shares it.
 struct Guest {
     driver: SimGuest,
-    file: File,
-    region: Region,
+    shared: SharedMemory,
 }
 
 impl Guest {
     fn new(size: u16, first_index: u16) -> Guest {
-        let file = memfd(MEMORY);
-        let map = memmap2::MmapOptions::new()
-            .len(MEMORY as usize)
-            .map_raw(&file)
-            .unwrap();
-        let hva = std::ptr::NonNull::new(map.as_mut_ptr()).unwrap();
-        let region = GuestRegion {
-            gpa: Gpa(BASE),
-            len: MEMORY,
-            hva,
-            dma: 0,
-        };
-        // SAFETY: `map` keeps the pages mapped and is owned by the memory; only raw accesses follow.
-        let memory = unsafe { GuestMemory::new(vec![region], Box::new(map)) }.unwrap();
+        let shared = SharedMemory::new(Gpa(BASE), MEMORY);
         let config = SimGuestConfig {
             size,
             event_idx: true,
@@ -122,65 +107,18 @@ impl Guest {
             first_index,
             base: Gpa(BASE),
         };
-        let driver = SimGuest::new(Arc::new(memory), config).unwrap();
-        let region = Region {
-            gpa: BASE,
-            size: MEMORY,
-            user_addr: USER,
-            mmap_offset: 0,
-        };
-        Guest {
-            driver,
-            file,
-            region,
-        }
-    }
-
-    fn user(&self, host: std::ptr::NonNull<u8>) -> u64 {
-        let start = self.driver.memory().contiguous(Gpa(BASE), 1).unwrap();
-        USER + (host.addr().get() - start.addr().get()) as u64
+        let driver = SimGuest::new(Arc::clone(&shared.memory), config).unwrap();
+        Guest { driver, shared }
     }
 
     /// Everything between SET_OWNER and the running queue, as QEMU orders it.
     fn start(&self, front_end: &FrontEnd, index: u32, features: u64) -> (File, File) {
-        front_end.send(SET_FEATURES, &features.to_le_bytes(), &[]);
-        let table = mem_table(&[self.region]);
-        assert_eq!(
-            front_end.acknowledged(SET_MEM_TABLE, &table, &[self.file.as_fd()]),
-            Some(0)
-        );
+        front_end.share(features, &self.shared);
         self.start_queue(front_end, index)
     }
 
     fn start_queue(&self, front_end: &FrontEnd, index: u32) -> (File, File) {
-        let config = self.driver.virtqueue_config();
-        let (kick, call) = (eventfd(), eventfd());
-        front_end.send(SET_VRING_NUM, &vring_state(index, config.size.into()), &[]);
-        front_end.send(
-            SET_VRING_BASE,
-            &vring_state(index, config.next_avail.into()),
-            &[],
-        );
-        let [descriptor, used, avail] =
-            [config.descriptor_table, config.used, config.avail].map(|at| self.user(at));
-        front_end.send(
-            SET_VRING_ADDR,
-            &vring_addr(index, descriptor, used, avail),
-            &[],
-        );
-        front_end.send(
-            SET_VRING_CALL,
-            &u64::from(index).to_le_bytes(),
-            &[call.as_fd()],
-        );
-        front_end.send(
-            SET_VRING_KICK,
-            &u64::from(index).to_le_bytes(),
-            &[kick.as_fd()],
-        );
-        let enabled = front_end.acknowledged(SET_VRING_ENABLE, &vring_state(index, 1), &[]);
-        assert_eq!(enabled, Some(0), "SET_VRING_ENABLE");
-        (kick, call)
+        front_end.start_queue(index, &self.driver, &self.shared)
     }
 
     fn wait(&mut self) -> SimCompletion {
@@ -333,8 +271,8 @@ fn sixty_four_queues_of_1024_entries_all_serve() {
     front_end.send(SET_VRING_NUM, &vring_state(63, 1024), &[]);
     front_end.send(SET_VRING_BASE, &vring_state(63, 1), &[]);
     let config = guest.driver.virtqueue_config();
-    let [descriptor, used, avail] =
-        [config.descriptor_table, config.used, config.avail].map(|at| guest.user(at));
+    let [descriptor, used, avail] = [config.descriptor_table, config.used, config.avail]
+        .map(|at| guest.shared.user_address(at));
     front_end.send(
         SET_VRING_ADDR,
         &vring_addr(63, descriptor, used, avail),
@@ -391,9 +329,9 @@ fn memory_table_replaced_while_running_keeps_serving() {
         Some(0)
     );
     assert_eq!(guest.read(0, 4096), vec![1; 4096]);
-    let again = mem_table(&[guest.region]);
+    let again = mem_table(&[guest.shared.region]);
     assert_eq!(
-        front_end.acknowledged(SET_MEM_TABLE, &again, &[guest.file.as_fd()]),
+        front_end.acknowledged(SET_MEM_TABLE, &again, &[guest.shared.file.as_fd()]),
         Some(0)
     );
     assert_eq!(guest.read(8, 4096), vec![2; 4096]);
@@ -537,7 +475,7 @@ fn memory_shrunk_by_the_front_end_costs_its_session_only() {
     let (mut a, b) = (Guest::new(64, 0), Guest::new(64, 0));
     a.start(&good, 0, FEATURES);
     b.start(&bad, 0, FEATURES);
-    b.file.set_len(4096).unwrap(); // the poller reads avail.idx all the time: SIGBUS
+    b.shared.file.set_len(4096).unwrap(); // the poller reads avail.idx all the time: SIGBUS
     assert!(bad.is_closed());
     assert_eq!(a.write(3, &[6; 512]), status::OK);
     assert_eq!(a.read(3, 512), vec![6; 512]);
@@ -715,7 +653,7 @@ fn bad_messages_close_the_connection_and_nothing_else() {
 fn ring_addresses_outside_shared_memory_close_the_connection() {
     let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
     let guest = Guest::new(64, 0);
-    let end = USER + MEMORY;
+    let end = guest.shared.region.user_addr + MEMORY;
     for [descriptor, used, avail] in [
         [0, USER, USER],
         [USER, 0, USER],
@@ -729,9 +667,9 @@ fn ring_addresses_outside_shared_memory_close_the_connection() {
         let front_end = rig.connect("a");
         front_end.negotiate();
         front_end.send(SET_FEATURES, &FEATURES.to_le_bytes(), &[]);
-        let table = mem_table(&[guest.region]);
+        let table = mem_table(&[guest.shared.region]);
         assert_eq!(
-            front_end.acknowledged(SET_MEM_TABLE, &table, &[guest.file.as_fd()]),
+            front_end.acknowledged(SET_MEM_TABLE, &table, &[guest.shared.file.as_fd()]),
             Some(0)
         );
         front_end.send(SET_VRING_NUM, &vring_state(0, 64), &[]);

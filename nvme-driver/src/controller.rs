@@ -83,7 +83,7 @@ pub struct Namespace {
     pub write_protected: bool,
     /// DLFEAT: deallocated blocks read back zero.
     pub deallocated_reads_zero: bool,
-    /// NGUID, EUI-64, UUID.
+    /// NGUID, EUI-64, UUID, and the command set if the controller says it.
     pub ids: NamespaceIds,
 }
 

@@ -2,6 +2,7 @@
 # Words for jobs, in the guest: every job begins with `. /job.sh`. What a job says to the machine outside are lines that
 # begin with TANDEM:
 #   TANDEM key=value               a fact
+#   TANDEM-FILE key LINE           a line of a fact that has many
 #   TANDEM-BEGIN TEXT              a step begins
 #   TANDEM-STEP ok SECONDS TEXT    a step that worked
 #   TANDEM-STEP fail SECONDS TEXT  one that did not, followed by TANDEM-LOG lines of its output

@@ -47,20 +47,20 @@ serve() {
     shift
     tandem serve --cores 0 "$@" >"/tmp/$serve_name.out" 2>"/tmp/$serve_name.log" &
     echo $! >"/tmp/$serve_name.pid"
-    if ! within 30 served "$serve_name"; then
+    within 30 served_or_ended "$serve_name"
+    if ! served "$serve_name"; then
         cat "/tmp/$serve_name.log"
         return 1
     fi
 }
 
-# The server is ready. One that has ended will not be.
+# The server is ready.
 served() {
-    grep -q '^tandem: ready$' "/tmp/$1.out" && return 0
-    kill -0 "$(cat "/tmp/$1.pid")" 2>/dev/null || {
-        cat "/tmp/$1.log"
-        exit 1
-    }
-    return 1
+    grep -q '^tandem: ready$' "/tmp/$1.out"
+}
+
+served_or_ended() {
+    served "$1" || ! kill -0 "$(cat "/tmp/$1.pid")" 2>/dev/null
 }
 
 # refuses TEXT ARGUMENT...: a server that starts nothing, says why (an extended regular expression) and ends with 2.
@@ -81,10 +81,15 @@ finish() {
     return "$finish_status"
 }
 
-# tells NAME FILE: the lines of a file as TANDEM-FILE lines for the machine outside.
+# tells NAME FILE: a fact of many lines, for the test outside.
 tells() {
     sed "s/^/TANDEM-FILE $1 /" "$2"
-    echo "TANDEM-FILE-END $1"
+}
+
+# told TEXT COMMAND...: a step that says facts.
+told() {
+    step "$@"
+    grep '^TANDEM ' /tmp/step || true
 }
 
 # no_faults: the IOMMU has blocked nothing since the machine started.

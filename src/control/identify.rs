@@ -5,7 +5,9 @@ use std::fmt::Write;
 use nvme_driver::spec::{IdentifyController, IdentifyNamespace, ascii_field};
 use serde_json::{Map, Value, json};
 
-use super::device::{Device, NamespaceInfo};
+use super::claim::open_device;
+use super::device::{Device, DeviceError, NamespaceInfo};
+use crate::config::DeviceConfig;
 
 /// One field: its name, its value as a number or string, and as text.
 type Field = (&'static str, Value, String);
@@ -141,6 +143,21 @@ fn as_object(fields: Vec<Field>) -> Map<String, Value> {
         .into_iter()
         .map(|(name, value, _)| (name.to_owned(), value))
         .collect()
+}
+
+/// Claims a controller, takes down what it says of itself, and lets it go.
+///
+/// # Errors
+/// When it cannot be claimed, or not be shut down.
+pub fn describe(config: &DeviceConfig, json: bool) -> Result<String, DeviceError> {
+    let (device, _) = open_device(config, 1)?;
+    let text = if json {
+        format!("{:#}\n", to_json(&device))
+    } else {
+        to_text(&device)
+    };
+    device.shutdown()?;
+    Ok(text)
 }
 
 /// `{"device", "version", "queue_pairs", "controller": {...}, "namespaces": [{"nsid", ...}]}`, fields as nvme-cli

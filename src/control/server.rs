@@ -362,6 +362,14 @@ fn servable(disk: &DiskPlan, device: &Device) -> Result<(Namespace, Geometry), S
             .collect();
         refuse(format!("it is not active (active: {active:?})"))
     })?;
+    // A controller with one command set need not say that it is this one.
+    let command_set = namespace.ids.command_set.unwrap_or(0);
+    if command_set != 0 {
+        let name = if command_set == 2 { " (zoned)" } else { "" };
+        return Err(refuse(format!(
+            "its command set is {command_set:02x}h{name}, and a disk needs one of the NVM command set (00h)"
+        )));
+    }
     if namespace.metadata_size != 0 {
         return Err(refuse(format!(
             "its blocks carry {} bytes of metadata (format it without)",

@@ -180,6 +180,7 @@ impl<T: Transport> Poller<T> {
     }
 
     /// Ends an outstanding command that no device will complete.
+    #[cold]
     fn give_up(&mut self, cid: Cid) {
         if self.pair.queue.abandon(cid) {
             self.complete(Completion {
@@ -253,7 +254,7 @@ impl<T: Transport> Poller<T> {
     }
 
     /// Takes what has completed. `true` when anything had.
-    #[inline]
+    #[inline(always)]
     fn collect(&mut self) -> bool {
         let mut busy = false;
         self.pair.queue.service();
@@ -267,7 +268,8 @@ impl<T: Transport> Poller<T> {
         busy
     }
 
-    #[inline]
+    // Always: a second caller, however cold, would cost each request a call.
+    #[inline(always)]
     fn complete(&mut self, completion: Completion) {
         let context = self.pair.commands[completion.cid.index()];
         let success = completion.status.is_success();
@@ -390,6 +392,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         Arc::clone(&self.health)
     }
 
+    #[cold]
     fn settle(&mut self, deadline: Duration) -> bool {
         let start = Instant::now();
         while self.pair.queue.outstanding() > 0 && start.elapsed() < deadline {

@@ -340,6 +340,7 @@ fn identify(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> Admi
                 eui64: Some(namespace.eui64),
                 nguid: Some(namespace.nguid),
                 uuid: Some(namespace.uuid),
+                command_set: Some(0),
             }
             .to_list();
             page[..list.len()].copy_from_slice(&list);

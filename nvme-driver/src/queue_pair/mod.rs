@@ -280,10 +280,13 @@ impl<T: Transport> QueuePair<T> {
     }
 
     #[inline]
-    fn push(&mut self, mut entry: SubmissionEntry, cid: Cid) {
-        entry.cid = U16::new(cid.0);
-        self.sq.push(&entry);
-        self.sent[cid.index()] = entry;
+    fn push(&mut self, entry: SubmissionEntry, cid: Cid) {
+        let sent = &mut self.sent[cid.index()];
+        *sent = SubmissionEntry {
+            cid: U16::new(cid.0),
+            ..entry
+        };
+        self.sq.push(sent);
         self.counters.commands = self.counters.commands.wrapping_add(1);
     }
 

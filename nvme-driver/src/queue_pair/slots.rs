@@ -18,9 +18,8 @@ pub(crate) struct Slots {
 struct Slot {
     /// The free slot behind this one, while it is free; [`NONE`] behind the last.
     next: u16,
-    outstanding: bool,
-    /// How often the command was sent again.
-    retries: u8,
+    /// How often the command was sent; 0 while the slot is free.
+    attempts: u8,
     /// When it was taken.
     era: u16,
 }
@@ -35,8 +34,7 @@ impl Slots {
                 .chain([NONE])
                 .map(|next| Slot {
                     next,
-                    outstanding: false,
-                    retries: 0,
+                    attempts: 0,
                     era: 0,
                 })
                 .collect(),
@@ -62,8 +60,7 @@ impl Slots {
         let cid = self.free;
         // [`NONE`] names no slot.
         let slot = self.slots.get_mut(usize::from(cid))?;
-        slot.outstanding = true;
-        slot.retries = 0;
+        slot.attempts = 1;
         slot.era = self.era;
         self.free = slot.next;
         self.free_count = self.free_count.wrapping_sub(1); // not 0: there was a free one
@@ -74,7 +71,7 @@ impl Slots {
     pub(crate) fn outstanding(&self) -> impl Iterator<Item = Cid> {
         let taken = (0_u16..).zip(&self.slots);
         taken
-            .filter(|(_, slot)| slot.outstanding)
+            .filter(|(_, slot)| slot.attempts > 0)
             .map(|(cid, _)| Cid(cid))
     }
 
@@ -83,10 +80,10 @@ impl Slots {
     pub(crate) fn try_again(&mut self, cid: Cid, most: u8) -> bool {
         let era = self.era;
         let slot = self.slots.get_mut(cid.index());
-        let Some(slot) = slot.filter(|slot| slot.outstanding && slot.retries < most) else {
+        let Some(slot) = slot.filter(|slot| (1..=most).contains(&slot.attempts)) else {
             return false;
         };
-        slot.retries += 1;
+        slot.attempts = slot.attempts.saturating_add(1);
         slot.era = era;
         true
     }
@@ -114,11 +111,11 @@ impl Slots {
         let Some(slot) = self
             .slots
             .get_mut(cid.index())
-            .filter(|slot| slot.outstanding)
+            .filter(|slot| slot.attempts > 0)
         else {
             return false;
         };
-        slot.outstanding = false;
+        slot.attempts = 0;
         slot.next = self.free;
         self.free = cid.0;
         self.free_count = self.free_count.wrapping_add(1); // at most as many as there are

@@ -282,6 +282,8 @@ pub struct NamespaceIds {
     pub nguid: Option<[u8; 16]>,
     /// UUID (type 3).
     pub uuid: Option<[u8; 16]>,
+    /// Command Set Identifier (type 4): 0 is the NVM command set, 2 the Zoned Namespace command set.
+    pub command_set: Option<u8>,
 }
 
 impl NamespaceIds {
@@ -299,6 +301,7 @@ impl NamespaceIds {
                 1 => ids.eui64 = value.try_into().ok(),
                 2 => ids.nguid = value.try_into().ok(),
                 3 => ids.uuid = value.try_into().ok(),
+                4 => ids.command_set = value.first().copied(),
                 _ => {}
             }
             rest = next;
@@ -322,6 +325,9 @@ impl NamespaceIds {
         }
         if let Some(value) = &self.uuid {
             push(3, value);
+        }
+        if let Some(value) = self.command_set {
+            push(4, &[value]);
         }
         list
     }

@@ -194,10 +194,13 @@ fn namespace_descriptors_round_trip_and_hostile_lists_end() {
         &[9, 4, 0, 0, 1, 2, 3, 4], // an unknown type is skipped
         &[2, 16, 0, 0],
         &[0xcc; 16],
+        &[4, 1, 0, 0],
+        &[2],
         &[0; 16],
     ]
     .concat();
     let ids = NamespaceIds::parse(&list);
+    assert_eq!(ids.command_set, Some(2));
     assert_eq!(ids.uuid, Some([0xaa; 16]));
     assert_eq!(ids.eui64, Some([0xbb; 8]));
     assert_eq!(ids.nguid, Some([0xcc; 16]));

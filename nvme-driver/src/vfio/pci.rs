@@ -195,6 +195,39 @@ impl PciFunction {
         link_name(&self.path.join("iommu_group"))?.parse().ok()
     }
 
+    /// Its group is one of VFIO's no-IOMMU mode: nothing keeps the device from any memory of the machine.
+    #[must_use]
+    pub fn is_without_iommu(&self) -> bool {
+        let group = self.iommu_group();
+        group.is_some_and(|group| self.sysfs.is_noiommu_group(group))
+    }
+
+    /// The file through which a process gets the device, below `/dev`: `vfio/N`. `None` when it is in no group.
+    #[must_use]
+    pub fn vfio_node(&self) -> Option<String> {
+        let prefix = if self.is_without_iommu() {
+            "noiommu-"
+        } else {
+            ""
+        };
+        Some(format!("vfio/{prefix}{}", self.iommu_group()?))
+    }
+
+    /// What its PCI Express link runs at, and what it could; `None` when it is no PCI Express function.
+    #[must_use]
+    pub fn link(&self) -> Option<(PciLink, PciLink)> {
+        let link = |which: &str| {
+            let speed = self.attribute(&format!("{which}_link_speed"))?;
+            let width = self.attribute(&format!("{which}_link_width"))?;
+            Some(PciLink {
+                speed: speed.trim_end_matches(" PCIe").to_owned(),
+                width: width.parse().ok()?,
+            })
+        };
+        let max = link("max").filter(|max| max.speed != "Unknown")?;
+        Some((link("current")?, max))
+    }
+
     /// All functions of its group, itself included: they share one table, so none may be the kernel's while we have
     /// another. Empty when there is no group.
     #[must_use]
@@ -221,6 +254,21 @@ impl PciFunction {
             .filter_map(|member| Some((member.address, member.driver()?)))
             .filter(|(_, driver)| !harmless(driver))
             .collect()
+    }
+}
+
+/// A PCI Express link, written `16.0 GT/s x4`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciLink {
+    /// Of one lane, as the kernel writes it: `16.0 GT/s`, or `Unknown`.
+    pub speed: String,
+    /// Lanes; 0 when the link is down.
+    pub width: u32,
+}
+
+impl fmt::Display for PciLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} x{}", self.speed, self.width)
     }
 }
 

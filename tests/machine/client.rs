@@ -1,0 +1,174 @@
+//! A polled vhost-user-blk client: a front-end, a guest's memory with a canary around everything that the server may
+//! touch, and a virtqueue driver for each queue.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tandem::sim::front_end::feature::{F_EVENT_IDX, F_INDIRECT, F_PROTOCOL, F_VERSION_1};
+use tandem::sim::front_end::request::GET_FEATURES;
+use tandem::sim::{FrontEnd, SharedMemory, SimCompletion, SimGuest, SimGuestConfig, SimRequest};
+use tandem::virtio::blk::{feature, request_type, status};
+use tandem::virtio::memory::Gpa;
+
+use crate::load::SECTOR;
+
+/// How long a request may take: an emulated machine is slow, and a server may be draining another client.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+/// Every client has its memory here: two clients of a server use the same addresses.
+const BASE: u64 = 0x10_0000;
+const CANARY: u8 = 0xc5;
+const CANARY_BYTES: u64 = 1 << 20;
+const FEATURES: u64 = F_PROTOCOL
+    | F_VERSION_1
+    | F_INDIRECT
+    | F_EVENT_IDX
+    | feature::FLUSH
+    | feature::MQ
+    | feature::DISCARD
+    | feature::WRITE_ZEROES;
+
+pub struct Client {
+    front_end: FrontEnd,
+    pub queues: Vec<SimGuest>,
+    /// Where the canaries begin: in front of the queues and behind them.
+    canaries: [u64; 2],
+}
+
+impl Client {
+    /// Connects and starts `queues` virtqueues of `size` entries. `None` when the server turns us away: it is still
+    /// busy with the client before.
+    pub fn try_connect(path: &Path, queues: u32, size: u16, max_data: u32) -> Option<Client> {
+        let front_end = FrontEnd::connect(path);
+        // As `negotiate` asks first, but closed is an answer here.
+        front_end
+            .send_raw(&FrontEnd::message(GET_FEATURES, 1, &[]), &[])
+            .ok()?;
+        front_end.try_receive(GET_FEATURES)?;
+        let (offered, _) = front_end.negotiate();
+        let missing = FEATURES & !offered;
+        assert_eq!(missing, 0, "features that are not offered: {missing:#x}");
+
+        let config = |base| SimGuestConfig {
+            size,
+            event_idx: true,
+            indirect: true,
+            max_data,
+            first_index: 65_500,
+            base,
+        };
+        let each = config(Gpa(BASE)).bytes().next_multiple_of(4096);
+        let first = BASE + CANARY_BYTES;
+        let end = first + each * u64::from(queues);
+        let shared = SharedMemory::new(Gpa(BASE), end + CANARY_BYTES - BASE);
+        let drivers = (0..u64::from(queues)).map(|index| {
+            let config = config(Gpa(first + each * index));
+            SimGuest::new(Arc::clone(&shared.memory), config).expect("one region")
+        });
+        let drivers: Vec<SimGuest> = drivers.collect();
+        let canaries = [BASE, end];
+        for at in canaries {
+            drivers[0].write(Gpa(at), &vec![CANARY; CANARY_BYTES as usize]);
+        }
+        front_end.share(FEATURES, &shared);
+        for (index, driver) in (0..).zip(&drivers) {
+            front_end.start_queue(index, driver, &shared);
+        }
+        let mut queues = drivers;
+        for queue in &mut queues {
+            queue.disable_signals();
+        }
+        Some(Client {
+            front_end,
+            queues,
+            canaries,
+        })
+    }
+
+    pub fn connect(path: &Path, queues: u32, size: u16, max_data: u32) -> Client {
+        let start = Instant::now();
+        loop {
+            if let Some(client) = Client::try_connect(path, queues, size, max_data) {
+                return client;
+            }
+            assert!(
+                start.elapsed() < DEADLINE,
+                "{} turns us away",
+                path.display()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// One request at a time, by queue 0: its completion.
+    pub fn request(&mut self, request: &SimRequest, data: &[u8]) -> SimCompletion {
+        let queue = &mut self.queues[0];
+        queue.submit(request, data).expect("an idle queue");
+        queue.publish();
+        let start = Instant::now();
+        loop {
+            if let Some(completion) = queue.poll_used() {
+                return completion;
+            }
+            assert!(start.elapsed() < DEADLINE, "no completion: {request:?}");
+            std::hint::spin_loop();
+        }
+    }
+
+    pub fn write(&mut self, sector: u64, data: &[u8]) {
+        let len = u32::try_from(data.len()).expect("a request's length");
+        let request = SimRequest::new(request_type::OUT, sector, len, false);
+        assert_eq!(
+            self.request(&request, data).status,
+            status::OK,
+            "{request:?}"
+        );
+    }
+
+    pub fn read(&mut self, sector: u64, data: &mut [u8]) {
+        let len = u32::try_from(data.len()).expect("a request's length");
+        let request = SimRequest::new(request_type::IN, sector, len, true);
+        let completion = self.request(&request, &[]);
+        assert_eq!(completion.status, status::OK, "{request:?}");
+        self.queues[0].read_data(completion.head, data);
+    }
+
+    /// Reads `sectors` from the beginning, in pieces.
+    pub fn read_all(&mut self, sector: u64, sectors: u64, piece: usize) -> Vec<u8> {
+        let mut all = vec![0; (sectors * SECTOR) as usize];
+        for (index, piece_of) in all.chunks_mut(piece).enumerate() {
+            self.read(sector + (index * piece) as u64 / SECTOR, piece_of);
+        }
+        all
+    }
+
+    /// Nothing was written where nothing was asked for.
+    pub fn check_canaries(&self) {
+        for at in self.canaries {
+            let mut bytes = vec![0; CANARY_BYTES as usize];
+            self.queues[0].read(Gpa(at), &mut bytes);
+            let stray = bytes.iter().position(|byte| *byte != CANARY);
+            assert_eq!(stray, None, "a stray byte behind {at:#x} of guest memory");
+        }
+    }
+
+    /// Closes the connection, as the end of this process would. The memory stays, for us to look at.
+    pub fn hang_up(&self) {
+        let _ = self.front_end.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Has the server closed the connection? Does not wait.
+    pub fn is_gone(&self) -> bool {
+        let socket = &self.front_end.socket;
+        let mut byte = [0];
+        let peeked = rustix::net::recv(
+            socket,
+            &mut byte[..],
+            rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT,
+        );
+        match peeked {
+            Ok((_, received)) => received == 0,
+            Err(error) => error != rustix::io::Errno::AGAIN,
+        }
+    }
+}
