@@ -6,7 +6,7 @@
 //!                                    Type1Domain (domain)             VfioTransport, VfioPort
 //! ```
 //! On the kernel's container/group interface. The newer one (IOMMUFD, a file for each device) would replace
-//! `open` and [`domain`]: nothing else here knows how the device was opened.
+//! `open` and `domain`: nothing else here knows how the device was opened.
 //!
 //! Promises: interrupts stay off; the device masters the bus only while this value lives, and its command register is
 //! as before afterwards; a device that vanishes reads as all ones and never ends the process. Start at
