@@ -291,15 +291,15 @@ fn measure<T: Transport>(transport: T, arguments: &Arguments) -> Result<()> {
     run.poll_until(&mut queue, &mut work, &data, (len, stride), ramp)?;
     run.begin_measuring();
     run.poll_until(&mut queue, &mut work, &data, (len, stride), runtime)?;
-    let elapsed = run.started.elapsed();
-    let doorbells = queue.counters();
+    let elapsed = Duration::from_nanos(run.last_round - run.started);
+    let counters = queue.counters();
     run.drain(&mut queue)?;
     run.report(elapsed, len);
-    let resent = doorbells.resent;
-    if resent + doorbells.anomalies != 0 {
+    let resent = counters.resent;
+    if resent + counters.anomalies != 0 {
         println!(
             "  sent again {resent}, impossible completions {}",
-            doorbells.anomalies
+            counters.anomalies
         );
     }
     controller.delete_queue_pair(queue)?;
@@ -316,7 +316,10 @@ struct Run {
     /// Places in the data buffer, one for each command.
     free_places: Vec<usize>,
     epoch: Instant,
-    started: Instant,
+    /// When measuring began: the round before it.
+    started: u64,
+    /// When the last round began. Nothing of what came later was seen.
+    last_round: u64,
     /// Nanoseconds, three digits exact.
     latencies: Histogram<u64>,
     rounds: u64,
@@ -340,7 +343,8 @@ impl Run {
             in_flight: vec![InFlight { place: 0, since: 0 }; usize::from(depth)],
             free_places: (0..usize::from(depth)).collect(),
             epoch: Instant::now(),
-            started: Instant::now(),
+            started: 0,
+            last_round: 0,
             latencies: Histogram::new_with_bounds(1, DEADLINE.as_nanos().try_into()?, 3)?,
             rounds: 0,
             idle_rounds: 0,
@@ -350,7 +354,7 @@ impl Run {
     fn begin_measuring(&mut self) {
         self.latencies.reset();
         (self.rounds, self.idle_rounds) = (0, 0);
-        self.started = Instant::now();
+        self.started = self.last_round;
     }
 
     fn now(&self) -> u64 {
@@ -373,6 +377,7 @@ impl Run {
             if now >= end {
                 return Ok(());
             }
+            self.last_round = now;
             if self.complete(queue, now)? > 0 {
                 last_completion = now;
             } else if now - last_completion > u64::try_from(DEADLINE.as_nanos())? {

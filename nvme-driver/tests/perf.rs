@@ -59,10 +59,12 @@ fn perf_of_each_workload_prints_figures_that_hang_together() {
             p50 <= p99 && p99 <= p999 && p999 <= max && mean <= max,
             "{text}"
         );
-        // Little's law: what is in flight is what arrives in the time that one takes.
+        // Little's law: what is in flight is what arrives in the time that one takes. Roughly, since the run is short
+        // and this process may have to wait for a CPU.
         let in_flight = number(&text, "IOPS") * mean / 1e6;
-        let error = in_flight / f64::from(depth) - 1.0;
-        assert!(error.abs() < 0.2, "{in_flight} in flight: {text}");
+        let depth = f64::from(depth);
+        let near = depth / 2.0..depth * 2.0;
+        assert!(near.contains(&in_flight), "{in_flight} in flight: {text}");
     }
 }
 
