@@ -28,11 +28,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use guest::{Guest, Setup};
-use lab::{Lab, bound, eventually, server_binary};
+use lab::{Lab, bound, eventually};
 use load::{Compared, Load, Oracle, SECTOR};
 use report::Report;
 use serde_json::Value;
-use server::Server;
+use server::{Server, server_binary};
 
 type Facts = HashMap<String, String>;
 

@@ -72,14 +72,6 @@ pub fn image_folder() -> PathBuf {
     target.join("guest")
 }
 
-/// The server under test: the one that cargo built for this test, or the optimised one of `scripts/dev test`.
-pub fn server_binary() -> PathBuf {
-    match std::env::var_os("TANDEM_SERVER") {
-        Some(path) => path.into(),
-        None => env!("CARGO_BIN_EXE_tandem").into(),
-    }
-}
-
 /// A command that dies with the thread that starts it.
 pub fn bound(program: &Path) -> Command {
     let mut command = Command::new("setpriv");

@@ -7,11 +7,19 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::lab::{Lab, bound, eventually, server_binary};
+use crate::lab::{Lab, bound, eventually};
 use crate::report::Report;
 
 /// How long the server may take to be ready, to report and to end.
 const SERVER_DEADLINE: Duration = Duration::from_secs(15);
+
+/// The server under test: the one that cargo built for this test, or the optimised one of `scripts/dev test`.
+pub fn server_binary() -> PathBuf {
+    match std::env::var_os("TANDEM_SERVER") {
+        Some(path) => path.into(),
+        None => env!("CARGO_BIN_EXE_tandem").into(),
+    }
+}
 
 fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();

@@ -25,8 +25,10 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// A case: commands to send and lines to write.
 pub type Case<T> = fn(&mut Bench<T>) -> Result<()>;
 
+type Live<T> = Controller<T, Enabled<T>>;
+
 pub struct Bench<T: Transport> {
-    pub controller: Controller<T, Enabled<T>>,
+    pub controller: Live<T>,
     queue: Option<QueuePair<T>>,
     /// The data of commands.
     pub data: DmaBuffer,
@@ -80,7 +82,7 @@ impl Line {
 }
 
 impl<T: Transport> Bench<T> {
-    pub fn new(mut controller: Controller<T, Enabled<T>>, seed: u64) -> Result<Bench<T>> {
+    pub fn new(mut controller: Live<T>, seed: u64) -> Result<Bench<T>> {
         let nsid = controller.active_namespaces()?.first().copied();
         let nsid = nsid.ok_or("the controller has no namespace")?;
         let namespace = controller.namespace(nsid)?;
@@ -117,7 +119,7 @@ impl<T: Transport> Bench<T> {
     }
 
     /// The controller, and the transcript so far.
-    pub fn finish(mut self) -> Result<(Controller<T, Enabled<T>>, Vec<String>)> {
+    pub fn finish(mut self) -> Result<(Live<T>, Vec<String>)> {
         if let Some(queue) = self.queue.take() {
             if queue.counters().anomalies != 0 {
                 return Err(format!("impossible completions: {:?}", queue.counters()).into());

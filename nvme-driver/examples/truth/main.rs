@@ -86,8 +86,11 @@ fn main() -> Result<()> {
         }
         (None, None) => return Err("name a --device or a --model".into()),
     };
-    std::io::stdout().write_all(transcript.join("\n").as_bytes())?;
-    Ok(println!())
+    let mut out = std::io::stdout().lock();
+    for line in transcript {
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
 }
 
 /// The twin of the SSD that `tests/truth.rs` puts into the machine.

@@ -4,7 +4,7 @@ pub struct Rng(u64);
 
 impl Rng {
     pub fn new(seed: u64) -> Rng {
-        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x7472_7574_68)
+        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x0074_7275_7468)
     }
 
     pub fn next(&mut self) -> u64 {

@@ -216,7 +216,8 @@ impl<T: Transport> QueuePair<T> {
     }
 
     /// Puts a command into the submission queue as it stands, data pointer included (only the command identifier is
-    /// ours); no doorbell yet. Commands that this crate has no words for go this way, and invalid ones.
+    /// ours); no doorbell yet. Commands that this crate has no words for go this way, and invalid ones. As any other it
+    /// is sent again when it fails with DNR = 0.
     ///
     /// Memory that the data pointer names is mapped for the device and stays so until the completion with the returned
     /// identifier was polled (I2).
