@@ -657,6 +657,117 @@ fn ssd_behind_a_port_is_removed_and_added_by_the_monitor_and_identified_again() 
     guest.ends_well();
 }
 
+#[test]
+fn controller_reset_under_load_by_somebody_else_costs_no_request() {
+    const LOAD: &str = "seed=11,queues=4,requests=2500,mib=8,block=512";
+    let lab = Lab::new("reset");
+    medium(&lab, "a.img", 64);
+    let job = format!(
+        "
+        . /machine.sh
+        step bind bind 0000:00:05.0
+        step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/vm0.sock,queues=4
+        taskset 2 agent load {LOAD} /tmp/vm0.sock >/tmp/load 2>&1 &
+        load=$!
+        for resets in 1 2 3; do
+            sleep 1.5
+            kill -0 $load && echo 1 >/sys/bus/pci/devices/0000:00:05.0/reset
+        done
+        step load wait $load
+        tells load /tmp/load
+        step finish finish a
+        tells log /tmp/a.log
+        tells report /tmp/a.out
+        step 'no faults' no_faults"
+    );
+    let facts = machine(&lab, &["--ssd", "a.img,max_ioqpairs=8"], &job);
+    report_of(&facts, "report");
+    let device = facts["report"]
+        .lines()
+        .find(|line| line.starts_with("device d0:"));
+    let numbers: Vec<u64> = device
+        .unwrap()
+        .split([' ', ','])
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let [resets, resent, strays] = numbers[..] else {
+        panic!("{device:?}")
+    };
+    assert!(
+        (1..=3).contains(&resets) && resent > 0 && strays == 0,
+        "{device:?}"
+    );
+    assert!(
+        facts["log"].contains("someone has reset it"),
+        "{}",
+        facts["log"]
+    );
+    assert_image_holds(&lab, "a.img", Load::parse(LOAD));
+}
+
+/// The kernel asks for the SSD back (somebody pressed the button of its slot); the server drains and lets go, holds the
+/// guest's requests, and goes on when the SSD is in its slot and bound again. The other SSD never notices.
+#[test]
+fn ssd_removed_under_load_and_put_back_goes_on_where_it_was() {
+    const LOAD: &str = "seed=12,queues=2,requests=6000,mib=8,block=512";
+    let lab = Lab::new("removal");
+    medium(&lab, "a.img", 32);
+    medium(&lab, "b.img", 32);
+    let job = format!(
+        "
+        . /machine.sh
+        step bind bind 0000:01:00.0
+        step 'bind another' bind 0000:00:06.0
+        step serve serve a --device pci:0000:01:00.0,name=goes,on_device_loss=hold --device pci:0000:00:06.0,name=stays \
+            --blk path=/tmp/goes.sock,queues=2,device=goes --blk path=/tmp/stays.sock,queues=2,device=stays
+        taskset 2 agent endure {LOAD} /tmp/goes.sock >/tmp/endure 2>&1 &
+        endure=$!
+        taskset 2 agent load {LOAD} /tmp/stays.sock >/tmp/load 2>&1 &
+        load=$!
+        sleep 1
+        fact loading yes
+        step lost within 60 grep -q 'device lost: requests wait' /tmp/a.log
+        step gone within 30 sh -c '! test -e /sys/bus/pci/devices/0000:01:00.0'
+        fact gone yes
+        step 'there again' within 30 test -e /sys/bus/pci/devices/0000:01:00.0
+        step 'bind again' bind 0000:01:00.0
+        step back within 30 grep -q 'device is back: requests go on' /tmp/a.log
+        step load wait $load
+        step endure wait $endure
+        tells load /tmp/load
+        tells endure /tmp/endure
+        step finish finish a
+        tells log /tmp/a.log
+        step 'no faults' no_faults"
+    );
+    let ssds = [
+        "--ssd",
+        "a.img,port=on",
+        "--ssd",
+        "b.img",
+        "--monitor",
+        "monitor",
+    ];
+    let mut guest = start(&lab, &ssds, &[], &job);
+    guest.tells("loading");
+    monitor(&lab, "device_del ssd0");
+    guest.tells("gone");
+    monitor(
+        &lab,
+        "device_add nvme,id=ssd2,bus=port-ssd0,drive=ssd0-disk,serial=ssd0",
+    );
+    let facts = guest.ends_well();
+    assert!(
+        facts["log"].contains("the system wants it back"),
+        "{}",
+        facts["log"]
+    );
+    assert!(!facts["log"].contains("device=stays"), "{}", facts["log"]);
+    for image in ["a.img", "b.img"] {
+        assert_image_holds(&lab, image, Load::parse(LOAD));
+    }
+}
+
 /// One command to QEMU's monitor (scripts/guest-run --monitor).
 fn monitor(lab: &Lab, command: &str) {
     let mut socket = UnixStream::connect(lab.path("monitor")).unwrap();

@@ -24,6 +24,9 @@ use crate::transport::{Notice, Transport};
 const READY_INTERVAL: Duration = Duration::from_millis(1);
 /// The least that an admin command is given: CAP.TO speaks of enabling only, and queue deletion may wait for media.
 const ADMIN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the registers may be out of reach while the function is reset: the PCI Express specification gives it 100 ms,
+/// and some devices take longer.
+const FUNCTION_RESET_DEADLINE: Duration = Duration::from_secs(2);
 /// The least that a shutdown is given: many controllers leave RTD3E at 0.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -705,6 +708,7 @@ impl<T: Transport, S> Controller<T, S> {
     /// EN 1 -> 0, and RDY = 0 seen. A controller that is just being enabled is waited for first: clearing EN before
     /// RDY is 1 is undefined.
     fn disable(&mut self) -> Result<()> {
+        self.wait_for_registers()?;
         let cc = Cc(self.transport.read32(offset::CC));
         if cc.is_enabled() {
             // A fatal status is an answer as well: only clearing EN helps then.
@@ -721,6 +725,23 @@ impl<T: Transport, S> Controller<T, S> {
             self.cap.ready_timeout(),
             |csts| !csts.is_ready(),
         )
+    }
+
+    /// CAP reads as it did at first. While somebody else resets the function its registers are out of reach, and read
+    /// all ones or zero.
+    fn wait_for_registers(&mut self) -> Result<()> {
+        let mut waited = Duration::ZERO;
+        while Cap(self.transport.read64(offset::CAP)) != self.cap {
+            if waited >= FUNCTION_RESET_DEADLINE {
+                return Err(Error::Removed {
+                    device: self.transport.name(),
+                });
+            }
+            self.transport.pause(READY_INTERVAL);
+            waited += READY_INTERVAL;
+            self.transport.restore();
+        }
+        Ok(())
     }
 
     /// CSTS.RDY becomes `ready` within CAP.TO; a fatal status ends the wait.

@@ -168,6 +168,9 @@ pub trait Transport: Send {
         None
     }
 
+    /// Puts back what a reset of the function by somebody else may have undone: access to registers and memory.
+    fn restore(&mut self) {}
+
     /// How this device departs from the specification.
     fn quirks(&self) -> Quirks {
         Quirks::default()

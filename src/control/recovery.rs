@@ -20,6 +20,9 @@ use crate::reactor::{PollerId, ReactorHandle};
 /// Resets of one device within [`RESET_WINDOW`] before it is given up.
 const MAX_RESETS: usize = 3;
 const RESET_WINDOW: Duration = Duration::from_secs(60);
+/// A device that does not answer is looked at so often again before it is given up, so far apart.
+const GONE_LOOKS: u32 = 10;
+const GONE_INTERVAL: Duration = Duration::from_millis(100);
 /// Completions that make no sense, before the controller is reset.
 const MAX_ANOMALIES: u64 = 8;
 
@@ -107,11 +110,25 @@ impl Keeper {
             }
             Ok(Condition::Broken(reason)) => self.recover(&reason),
             Ok(Condition::Wanted) => self.give_up("the system wants it back", true),
-            Ok(Condition::Gone(reason)) => self.give_up(&reason, false),
+            Ok(Condition::Gone(reason)) => self.believe_gone(&reason),
             Ok(Condition::GivenUp) => self.regain(),
             // The server ends.
             Err(_) => {}
         }
+    }
+
+    /// A device that somebody else resets at this moment looks as if it were gone.
+    fn believe_gone(&mut self, reason: &str) {
+        let device = Arc::clone(&self.device);
+        for _ in 0..GONE_LOOKS {
+            std::thread::sleep(GONE_INTERVAL);
+            match device.with_control(|control| Ok(control.look())) {
+                Ok(Condition::Gone(_)) => {}
+                Ok(Condition::Broken(reason)) => return self.recover(&reason),
+                _ => return self.recover("it did not answer for a while"),
+            }
+        }
+        self.give_up(reason, false);
     }
 
     /// Commands that take too long, and completions that make no sense.

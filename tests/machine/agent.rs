@@ -2,6 +2,7 @@
 //! with an error and says why when anything is not as it should be; facts are lines as scripts/guest/job.sh has them.
 //!
 //!   agent load LOAD SOCKET...      a verified load on each socket at the same time (tests/machine/load.rs)
+//!   agent endure LOAD SOCKET...    the same while devices come and go: requests take longer, and flushes may fail
 //!   agent survive SECONDS SOCKET   writes until the server dies, then looks what the next one has
 //!   agent vanish ROUNDS SOCKET     a client goes with requests in flight, and the next one has other memory at once
 //!   agent fault BDF                reads to where nothing is mapped, on an SSD that vfio-pci has
@@ -32,7 +33,8 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["load", load, ref sockets @ ..] if !sockets.is_empty() => run_load(load, sockets),
+        ["load", load, ref sockets @ ..] if !sockets.is_empty() => run_load(load, sockets, false),
+        ["endure", load, ref sockets @ ..] if !sockets.is_empty() => run_load(load, sockets, true),
         ["survive", seconds, socket] => survive(seconds.parse().unwrap(), Path::new(socket)),
         ["vanish", rounds, socket] => vanish(rounds.parse().unwrap(), Path::new(socket)),
         ["fault", address] => fault(address),
@@ -58,10 +60,13 @@ struct Stream {
     frames: Rng,
     first_sector: u64,
     compared: u64,
+    /// A device that comes back may have lost its cache, and says so.
+    endures: bool,
+    failed_flushes: u64,
 }
 
 impl Stream {
-    fn new(load: &Load, queue: u32) -> Stream {
+    fn new(load: &Load, queue: u32, endures: bool) -> Stream {
         Stream {
             plan: load.plan(queue).peekable(),
             oracle: Oracle::new(load),
@@ -71,6 +76,8 @@ impl Stream {
             frames: Rng::new(load.seed ^ 0xf00d ^ u64::from(queue)),
             first_sector: load.first_sector(queue),
             compared: 0,
+            endures,
+            failed_flushes: 0,
         }
     }
 
@@ -152,7 +159,13 @@ impl Stream {
     fn end(&mut self, queue: &SimGuest, completion: SimCompletion) {
         let action = self.in_flight.remove(&completion.head);
         let action = action.unwrap_or_else(|| panic!("not sent: {completion:?}"));
-        assert_eq!(completion.status, status::OK, "{action:?}");
+        let lost_cache =
+            self.endures && action.kind == Kind::Flush && completion.status == status::IOERR;
+        self.failed_flushes += u64::from(lost_cache);
+        assert!(
+            lost_cache || completion.status == status::OK,
+            "{action:?}: {completion:?}"
+        );
         self.busy[Self::sectors(&action)].fill(false);
         if action.kind == Kind::Read {
             let mut bytes = vec![0; (action.sectors * SECTOR) as usize];
@@ -174,7 +187,7 @@ impl Stream {
 }
 
 /// The same load on every socket, each with a seed of its own, all at once; then everything is read back.
-fn run_load(text: &str, sockets: &[&str]) {
+fn run_load(text: &str, sockets: &[&str], endures: bool) {
     const DEPTH: usize = 24;
     let start = Instant::now();
     let mut clients: Vec<(Load, Client, Vec<Stream>)> = (0..)
@@ -182,7 +195,7 @@ fn run_load(text: &str, sockets: &[&str]) {
         .map(|(index, socket)| {
             let load = Load::parse(text).with_seed_of(index);
             let client = Client::connect(Path::new(socket), load.queues, 64, MAX_DATA + 4096);
-            let streams = (0..load.queues).map(|queue| Stream::new(&load, queue));
+            let streams = (0..load.queues).map(|queue| Stream::new(&load, queue, endures));
             (load, client, streams.collect())
         })
         .collect();
@@ -205,23 +218,28 @@ fn run_load(text: &str, sockets: &[&str]) {
         if ended > 0 {
             last = Instant::now();
         }
+        let patience = if endures { 4 * DEADLINE } else { DEADLINE };
         assert!(
-            last.elapsed() < DEADLINE,
-            "no request has ended for {DEADLINE:?}"
+            last.elapsed() < patience,
+            "no request has ended for {patience:?}"
         );
     }
-    let mut compared = 0;
+    let (mut compared, mut failed_flushes) = (0, 0);
     for (load, client, streams) in &mut clients {
         for (queue, stream) in (0..).zip(streams) {
             let all = client.read_all(load.first_sector(queue), load.sectors(), MAX_DATA as usize);
             stream.compare(0, &all);
             compared += stream.compared;
+            failed_flushes += stream.failed_flushes;
         }
         let flush = SimRequest::new(request_type::FLUSH, 0, 0, false);
         assert_eq!(client.request(&flush, &[]).status, status::OK);
         client.check_canaries();
     }
     fact("load.compared", compared);
+    if endures {
+        fact("load.failed-flushes", failed_flushes);
+    }
     fact("load.seconds", start.elapsed().as_secs_f32());
 }
 

@@ -49,6 +49,8 @@ const PCI_COMMAND: u64 = 0x04;
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_BUS_MASTER: u16 = 1 << 2;
 const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+/// What a claimed function has.
+const ENABLED: u16 = COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE;
 /// Where the doorbells begin in BAR0.
 const DOORBELLS: u64 = 0x1000;
 
@@ -229,9 +231,8 @@ impl VfioTransport {
             let error = io::Error::last_os_error();
             tracing::info!(device = %address, %error, "the function cannot be reset");
         }
-        let enabled = command | COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE;
         config_space
-            .set_command(enabled)
+            .set_command(command | ENABLED)
             .map_err(call("enabling memory and bus mastering"))?;
         let bar = map_bar(&device.0).map_err(call("mapping BAR0"))?;
         let numa_node = function.numa_node();
@@ -437,6 +438,15 @@ impl Transport for VfioTransport {
             return Some(Notice::ReleaseRequested);
         }
         self.bus_error.read().is_ok().then_some(Notice::BusError)
+    }
+
+    fn restore(&mut self) {
+        if let Ok(command) = self.config_space.command()
+            && command & ENABLED != ENABLED
+            && let Err(error) = self.config_space.set_command(command | ENABLED)
+        {
+            tracing::debug!(device = %self.address, %error, "cannot enable memory and bus mastering again");
+        }
     }
 
     fn quirks(&self) -> Quirks {
