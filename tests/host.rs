@@ -371,6 +371,8 @@ impl Effects for Handle {
             .push(format!("run {program} {}", arguments.join(" ")));
         let success = !kernel.failing_programs.contains(&program);
         if program == "modprobe" && success {
+            let module = kernel.at("sys/module").join(arguments[0]);
+            std::fs::create_dir_all(module).unwrap();
             for file in ["bind", "unbind"] {
                 write(
                     kernel
@@ -528,6 +530,10 @@ impl Machine {
         let machine = Machine::with(ssds);
         for file in ["bind", "unbind"] {
             write(machine.at("sys/bus/pci/drivers/vfio-pci").join(file), "");
+            write(
+                machine.at("sys/module/vfio_iommu_type1").join("refcnt"),
+                "0",
+            );
         }
         machine
     }
@@ -695,6 +701,7 @@ fn bind_without_the_driver_loads_it_first() {
     machine.setup(&["bind", A]).is(BOUND);
     let mut steps = bind_steps();
     steps.insert(1, "run modprobe vfio-pci".to_owned());
+    steps.insert(2, "run modprobe vfio_iommu_type1".to_owned());
     assert_eq!(machine.log(), steps);
 }
 

@@ -253,7 +253,9 @@ fn ssd_says_to_us_what_it_says_to_the_kernel_and_comes_back_with_its_files() {
         step mount mount -t ext4 /dev/nvme0n1 /mnt
         step write sh -c 'mkdir /mnt/f && for i in $(seq 16); do dd if=/dev/urandom of=/mnt/f/$i bs=64k count=$i; done'
         step sums sh -c 'cd /mnt/f && sha256sum * >/mnt/sums'
+        step 'in use: refused' sh -c '! tandem setup-vfio bind --force-data 0000:00:05.0 && test -b /dev/nvme0n1'
         step umount umount /mnt
+        step 'holds data: refused' sh -c '! tandem setup-vfio bind 0000:00:05.0 && test -b /dev/nvme0n1'
 
         step bind bind 0000:00:05.0
         step 'the kernel has it no more' sh -c '! test -e /dev/nvme0 && ! test -e /dev/nvme0n1'
@@ -576,7 +578,7 @@ fn user_with_the_group_and_a_memory_limit_serves_and_one_with_too_little_is_told
             grep -q 'setup-vfio bind 0000:00:05.0 --user' /tmp/refused
         }
         step 'not permitted' not_permitted
-        chown 1000:1000 \"/dev/vfio/$(group 0000:00:05.0)\"
+        step 'permit it' bind 0000:00:05.0 --user user
         too_little() {
             serve_as_user 64 >/tmp/refused 2>&1 && return 1
             cat /tmp/refused

@@ -4,30 +4,14 @@
 # Programs of the payload bring their libraries.
 export LD_LIBRARY_PATH=/payload/lib
 
-# bind BDF: hands an SSD such as 0000:00:05.0 from the kernel's driver to vfio-pci, whose group is then in /dev/vfio.
+# bind BDF [OPTION...]: hands an SSD such as 0000:00:05.0 from the kernel's driver to vfio-pci, whatever is on it.
 bind() {
-    modprobe vfio_iommu_type1 && modprobe vfio-pci && rebind "$1" vfio-pci
+    tandem setup-vfio bind --force-data "$@"
 }
 
 # unbind BDF: gives it back to the kernel's driver.
 unbind() {
-    rebind "$1" ''
-}
-
-rebind() {
-    device=/sys/bus/pci/devices/$1
-    echo "$2" >"$device/driver_override"
-    if [ -e "$device/driver" ]; then
-        echo "$1" >"$device/driver/unbind"
-    fi
-    echo "$1" >/sys/bus/pci/drivers_probe
-    driver=$(basename "$(readlink "$device/driver")")
-    [ "$driver" = "${2:-nvme}" ]
-}
-
-# group BDF: the number of its IOMMU group.
-group() {
-    basename "$(readlink "/sys/bus/pci/devices/$1/iommu_group")"
+    tandem setup-vfio unbind "$1"
 }
 
 # within SECONDS COMMAND...: repeats the command until it works.

@@ -23,6 +23,10 @@ const NODE_TICKS: u32 = 50;
 /// A controller has CAP.TO (up to 127 s, commonly below 20) to become ready; its namespaces are then looked for.
 const LIVE_TICKS: u32 = 300;
 
+/// What VFIO's containers need. The kernel asks for it by itself, but does not wait for it, and where it has no
+/// /sbin/modprobe it asks in vain.
+const IOMMU_MODULE: &str = "vfio_iommu_type1";
+
 /// The driver that an SSD has when nobody did anything.
 const KERNEL_DRIVER: &str = "nvme";
 
@@ -203,6 +207,9 @@ fn attach(
 ) -> Result<(), String> {
     if !driver_folder(host, VFIO_DRIVER).exists() {
         load(effects, VFIO_DRIVER)?;
+    }
+    if !host.sysfs.path("module").join(IOMMU_MODULE).exists() {
+        load(effects, IOMMU_MODULE)?;
     }
     write(
         effects,
