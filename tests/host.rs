@@ -372,7 +372,7 @@ impl Effects for Handle {
         let success = !kernel.failing_programs.contains(&program);
         if program == "modprobe" && success {
             let module = kernel.at("sys/module").join(arguments[0]);
-            std::fs::create_dir_all(module).unwrap();
+            fs::create_dir_all(module).unwrap();
             for file in ["bind", "unbind"] {
                 write(
                     kernel
