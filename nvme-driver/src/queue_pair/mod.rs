@@ -370,6 +370,8 @@ impl<T: Transport> QueuePair<T> {
     #[cold]
     fn send_again(&mut self, cid: Cid, status: Status) -> bool {
         let hopeless = !status.may_retry()
+            // An answer, whatever DNR says.
+            || status.is(Status::COMPARE_FAILURE)
             || status.is(Status::ABORT_REQUESTED)
             || status.is(Status::ABORTED_SQ_DELETION);
         self.end_round();
