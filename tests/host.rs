@@ -1001,6 +1001,38 @@ fn bind_is_refused_for_a_device_that_is_only_mapped_or_deleted_from_dev() {
 }
 
 #[test]
+fn bind_sees_files_of_threads_whose_first_thread_has_ended() {
+    let machine = Machine::with_vfio(&[ssd_a()]);
+    machine.process(PID, "db", 1);
+    for thread in [PID, PID + 7] {
+        let folder = machine.process(PID, "db", 1).join(format!("task/{thread}"));
+        fs::create_dir_all(folder.join("fd")).unwrap();
+        write(folder.join("maps"), "");
+        link("mnt:[1]", folder.join("ns/mnt"));
+    }
+    let fd = machine.at(&format!("proc/{PID}/task/{}/fd/3", PID + 7));
+    link(machine.at("dev/nvme0n1"), fd);
+    machine
+        .setup(&["bind", A])
+        .refused(&format!("/dev/nvme0n1 is open in pid {PID} (db)"));
+}
+
+#[test]
+fn bind_while_a_process_cannot_be_looked_into_is_refused() {
+    let machine = Machine::with_vfio(&[ssd_a()]);
+    let folder = machine.process(PID, "hidden", 1);
+    fs::remove_dir(folder.join("fd")).unwrap();
+    write(folder.join("fd"), "");
+    machine.setup(&["bind", "--force-data", A]).refused(&format!(
+        "the open files of 1 processes cannot be seen (the first is pid {PID}): run this as root, with CAP_SYS_PTRACE"
+    ));
+    machine.untouched();
+    // One that ends meanwhile hides nothing.
+    fs::remove_file(folder.join("fd")).unwrap();
+    machine.setup(&["bind", A]).is(BOUND);
+}
+
+#[test]
 fn bind_while_the_kernel_claims_the_disk_for_what_no_table_shows_is_refused() {
     let machine = Machine::with_vfio(&[ssd_a()]);
     machine.kernel().claimed = vec!["nvme0n1"];
@@ -1334,6 +1366,36 @@ fn bind_that_can_go_neither_on_nor_back_says_what_to_do_and_keeps_the_record() {
     machine.kernel().refusing_drivers.clear();
     machine.setup(&["unbind", A]).is(&format!(
         "{A}: bound to nvme: nvme0 is live, its disks: /dev/nvme0n1\n"
+    ));
+}
+
+#[test]
+fn bind_of_what_was_lost_half_way_keeps_the_record_of_where_it_belongs() {
+    let machine = Machine::bound();
+    machine.kernel().unbind(A);
+    assert_eq!(machine.setup(&["bind", "--force-data", A]).code, 0);
+    machine.setup(&["unbind", A]).is(&format!(
+        "{A}: bound to nvme: nvme0 is live, its disks: /dev/nvme0n1\n"
+    ));
+}
+
+#[test]
+fn bind_that_fails_leaves_a_rule_of_before() {
+    let machine = Machine::with_vfio(&[ssd_a()]);
+    let before = format!("{}\n", rule(A));
+    write(machine.at(RULES), &before);
+    machine.kernel().refusing_drivers = vec!["vfio-pci"];
+    assert_eq!(machine.setup(&["bind", A]).code, 1);
+    assert_eq!(fs::read_to_string(machine.at(RULES)).unwrap(), before);
+}
+
+#[test]
+fn bind_names_siblings_besides_users() {
+    let machine = two_in_one_group();
+    machine.mount_here("nvme0n1p1", "/data");
+    machine.setup(&["bind", A]).failed(&format!(
+        "{A}: refused: nvme0n1p1 is mounted at /data\n\
+         {A}: refused: IOMMU group 12 also has {B}, which the driver nvme uses (nvme1n1): VFIO takes a group only whole\n"
     ));
 }
 

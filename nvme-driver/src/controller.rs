@@ -12,11 +12,12 @@ use std::time::Duration;
 use crate::admin::{ADMIN_ENTRIES, AdminCompletion, AdminQueue};
 use crate::dma::{DmaAccess, DmaBuffer, DmaSpace};
 use crate::error::{Error, Result};
+use crate::queue_pair::doorbells::{Doorbells, ShadowPages};
 use crate::queue_pair::{MAX_TRANSFER, QueuePair};
 use crate::spec::{
     AsyncEvent, Cap, Cc, Cid, Cns, Csts, ErrorLogEntry, FeatureId, IdentifyController,
     IdentifyNamespace, LogId, NamespaceIds, Nsid, PAGE_SIZE, QueueCounts, QueueId, SmartLog,
-    SubmissionEntry, Version, admin_queue_attributes, async_event_config, offset,
+    SubmissionEntry, Version, admin_queue_attributes, async_event_config, oacs, offset,
 };
 use crate::transport::{Notice, Transport};
 
@@ -48,6 +49,8 @@ pub struct Enabled<T: Transport> {
     /// `in_use[i]`: queue identifier i + 1 exists.
     in_use: Vec<bool>,
     event_requests: usize,
+    /// The controller reads doorbells here.
+    shadows: Option<Arc<ShadowPages>>,
 }
 
 /// One NVMe controller behind a transport, in state `S`.
@@ -185,6 +188,7 @@ impl<T: Transport> Controller<T, Disabled> {
             granted: 0,
             in_use: Vec::new(),
             event_requests: 0,
+            shadows: None,
         };
         let mut enabled = Controller {
             transport: self.transport,
@@ -223,6 +227,8 @@ impl<T: Transport> Controller<T, Enabled<T>> {
             .min(granted.completion)
             .min(wanted.submission);
         self.state.in_use = vec![false; usize::from(self.state.granted)];
+        // Forgotten at each reset.
+        self.share_doorbells()?;
 
         // Only the events that the controller says it has: an unknown bit would be an invalid field.
         let notices = self.state.identity.oaes.get() & async_event_config::NAMESPACE_ATTRIBUTE;
@@ -263,6 +269,37 @@ impl<T: Transport> Controller<T, Enabled<T>> {
             entry,
             deadline,
         )
+    }
+
+    fn doorbells(&mut self, id: QueueId) -> Result<Doorbells<T::Port>> {
+        let port = self.port(id)?;
+        let stride = self.cap.doorbell_stride();
+        Ok(match &self.state.shadows {
+            Some(pages) => Doorbells::with_shadows(port, pages, id, stride),
+            None => Doorbells::new(port),
+        })
+    }
+
+    /// Has the controller take doorbells from memory, if it offers that.
+    fn share_doorbells(&mut self) -> Result<()> {
+        if self.state.identity.oacs.get() & oacs::DOORBELL_BUFFER_CONFIG == 0 {
+            return Ok(());
+        }
+        let pages = ShadowPages::new(&self.space)?;
+        let (values, events) = pages.addresses();
+        let entry = SubmissionEntry {
+            prp1: values.0.into(),
+            prp2: events.0.into(),
+            ..SubmissionEntry::doorbell_buffer_config()
+        };
+        let answer = self.admin_command(entry)?;
+        if answer.status.is_success() {
+            self.state.shadows = Some(pages);
+        } else {
+            // It works without.
+            tracing::info!(device = %self.transport.name(), status = %answer.status, "no shadow doorbells");
+        }
+        Ok(())
     }
 
     /// Identify Controller data.
@@ -452,10 +489,10 @@ impl<T: Transport> Controller<T, Enabled<T>> {
             Some(entries) => entries.min(max_entries),
             None => max_entries,
         };
-        let port = self.port(id)?;
+        let doorbells = self.doorbells(id)?;
         let queue = QueuePair::new(
             &self.space,
-            port,
+            doorbells,
             id,
             entries.min(max_entries),
             self.max_transfer(),
@@ -501,7 +538,7 @@ impl<T: Transport> Controller<T, Enabled<T>> {
                 what,
             });
         }
-        queue.restart(self.port(id)?);
+        queue.restart(self.doorbells(id)?);
         self.tell_of(queue).map_err(|(error, _)| error)?;
         queue.is_created();
         if let Some(in_use) = index.and_then(|index| self.state.in_use.get_mut(index)) {

@@ -6,9 +6,12 @@
 
 use std::io::{ErrorKind, Write};
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use clap::{Args, Subcommand};
 use nvme_driver::vfio::pci::PciAddress;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::Host;
 use super::effects::{DryRun, Effects, System};
@@ -166,6 +169,11 @@ pub fn list_here(args: &ListArgs) -> u8 {
 /// On this machine, with our standard output and error.
 #[must_use]
 pub fn setup_here(args: &SetupArgs) -> u8 {
+    // A signal must not end us between two steps, with a device that no driver has. All that follows has deadlines.
+    let late = Arc::new(AtomicBool::new(false));
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        let _ = signal_hook::flag::register(signal, Arc::clone(&late));
+    }
     on_standard_streams(|console| setup(&Host::default(), System, args, console))
 }
 

@@ -143,9 +143,10 @@ struct Users {
 /// # Errors
 /// When sysfs cannot be read.
 pub fn survey(host: &Host) -> io::Result<Survey> {
-    let functions = match host.sysfs.functions() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        functions => functions?,
+    let functions = if host.sysfs.path("bus/pci/devices").exists() {
+        host.sysfs.functions()?
+    } else {
+        Vec::new()
     };
     let users = Users {
         processes: Processes::survey(host),

@@ -49,11 +49,13 @@ impl Record {
 
     /// # Errors
     /// When it cannot be written.
-    pub fn save(&self, host: &Host, effects: &mut dyn Effects) -> Result<(), String> {
-        let path = host
-            .run
-            .join("tandem/vfio")
-            .join(format!("{}.json", self.address));
+    pub fn save(
+        &self,
+        host: &Host,
+        effects: &mut dyn Effects,
+        address: PciAddress,
+    ) -> Result<(), String> {
+        let path = Record::path(host, address);
         let text = serde_json::to_string(self).map_err(|error| error.to_string())?;
         effects
             .save(&path, &format!("{text}\n"))
@@ -83,7 +85,7 @@ impl User {
             Some((known, fields.nth(1)?.parse::<u32>().ok()?))
         });
         let by_name = ids.clone().find(|(known, _)| *known == name);
-        let id = by_name.map(|(_, id)| id).or_else(|| name.parse().ok());
+        let id = by_name.map(|(_, id)| id).or_else(|| by_number(name));
         match id {
             Some(id) => Ok(User {
                 name: name.to_owned(),
@@ -95,6 +97,12 @@ impl User {
             )),
         }
     }
+}
+
+/// Digits only: `u32::from_str` would also take `+1`.
+fn by_number(text: &str) -> Option<u32> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| digits)
 }
 
 /// Where udev reads who owns `/dev/vfio/N`.

@@ -105,29 +105,27 @@ impl Processes {
                 pid,
                 command: command(&folder),
             };
-            // Of others' processes an ordinary user sees the mounts, and not whose namespace they are in.
-            let namespace = fs::read_link(folder.join("ns/mnt")).ok();
-            let is_known = namespace.is_some();
-            let is_new = namespace.is_none_or(|namespace| {
-                let is_new = !namespaces.contains(&namespace);
-                if is_new {
-                    namespaces.push(namespace);
+            for folder in threads(&folder) {
+                // Of others' processes an ordinary user sees the mounts, and not whose namespace they are in.
+                let namespace = fs::read_link(folder.join("ns/mnt")).ok();
+                let is_known = namespace.is_some();
+                let is_new = namespace.is_none_or(|namespace| {
+                    let is_new = !namespaces.contains(&namespace);
+                    if is_new {
+                        namespaces.push(namespace);
+                    }
+                    is_new
+                });
+                let seen = (|| {
+                    if is_new {
+                        let text = read(&folder.join("mountinfo"))?;
+                        mounts.add(&text, Some((&process, is_known)));
+                    }
+                    found.files_of(host, &folder, &process)
+                })();
+                if seen.is_err_and(|error| !has_ended(&error)) && !found.unseen.contains(&pid) {
+                    found.unseen.push(pid);
                 }
-                is_new
-            });
-            let seen = (|| {
-                if is_new {
-                    mounts.add(
-                        &read(&folder.join("mountinfo"))?,
-                        Some((&process, is_known)),
-                    );
-                }
-                found.files_of(host, &folder, &process)
-            })();
-            match seen {
-                Err(error) if error.kind() == ErrorKind::PermissionDenied => found.unseen.push(pid),
-                // It ended while we looked.
-                _ => {}
             }
         }
         found.mounts = mounts.0.into_values().collect();
@@ -168,14 +166,11 @@ impl Processes {
     }
 
     fn open(&mut self, process: &Process, path: PathBuf, number: Option<Number>) {
-        let file = OpenFile {
+        self.files.push(OpenFile {
             process: process.clone(),
             path,
             number,
-        };
-        if !self.files.contains(&file) {
-            self.files.push(file);
-        }
+        });
     }
 
     /// Who has one of these device files open, without repetition.
@@ -210,6 +205,27 @@ fn pids(proc: &Path) -> Vec<u32> {
         .collect();
     pids.sort_unstable();
     pids
+}
+
+/// Where to look for what a process uses: its own folder. When its first thread has ended, that shows no files although
+/// the other threads have some, and theirs are looked at.
+fn threads(folder: &Path) -> Vec<PathBuf> {
+    let some = |folder: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    };
+    let threads = some(&folder.join("task"));
+    if threads.is_empty() || !some(&folder.join("fd")).is_empty() {
+        return vec![folder.to_owned()];
+    }
+    threads
+}
+
+/// A process that ends while we look has no folder any more, no such process (ESRCH) behind it, or no namespaces
+/// (EINVAL). Any other error means that we may not see what there is.
+fn has_ended(error: &io::Error) -> bool {
+    let code = error.raw_os_error();
+    error.kind() == ErrorKind::NotFound || code == Some(libc::ESRCH) || code == Some(libc::EINVAL)
 }
 
 fn command(folder: &Path) -> String {

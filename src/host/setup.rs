@@ -46,10 +46,14 @@ pub fn bind(
     let mut held = Claims::new();
     let mut ready: Vec<&HostDevice> = Vec::new();
     let mut outcomes = Vec::new();
+    let named: Vec<PciAddress> = wanted.iter().map(|device| device.address).collect();
     for device in wanted {
         match prepare(host, effects, survey, device, options, &mut held) {
             Ok(()) => ready.push(device),
-            Err(reasons) => outcomes.push((device.address, Err(refused(&reasons)))),
+            Err(mut reasons) => {
+                reasons.extend(refusals::siblings(device, &named));
+                outcomes.push((device.address, Err(refused(&reasons))));
+            }
         }
     }
     // Those that share a group may all be named at once: they leave together, or none does.
@@ -81,7 +85,7 @@ pub fn bind(
                 let mut lines = vec![format!(
                     "{address} of the same IOMMU group stayed with {driver}, so this one goes back"
                 )];
-                lines.extend(roll_back(host, effects, device));
+                lines.extend(roll_back(host, effects, device, options));
                 outcome = Err(lines);
             } else {
                 lines.extend(left_behind(host, device));
@@ -148,7 +152,10 @@ fn take(
         lines.extend(hand_over(host, effects, device, &node, options).map_err(|why| vec![why])?);
         return Ok(lines);
     }
-    let record = Record {
+    // Without a driver it may be one that we lost half way: then the earlier record says where it belongs.
+    let earlier = Record::load(host, device.address).ok().flatten();
+    let earlier = earlier.filter(|_| device.driver.is_none());
+    let record = earlier.unwrap_or_else(|| Record {
         address: device.address.to_string(),
         driver: device.driver.clone(),
         model: device.model.clone(),
@@ -159,9 +166,11 @@ fn take(
             .iter()
             .map(|namespace| namespace.name.clone())
             .collect(),
-    };
+    });
     // The record comes first: without it, nobody would know where the device belongs if we were killed.
-    record.save(host, effects).map_err(|why| vec![why])?;
+    record
+        .save(host, effects, device.address)
+        .map_err(|why| vec![why])?;
     let bound = attach(host, effects, device, &node)
         .and_then(|()| hand_over(host, effects, device, &node, options));
     match bound {
@@ -180,7 +189,7 @@ fn take(
         }
         Err(why) => {
             let mut lines = vec![why];
-            lines.extend(roll_back(host, effects, device));
+            lines.extend(roll_back(host, effects, device, options));
             Err(lines)
         }
     }
@@ -268,16 +277,28 @@ fn hand_over(
 }
 
 /// Back to the driver that it had. Says how that went.
-fn roll_back(host: &Host, effects: &mut dyn Effects, device: &HostDevice) -> Vec<String> {
+fn roll_back(
+    host: &Host,
+    effects: &mut dyn Effects,
+    device: &HostDevice,
+    options: &BindOptions,
+) -> Vec<String> {
     let mut lines = Vec::new();
     if let Err(why) = give(host, effects, device, device.driver.as_deref()) {
         lines.push(format!("while rolling back: {why}"));
     }
     let now = device.function.driver();
     if now == device.driver {
-        if let Err(why) = forget(host, effects, device.address) {
-            lines.push(why);
-        }
+        // A rule that was there before stays.
+        let rule = match options.user {
+            Some(_) => owner::set_rule(host, effects, device.address, None),
+            None => Ok(()),
+        };
+        lines.extend(
+            [remove_record(host, effects, device.address), rule]
+                .into_iter()
+                .filter_map(Result::err),
+        );
         lines.push(format!(
             "rolled back: its driver is {}",
             now.as_deref().unwrap_or("none, as before")
@@ -331,13 +352,22 @@ fn give(
 
 /// Takes out what bind left behind for a device that it no longer has.
 fn forget(host: &Host, effects: &mut dyn Effects, address: PciAddress) -> Result<(), String> {
-    let path = Record::path(host, address);
-    if path.exists() {
-        effects
-            .remove(&path)
-            .map_err(|error| format!("cannot remove {}: {error}", path.display()))?;
-    }
+    remove_record(host, effects, address)?;
     owner::set_rule(host, effects, address, None)
+}
+
+fn remove_record(
+    host: &Host,
+    effects: &mut dyn Effects,
+    address: PciAddress,
+) -> Result<(), String> {
+    let path = Record::path(host, address);
+    if !path.exists() {
+        return Ok(());
+    }
+    effects
+        .remove(&path)
+        .map_err(|error| format!("cannot remove {}: {error}", path.display()))
 }
 
 /// Gives a device back to the driver that it had before bind.

@@ -5,11 +5,12 @@
 //! time (`&mut self` everywhere, I7) and is deleted only by handing it back to its controller.
 //! Start at [`QueuePair::submit`] and [`QueuePair::poll`].
 
+pub(crate) mod doorbells;
 pub mod prp;
 pub(crate) mod ring;
 pub(crate) mod slots;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -23,7 +24,8 @@ use crate::mmio::AtomicU64;
 use crate::spec::{
     Cid, DsmRange, LbaRange, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status, SubmissionEntry,
 };
-use crate::transport::{Iova, QueuePort, Transport};
+use crate::transport::{Iova, Transport};
+use doorbells::Doorbells;
 use prp::{DataSegment, PrpError};
 use ring::{CompletionRing, SubmissionRing};
 use slots::Slots;
@@ -60,9 +62,9 @@ pub enum SubmitError {
 pub struct QueuePairCounters {
     /// Commands submitted.
     pub commands: u64,
-    /// Submission tail doorbells.
+    /// Submission tail doorbells; where the controller reads shadows of them, those that it wanted.
     pub sq_doorbells: u64,
-    /// Completion head doorbells.
+    /// Completion head doorbells, likewise.
     pub cq_doorbells: u64,
     /// Completions of another queue, with an identifier that was not outstanding, or with an impossible SQHD.
     pub anomalies: u64,
@@ -74,7 +76,7 @@ pub struct QueuePairCounters {
 #[derive(Debug)]
 pub struct QueuePair<T: Transport> {
     /// `None` while the device is gone.
-    port: Option<T::Port>,
+    doorbells: Option<Doorbells<T::Port>>,
     sq: SubmissionRing,
     cq: CompletionRing,
     slots: Slots,
@@ -99,7 +101,7 @@ impl<T: Transport> QueuePair<T> {
     /// Memory and indices of a queue pair of `entries` (2 to 1024), not yet known to the controller.
     pub(crate) fn new(
         space: &Arc<DmaSpace>,
-        port: T::Port,
+        doorbells: Doorbells<T::Port>,
         id: QueueId,
         entries: u16,
         max_transfer: u32,
@@ -107,7 +109,7 @@ impl<T: Transport> QueuePair<T> {
         let entries = entries.clamp(2, MAX_ENTRIES);
         let slots = entries - 1;
         Ok(QueuePair {
-            port: Some(port),
+            doorbells: Some(doorbells),
             sq: SubmissionRing::new(space, entries)?,
             cq: CompletionRing::new(space, entries)?,
             slots: Slots::new(slots),
@@ -304,29 +306,32 @@ impl<T: Transport> QueuePair<T> {
             self.report_head();
         }
         self.sq.publish();
-        if let Some(port) = &mut self.port {
-            port.ring_sq(tail);
-        }
+        let rung = self
+            .doorbells
+            .as_mut()
+            .is_some_and(|doorbells| doorbells.ring_sq(tail));
         self.rung_tail = tail;
-        self.counters.sq_doorbells += 1;
+        self.counters.sq_doorbells += u64::from(rung);
     }
 
     /// Writes the completion head doorbell if the controller does not know the head yet.
     pub fn report_head(&mut self) {
         if self.unreported > 0 {
-            if let Some(port) = &mut self.port {
-                port.ring_cq(self.cq.head());
-            }
+            let head = self.cq.head();
+            let rung = self
+                .doorbells
+                .as_mut()
+                .is_some_and(|doorbells| doorbells.ring_cq(head));
             self.unreported = 0;
-            self.counters.cq_doorbells += 1;
+            self.counters.cq_doorbells += u64::from(rung);
         }
     }
 
     /// Gives a software controller its turn; to be called once before a round of [`QueuePair::poll`].
     #[inline]
     pub fn service(&mut self) {
-        if let Some(port) = &mut self.port {
-            port.service();
+        if let Some(doorbells) = &mut self.doorbells {
+            doorbells.service();
         }
     }
 
@@ -396,14 +401,14 @@ impl<T: Transport> QueuePair<T> {
     /// given up. Outstanding commands stay outstanding until the controller's successor is told of this queue pair
     /// (`Controller::recreate_queue_pair`) or they are [abandoned](QueuePair::abandon).
     pub fn disconnect(&mut self) {
-        self.port = None;
+        self.doorbells = None;
         self.retired = true;
     }
 
     /// The controller was reset, or is another one: both rings empty, nothing known to it yet. Commands that are
     /// outstanding are sent again by [`QueuePair::replay`].
-    pub(crate) fn restart(&mut self, port: T::Port) {
-        self.port = Some(port);
+    pub(crate) fn restart(&mut self, doorbells: Doorbells<T::Port>) {
+        self.doorbells = Some(doorbells);
         self.retired = true; // until the controller knows it
         self.sq.reset();
         self.cq.reset();
@@ -443,7 +448,7 @@ impl<T: Transport> QueuePair<T> {
     /// Gives an outstanding command up that nobody will complete: there is no device any more
     /// ([`QueuePair::disconnect`]). `false` when the device is still there, or the command not outstanding.
     pub fn abandon(&mut self, cid: Cid) -> bool {
-        self.port.is_none() && self.slots.release(cid)
+        self.doorbells.is_none() && self.slots.release(cid)
     }
 
     /// Takes over how far the controller has fetched: of the completions polled since the last time, the last one's

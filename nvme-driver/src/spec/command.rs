@@ -63,6 +63,8 @@ pub mod admin_opcode {
     pub const IDENTIFY: u8 = 0x06;
     /// Abort.
     pub const ABORT: u8 = 0x08;
+    /// Doorbell Buffer Config.
+    pub const DOORBELL_BUFFER_CONFIG: u8 = 0x7c;
     /// Set Features.
     pub const SET_FEATURES: u8 = 0x09;
     /// Get Features.
@@ -243,6 +245,12 @@ impl SubmissionEntry {
             cdw11: U32::new(1 | (u32::from(queue.0) << 16)), // PC = 1, CQID
             ..SubmissionEntry::new(admin_opcode::CREATE_IO_SQ, Nsid::NONE)
         }
+    }
+
+    /// Doorbell Buffer Config; the data pointer names the two pages.
+    #[must_use]
+    pub fn doorbell_buffer_config() -> SubmissionEntry {
+        SubmissionEntry::new(admin_opcode::DOORBELL_BUFFER_CONFIG, Nsid::NONE)
     }
 
     /// Abort of the command `cid` in the submission queue `queue`.

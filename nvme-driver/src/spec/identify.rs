@@ -128,6 +128,12 @@ const _: () = assert!(std::mem::offset_of!(IdentifyController, sqes) == 512);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, sgls) == 536);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, subnqn) == 768);
 
+/// Bits of [`IdentifyController::oacs`].
+pub mod oacs {
+    /// Doorbell Buffer Config.
+    pub const DOORBELL_BUFFER_CONFIG: u16 = 1 << 8;
+}
+
 /// Bits of [`IdentifyController::oncs`].
 pub mod oncs {
     /// Compare.

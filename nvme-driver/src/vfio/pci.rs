@@ -127,7 +127,11 @@ impl Sysfs {
         for entry in fs::read_dir(folder)? {
             let name = entry?.file_name();
             if let Some(address) = name.to_str().and_then(|name| name.parse().ok()) {
-                functions.push(self.function(address)?);
+                match self.function(address) {
+                    // It was pulled out while we looked.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    function => functions.push(function?),
+                }
             }
         }
         functions.sort_by_key(|function| function.address);

@@ -11,8 +11,9 @@ use loom::thread;
 use super::{Domain, PortOnly, queue_pair};
 use crate::dma::{DmaAccess, DmaBuffer, Iova};
 use crate::mmio::{AtomicU64, reads, shadow, writes};
-use crate::queue_pair::{Completion, DataSegment, QueuePair, QueuePort};
+use crate::queue_pair::{Completion, DataSegment, QueuePair};
 use crate::spec::{LbaRange, Nsid, PAGE_SIZE, Status, SubmissionEntry, io_opcode};
+use crate::transport::QueuePort;
 
 const PAGE: u32 = 4096;
 /// The queue pair's identifier.

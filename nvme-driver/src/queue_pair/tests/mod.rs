@@ -9,13 +9,15 @@ use std::ops::RangeInclusive;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
-use super::{QueuePair, QueuePort, Transport};
+use super::QueuePair;
+use super::doorbells::Doorbells;
 use crate::dma::{DmaAccess, DmaDomain, DmaError, DmaSpace, Iova};
 use crate::spec::QueueId;
+use crate::transport::{QueuePort, Transport};
 
 /// A domain that only remembers what is mapped where.
 #[derive(Debug, Default)]
-struct Domain {
+pub(crate) struct Domain {
     windows: Mutex<Vec<Window>>,
 }
 
@@ -107,6 +109,13 @@ fn queue_pair<P: QueuePort>(
 ) -> (Arc<Domain>, Arc<DmaSpace>, QueuePair<PortOnly<P>>) {
     let domain = Arc::new(Domain::default());
     let space = DmaSpace::new(Arc::clone(&domain) as Arc<dyn DmaDomain>);
-    let queue = QueuePair::new(&space, port, QueueId(1), entries, super::MAX_TRANSFER).unwrap();
+    let queue = QueuePair::new(
+        &space,
+        Doorbells::new(port),
+        QueueId(1),
+        entries,
+        super::MAX_TRANSFER,
+    )
+    .unwrap();
     (domain, space, queue)
 }

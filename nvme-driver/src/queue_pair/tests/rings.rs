@@ -10,8 +10,9 @@ use super::{Domain, PortOnly, queue_pair};
 use crate::dma::{DmaDomain, DmaSpace, Iova};
 use crate::queue_pair::prp::{self, DataSegment, PrpError};
 use crate::queue_pair::ring::{CompletionRing, SubmissionRing};
-use crate::queue_pair::{Completion, QueuePair, QueuePort, SubmitError};
+use crate::queue_pair::{Completion, QueuePair, SubmitError};
 use crate::spec::{Cid, CompletionEntry, Nsid, PAGE_SIZE, Status, SubmissionEntry};
+use crate::transport::QueuePort;
 
 /// The smallest queue, odd ones (virtio has none, NVMe allows them), and the largest that we ask for.
 const SIZES: [u16; 4] = [2, 3, 17, 1024];
