@@ -498,7 +498,7 @@ fn two_clients_with_the_same_addresses_never_see_each_other_nor_the_one_before()
         "--ssd",
         "none,max_ioqpairs=8,mdts=7",
         "--namespace",
-        "a.img,nsid=1",
+        "a.img,nsid=1,iops=2000", // so that its requests are in flight for a while
         "--namespace",
         "b.img,nsid=2",
     ];
