@@ -529,20 +529,9 @@ fn idle_guest_goes_on_after_a_crash_and_restart_of_the_server() {
         step verify fio_verify /mnt/space 4 4m
         step umount umount /mnt
         step fsck e2fsck -fn /dev/vda";
-<<<<<<< HEAD
     let setup = Setup {
         // That the server has gone.
         complaints: &["end-of-file", "Failed to", "vhost"],
-=======
-    // What QEMU may say when the server dies while it is about to say something to it.
-    let complaints = [
-        "Unexpected end-of-file before all data were read",
-        "Failed to set msg fds",
-        "ring restore failed",
-    ];
-    let setup = Setup {
-        complaints: &complaints,
->>>>>>> me
         ..Setup::new(&["vm0.sock,num-queues=4,reconnect=1"], job)
     };
     let mut guest = Guest::boot(&lab, &setup);
