@@ -673,7 +673,7 @@ fn ssd_behind_a_port_is_removed_and_added_by_the_monitor_and_identified_again() 
 
 #[test]
 fn controller_reset_under_load_by_somebody_else_costs_no_request() {
-    const LOAD: &str = "seed=11,queues=4,requests=2500,mib=8,block=512";
+    const LOAD: &str = "seed=11,queues=4,requests=5000,mib=8,block=512";
     let lab = Lab::new("reset");
     medium(&lab, "a.img", 64);
     medium(&lab, "b.img", 16);
@@ -691,7 +691,7 @@ fn controller_reset_under_load_by_somebody_else_costs_no_request() {
         taskset 2 agent load {LOAD} /tmp/vm0.sock >/tmp/load 2>&1 &
         load=$!
         for resets in 1 2 3; do
-            sleep 1.5
+            sleep 1
             if kill -0 $load; then echo 1 >/sys/bus/pci/devices/0000:00:06.0/reset; fi
         done
         step load wait $load
@@ -804,18 +804,19 @@ fn ssd_removed_under_load_and_put_back_goes_on_where_it_was() {
 fn session_without_an_entry_for_its_memory_is_refused_and_the_other_goes_on() {
     let lab = Lab::new("entries");
     medium(&lab, "a.img", 32);
-    // The server's own for an admin queue and two queue pairs, and one guest with its one region.
+    // 5 of the controller, 4 of each queue pair, and one guest with its one region.
     let job = "
         . /machine.sh
         step bind bind 0000:00:05.0
-        step limit sh -c 'echo 15 >/sys/module/vfio_iommu_type1/parameters/dma_entry_limit'
-        step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/one.sock --blk path=/tmp/two.sock,readonly=on,ns=2
+        step limit sh -c 'echo 14 >/sys/module/vfio_iommu_type1/parameters/dma_entry_limit'
+        step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/one.sock --blk path=/tmp/two.sock,ns=2
         taskset 2 agent load seed=5,queues=1,requests=1500,mib=8,block=512 /tmp/one.sock >/tmp/load 2>&1 &
         load=$!
         step connected within 30 grep -q 'front-end connected' /tmp/a.log
         sleep 1
         refused() {
             timeout 60 agent load seed=5,queues=1,requests=1,mib=8,block=512 /tmp/two.sock >/tmp/second 2>&1
+            cat /tmp/second
             grep 'dma_entry_limit of the module vfio_iommu_type1' /tmp/a.log
         }
         step refused refused

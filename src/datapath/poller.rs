@@ -159,6 +159,7 @@ impl<T: Transport> Poller<T> {
         }
         self.service = Service::Serve;
         self.pair.queue.replay();
+        self.show_counters();
     }
 
     fn doubt_flushes(&mut self) {
@@ -246,10 +247,13 @@ impl<T: Transport> Poller<T> {
         let millis = u64::from(eras) * u64::try_from(ERA.as_millis()).unwrap_or(0);
         let oldest = u64::from(cid.0) << 48 | millis;
         self.health.oldest.store(oldest, Ordering::Relaxed);
+        self.show_counters();
+    }
+
+    fn show_counters(&self) {
         let counters = self.pair.queue.counters();
-        self.health
-            .anomalies
-            .store(counters.anomalies, Ordering::Relaxed);
+        let anomalies = &self.health.anomalies;
+        anomalies.store(counters.anomalies, Ordering::Relaxed);
         self.health.resent.store(counters.resent, Ordering::Relaxed);
     }
 
