@@ -410,7 +410,7 @@ fn run_seeds(surprises: bool) {
     let seeds = std::env::var("TANDEM_SEEDS")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(64);
+        .unwrap_or(100);
     let finished: u64 = (0..seeds).map(|seed| run_seed(seed, 400, surprises)).sum();
     assert!(
         finished > seeds * 100,
