@@ -9,7 +9,7 @@ use crate::virtio::blk::{HEADER_BYTES, request_type};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::{Gpa, GuestMemory};
 use crate::virtio::shared::{AtomicU16, AtomicU32, AtomicU64, shadow};
-use crate::virtio::virtqueue::{Virtqueue, VirtqueueConfig};
+use crate::virtio::virtqueue::{RingLayout, Virtqueue, VirtqueueConfig};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
@@ -22,6 +22,7 @@ const MAX_IDLE: u32 = 100;
 fn queue(size: u16, event_idx: bool) -> (SimGuest, Virtqueue) {
     shadow::reset();
     let config = SimGuestConfig {
+        layout: RingLayout::Split,
         size,
         event_idx,
         indirect: false,
