@@ -599,7 +599,13 @@ fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str) {
         step umount umount /mnt
         step fsck e2fsck -fn /dev/vda";
     let disk = format!("vm0.sock,num-queues=4,reconnect=1{properties}");
-    let mut guest = Guest::boot(&lab, &Setup::new(&[&disk], job));
+    let disks = [disk.as_str()];
+    let setup = Setup {
+        // That the server has gone.
+        complaints: &["end-of-file", "Failed to", "vhost"],
+        ..Setup::new(&disks, job)
+    };
+    let mut guest = Guest::boot(&lab, &setup);
     guest.tells("idle");
     server.crash();
     let server = Server::start(&lab, &arguments);

@@ -323,6 +323,9 @@ fn survive(seconds: u64, socket: &Path) {
                     Request::Write { block, generation } => blocks[block].completed = generation,
                     Request::Flush(acknowledged) => {
                         flushes += 1;
+                        if flushes == 32 {
+                            fact("survive.warm", "yes"); // time to kill the server
+                        }
                         for (block, acknowledged) in blocks.iter_mut().zip(acknowledged) {
                             block.durable = block.durable.max(acknowledged);
                         }
