@@ -17,6 +17,7 @@ use tandem::control::device::{DeviceControl, DeviceError, Pollers};
 use tandem::datapath::Service;
 use tandem::sim::{Framing, SimRequest};
 use tandem::virtio::blk::{RangeSegment, request_type, status};
+use tandem::virtio::virtqueue::RingLayout;
 use zerocopy::IntoBytes;
 
 const SECTOR: u64 = 512;
@@ -88,6 +89,7 @@ impl World {
         let guests: Vec<RigGuest> = (0..lanes)
             .map(|_| {
                 rig.add_guest(&GuestSetup {
+                    layout: *rng.pick(&[RingLayout::Split, RingLayout::Packed]),
                     queue_size: *rng.pick(&[8, 64, 256]),
                     event_idx: rng.one_in(2),
                     indirect: rng.one_in(2),
