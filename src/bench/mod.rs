@@ -1,0 +1,141 @@
+//! `tandem bench`: a latency benchmark in fio's words, for the NVMe driver, for any vhost-user-blk server and for the
+//! kernel, several of them in turn.
+//!
+//! ```text
+//!  args, job_file -> Job --+
+//!                          +-> session: cases, rounds, A A' B --> target: threads --> engine: one queue each
+//!  device | vhost_user | file: Queue + what keeps it ----------------^                  io, verify: what is sent
+//!                                                                                       stats: what comes back
+//!  Results -> report (people) | json (fio's shape) | terse | plot
+//! ```
+//! Promises: no latency is shorter than it was (see [`engine`]), warm-up does not count, no percentile is shown that the
+//! samples do not carry, and no ratio without the noise beside it. Start at [`run_here`], then [`engine`].
+
+pub mod args;
+mod device;
+mod engine;
+mod environment;
+mod io;
+mod pingpong;
+mod report;
+mod session;
+mod stats;
+mod target;
+mod verify;
+
+use std::io::Write;
+
+use anyhow::{Context, bail};
+
+use crate::config::ControllerConfig;
+use args::{BenchArgs, Job, OutputFormat};
+use session::{Results, Session};
+use target::{Needs, Target};
+
+/// Measures, and says what was found. The exit code: 0, or 1 when it failed while measuring.
+///
+/// # Errors
+/// Why nothing was measured.
+pub fn run_here(args: &BenchArgs) -> anyhow::Result<u8> {
+    let jobs = jobs(args)?;
+    let mut session = Session {
+        targets: Vec::new(),
+        rounds: args.rounds,
+        load_curve: args.load_curve,
+    };
+    let opened = open(args, &jobs, &mut session.targets);
+    // An output that cannot be written is found out before an hour of measuring.
+    let output = opened.and_then(|()| {
+        let path = args.output.as_ref();
+        path.map(|path| {
+            std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))
+        })
+        .transpose()
+    });
+    let output = match output {
+        Ok(output) => output,
+        Err(error) => {
+            let _ = session.close();
+            return Err(error);
+        }
+    };
+    let results = session.run(&jobs);
+    let closed = session.close();
+    let written = results.and_then(|results| {
+        let text = render(args.output_format, &results);
+        match output {
+            Some(mut file) => file.write_all(text.as_bytes())?,
+            None => std::io::stdout().lock().write_all(text.as_bytes())?,
+        }
+        closed
+    });
+    match written {
+        Ok(()) => Ok(0),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr().lock(), "tandem: {error:#}");
+            Ok(1)
+        }
+    }
+}
+
+fn jobs(args: &BenchArgs) -> anyhow::Result<Vec<Job>> {
+    let mut flags = args.job.clone();
+    if args.load_curve.is_some() {
+        if flags.rate_iops.is_some() {
+            bail!("--load-curve chooses the rates itself: drop --rate_iops");
+        }
+        // One in flight has no curve: the line would have a single server.
+        flags.iodepth = flags.iodepth.or_else(|| Some(args::Depths(vec![32])));
+    }
+    Ok(vec![flags.resolve("bench")?])
+}
+
+fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> anyhow::Result<()> {
+    let most = |of: fn(&Job) -> u32| jobs.iter().map(of).max().unwrap_or(1);
+    let changes = jobs.iter().find(|job| job.rw.writes() || job.rw.trims());
+    let needs = Needs {
+        queues: most(|job| job.numjobs),
+        depth: most(Job::most_depth),
+        bs: most(|job| job.bs),
+        writes: jobs.iter().any(|job| job.rw.writes()),
+        flushes: jobs.iter().any(|job| job.fsync > 0),
+        trims: jobs.iter().any(|job| job.rw.trims()),
+        reach: jobs
+            .iter()
+            .map(|job| job.size.map(|size| size.saturating_add(job.offset)))
+            .max()
+            .flatten(),
+    };
+    let mut configs = Vec::new();
+    for options in &args.device {
+        let config = options.clone().resolve_alone()?;
+        if let (ControllerConfig::Pci(target), Some(job), false) =
+            (&config.controller, changes, args.overwrite_data)
+        {
+            bail!(
+                "--rw {} would replace what is on {target}: say --overwrite-data if that may be",
+                job.rw
+            );
+        }
+        configs.push(config);
+    }
+    if configs.is_empty() {
+        bail!("no target: name a --device, a --vhost-user socket or a --file");
+    }
+    for config in &configs {
+        targets.push(device::open(config, &needs)?);
+    }
+    for target in targets {
+        for job in jobs {
+            Session::region(target.info(), job)?;
+        }
+    }
+    Ok(())
+}
+
+fn render(format: OutputFormat, results: &Results) -> String {
+    match format {
+        OutputFormat::Normal => report::normal(results),
+        OutputFormat::Json | OutputFormat::JsonPlus | OutputFormat::Terse => String::new(),
+    }
+}
