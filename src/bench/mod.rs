@@ -18,10 +18,12 @@ mod environment;
 mod io;
 mod pingpong;
 mod report;
+mod ring;
 mod session;
 mod stats;
 mod target;
 mod verify;
+mod vhost_user;
 
 use std::io::Write;
 
@@ -29,6 +31,7 @@ use anyhow::{Context, bail};
 
 use crate::config::ControllerConfig;
 use args::{BenchArgs, Job, OutputFormat};
+use ring::Wishes;
 use session::{Results, Session};
 use target::{Needs, Target};
 
@@ -119,11 +122,20 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
         }
         configs.push(config);
     }
-    if configs.is_empty() {
+    if configs.is_empty() && args.vhost_user.is_empty() && args.file.is_empty() {
         bail!("no target: name a --device, a --vhost-user socket or a --file");
     }
     for config in &configs {
         targets.push(device::open(config, &needs)?);
+    }
+    let wishes = Wishes {
+        indirect: args.indirect.is_on(),
+        event_idx: args.event_idx.is_on(),
+        interrupts: args.interrupts.is_on(),
+        hugepages: args.hugepages,
+    };
+    for path in &args.vhost_user {
+        targets.push(vhost_user::open(path, wishes, &needs)?);
     }
     for target in targets {
         for job in jobs {
