@@ -63,6 +63,11 @@ pub trait Queue: Send {
         Ok(false)
     }
 
+    /// What a [`Done::failure`] means.
+    fn explain(&self, status: u16) -> String {
+        format!("status {status:#x}")
+    }
+
     /// Puts the data of a write into a slot's buffer.
     fn write_data(&mut self, slot: u32, bytes: &[u8]);
 
@@ -343,10 +348,11 @@ impl<Q: Queue> Drive<'_, Q> {
             } = self.slots[slot as usize];
             if let Some(status) = failure {
                 bail!(
-                    "a {} of {} bytes at offset {} failed: status {status:#x}",
+                    "a {} of {} bytes at offset {} failed: {}",
                     io.op.name(),
                     io.len,
-                    io.offset
+                    io.offset,
+                    self.queue.explain(status)
                 );
             }
             if let Some(verifier) = &mut self.work.verifier {

@@ -15,6 +15,7 @@ pub mod args;
 mod device;
 mod engine;
 mod environment;
+mod file;
 mod io;
 mod pingpong;
 mod report;
@@ -136,6 +137,10 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
     };
     for path in &args.vhost_user {
         targets.push(vhost_user::open(path, wishes, &needs)?);
+    }
+    for path in &args.file {
+        let interrupts = args.interrupts.is_on();
+        targets.push(file::open(path, interrupts, args.overwrite_data, &needs)?);
     }
     for target in targets {
         for job in jobs {
