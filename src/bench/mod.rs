@@ -17,12 +17,16 @@ mod engine;
 mod environment;
 mod file;
 mod io;
+mod job_file;
+mod json;
 mod pingpong;
+mod plot;
 mod report;
 mod ring;
 mod session;
 mod stats;
 mod target;
+mod terse;
 mod verify;
 mod vhost_user;
 
@@ -31,7 +35,7 @@ use std::io::Write;
 use anyhow::{Context, bail};
 
 use crate::config::ControllerConfig;
-use args::{BenchArgs, Job, OutputFormat};
+use args::{BenchArgs, Job, JobOptions, OutputFormat};
 use ring::Wishes;
 use session::{Results, Session};
 use target::{Needs, Target};
@@ -41,6 +45,11 @@ use target::{Needs, Target};
 /// # Errors
 /// Why nothing was measured.
 pub fn run_here(args: &BenchArgs) -> anyhow::Result<u8> {
+    // With all its reasons: whoever prints it prints one line.
+    run(args).map_err(|error| anyhow::anyhow!("{error:#}"))
+}
+
+fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let jobs = jobs(args)?;
     let mut session = Session {
         targets: Vec::new(),
@@ -66,6 +75,9 @@ pub fn run_here(args: &BenchArgs) -> anyhow::Result<u8> {
     let results = session.run(&jobs);
     let closed = session.close();
     let written = results.and_then(|results| {
+        if let Some(path) = &args.plot {
+            plot::draw(&results, path)?;
+        }
         let text = render(args.output_format, &results);
         match output {
             Some(mut file) => file.write_all(text.as_bytes())?,
@@ -83,15 +95,26 @@ pub fn run_here(args: &BenchArgs) -> anyhow::Result<u8> {
 }
 
 fn jobs(args: &BenchArgs) -> anyhow::Result<Vec<Job>> {
-    let mut flags = args.job.clone();
+    let sections = match &args.job_file {
+        Some(path) => job_file::read(path)?,
+        None => vec![("bench".to_owned(), JobOptions::default())],
+    };
+    let sections = sections.into_iter();
+    sections
+        .map(|(name, section)| job(args, &name, &section))
+        .collect()
+}
+
+fn job(args: &BenchArgs, name: &str, section: &JobOptions) -> anyhow::Result<Job> {
+    let mut options = args.job.clone().over(section);
     if args.load_curve.is_some() {
-        if flags.rate_iops.is_some() {
+        if options.rate_iops.is_some() {
             bail!("--load-curve chooses the rates itself: drop --rate_iops");
         }
         // One in flight has no curve: the line would have a single server.
-        flags.iodepth = flags.iodepth.or_else(|| Some(args::Depths(vec![32])));
+        options.iodepth = options.iodepth.or_else(|| Some(args::Depths(vec![32])));
     }
-    Ok(vec![flags.resolve("bench")?])
+    options.resolve(name)
 }
 
 fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> anyhow::Result<()> {
@@ -153,6 +176,8 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
 fn render(format: OutputFormat, results: &Results) -> String {
     match format {
         OutputFormat::Normal => report::normal(results),
-        OutputFormat::Json | OutputFormat::JsonPlus | OutputFormat::Terse => String::new(),
+        OutputFormat::Json => json::render(results, false),
+        OutputFormat::JsonPlus => json::render(results, true),
+        OutputFormat::Terse => terse::render(results),
     }
 }

@@ -21,7 +21,7 @@ pub fn normal(results: &Results) -> String {
         let _ = match knee.bends {
             true => writeln!(
                 out,
-                "{}: the knee is at {} % of its most, {} IOPS: beyond, p99 is more than 3 times that of the lightest load",
+                "{}: the knee is at {} % of its most, {} IOPS: beyond, p99 is more than 3 times the lowest",
                 knee.label,
                 knee.share,
                 count(knee.iops)
@@ -149,7 +149,9 @@ fn one_series(out: &mut String, results: &Results, series: &Series) {
     }
     cost(out, info, series, &total);
     let _ = writeln!(out, "    tail: {}", tail(series, &total));
-    if total.backlog > 0 && total.backlog_age > 0 {
+    // A short queue at the end is chance; one that took a twentieth of the time to grow is not.
+    let rounds = series.rounds.len().max(1) as u64;
+    if total.backlog_age * 20 > total.elapsed / rounds {
         let _ = writeln!(
             out,
             "    it fell behind: {} arrivals were due and not sent at the end, the first of them for {} usec",

@@ -22,7 +22,7 @@ use super::target::{Info, Measured, Target};
 
 /// Rounds when nothing is said: a band needs several.
 const ROUNDS_OF_SEVERAL: u32 = 5;
-/// The knee is where p99 leaves this multiple of what it is at the lightest load.
+/// The knee is the heaviest load whose p99 is below this multiple of the lowest p99 of the curve.
 const KNEE_FACTOR: f64 = 3.0;
 /// --verify remembers every place.
 const MOST_VERIFIED: u64 = 1 << 26;
@@ -169,9 +169,13 @@ impl Results {
                 let series = case.series.get(index);
                 series.map_or(0.0, |series| series.total().all().at(99.0) as f64)
             };
-            let limit = KNEE_FACTOR * p99(lightest);
-            let flat = curve.iter().take_while(|case| p99(case) <= limit).count();
-            let Some(last) = flat.checked_sub(1).and_then(|last| curve.get(last)) else {
+            // The lowest need not be the lightest load's: chance may strike anywhere.
+            let lowest = curve.iter().map(|case| p99(case)).fold(f64::MAX, f64::min);
+            let last = curve
+                .iter()
+                .rposition(|case| p99(case) <= KNEE_FACTOR * lowest);
+            let Some((place, last)) = last.and_then(|place| Some((place, curve.get(place)?)))
+            else {
                 continue;
             };
             let rate = last.series.get(index).and_then(|series| series.rate);
@@ -179,7 +183,7 @@ impl Results {
                 label: series.label.clone(),
                 share: last.case.share.unwrap_or(0),
                 iops: rate.unwrap_or(0.0) * f64::from(last.case.job.numjobs),
-                bends: flat < curve.len(),
+                bends: place + 1 < curve.len(),
             });
         }
         knees

@@ -47,7 +47,7 @@ pub struct Percentile {
     pub percent: f64,
     /// Nanoseconds. `None`: declined, since fewer than [`LEAST_BEYOND`] samples are beyond it.
     pub value: Option<u64>,
-    /// Samples in all, the fraction beyond it.
+    /// Samples on the farther side of it: above, or below for one under 50.
     pub beyond: u64,
 }
 
@@ -97,7 +97,8 @@ impl Latencies {
     #[must_use]
     pub fn percentile(&self, percent: f64) -> Percentile {
         // Floating point: 99.9 % of 10000 samples is 9990.000000000002, and leaves 10.
-        let beyond = whole((self.count() as f64 * (100.0 - percent) / 100.0 + 1e-6).floor());
+        let side = percent.min(100.0 - percent);
+        let beyond = whole((self.count() as f64 * side / 100.0 + 1e-6).floor());
         let value = (beyond >= LEAST_BEYOND).then(|| self.histogram.value_at_percentile(percent));
         Percentile {
             percent,
@@ -112,10 +113,15 @@ impl Latencies {
         self.histogram.value_at_percentile(percent)
     }
 
-    /// Samples of this length or longer.
+    /// How many samples lie in each of ranges that follow one another: below each of `bounds`, in nanoseconds, and the
+    /// rest.
     #[must_use]
-    pub fn count_from(&self, nanos: u64) -> u64 {
-        self.histogram.count_between(nanos, u64::MAX)
+    pub fn ranges(&self, bounds: &[u64]) -> Vec<u64> {
+        let mut counts = vec![0; bounds.len() + 1];
+        for (value, count) in self.bins() {
+            counts[bounds.partition_point(|bound| *bound <= value)] += count;
+        }
+        counts
     }
 
     /// Bins that are not empty: their value in nanoseconds, and how many samples.
