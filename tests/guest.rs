@@ -529,10 +529,12 @@ fn idle_guest_goes_on_after_a_crash_and_restart_of_the_server() {
         step verify fio_verify /mnt/space 4 4m
         step umount umount /mnt
         step fsck e2fsck -fn /dev/vda";
-    let mut guest = Guest::boot(
-        &lab,
-        &Setup::new(&["vm0.sock,num-queues=4,reconnect=1"], job),
-    );
+    let setup = Setup {
+        // That the server has gone.
+        complaints: &["end-of-file", "Failed to", "vhost"],
+        ..Setup::new(&["vm0.sock,num-queues=4,reconnect=1"], job)
+    };
+    let mut guest = Guest::boot(&lab, &setup);
     guest.tells("idle");
     server.crash();
     let server = Server::start(&lab, &arguments);

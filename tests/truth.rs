@@ -391,6 +391,7 @@ fn in_machine(lab: &Lab) -> HashMap<&'static str, String> {
     let payload = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/payload"))
         .arg(lab.path("payload.img"))
         .arg(truth_binary())
+        .arg(env!("CARGO_BIN_EXE_tandem")) // to bind with
         .status();
     assert!(payload.unwrap().success(), "no payload was made");
     let mut more = vec!["--memory", "1G", "--payload", "payload.img"];

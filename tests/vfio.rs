@@ -92,12 +92,14 @@ fn machine(lab: &Lab, ssds: &[&str], job: &str) -> Facts {
 
 /// The same, running; QEMU may complain with some words.
 fn start(lab: &Lab, ssds: &[&str], complaints: &[&str], job: &str) -> Guest {
+    // What is emulated twice takes minutes even on an idle machine.
+    let minutes = if ssds.contains(&"--chain") { 20 } else { 5 };
     let more = [&["--memory", "1G", "--payload", payload()], ssds].concat();
     let setup = Setup {
         cpus: 2, // the server polls one
         more: &more,
         complaints,
-        deadline: Duration::from_secs(600),
+        deadline: Duration::from_secs(60 * minutes),
         ..Setup::new(&[], job)
     };
     Guest::boot(lab, &setup)
@@ -164,11 +166,12 @@ fn load_on_the_embedded_controller_is_what_its_image_holds() {
     let before = server.report().total("commands");
     let output = agent(&lab, &["load", LOAD, "vm0.sock"]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
-    assert!(
-        server.log().contains("front-end disconnected"),
-        "{}",
-        server.log()
-    );
+    eventually(Duration::from_secs(10), "the client is gone", || {
+        server
+            .log()
+            .contains("front-end disconnected")
+            .then_some(())
+    });
     let report = server.end_well();
     assert_eq!((before, queue_pairs(&report)), (0, 4));
     let compared = assert_image_holds(&lab, "disk.img", Load::parse(LOAD));
@@ -357,6 +360,7 @@ fn four_virtqueues_on_four_hardware_queue_pairs_lose_nothing_and_reach_nothing_e
     );
 
     // An access outside would have been seen: the same kernel reports the two that were made on purpose, and only those.
+    // The kernel's log is all there is to see it by: QEMU's controller calls a read a success whose data was blocked.
     let faults: Vec<&str> = facts["faults"].lines().collect();
     for name in ["unmapped", "never-mapped"] {
         let (iova, _) = facts[&format!("fault.{name}")].split_once(", ").unwrap();
@@ -428,8 +432,7 @@ fn controllers_of_many_shapes_are_served_or_refused_with_the_reason() {
 
         step 'zoned: bind' bind 0000:00:0b.0
         step 'zoned: refused' refuses '[Zz]oned' --device pci:0000:00:0b.0 --blk path=/tmp/z.sock,ns=1
-        step 'zoned: identify' sh -c 'tandem identify --device pci:0000:00:0b.0 --json >/tmp/zoned'
-        tells zoned /tmp/zoned
+        step 'zoned: identify' tandem identify --device pci:0000:00:0b.0
         step 'no faults' no_faults"
     );
     let facts = machine(&lab, &ssds, &job);
@@ -498,7 +501,7 @@ fn two_clients_with_the_same_addresses_never_see_each_other_nor_the_one_before()
         "--ssd",
         "none,max_ioqpairs=8,mdts=7",
         "--namespace",
-        "a.img,nsid=1",
+        "a.img,nsid=1,iops=2000", // so that its requests are in flight for a while
         "--namespace",
         "b.img,nsid=2",
     ];
@@ -528,7 +531,7 @@ fn server_killed_under_load_leaves_what_was_flushed_and_the_next_one_starts() {
         step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/vm0.sock,queues=2
         taskset 2 agent survive 60 /tmp/vm0.sock >/tmp/agent 2>&1 &
         agent=$!
-        sleep 4
+        step 'something was flushed' within 60 grep -q survive.warm /tmp/agent
         kill -KILL $(cat /tmp/a.pid)
         wait $(cat /tmp/a.pid)
         step 'serve again' serve b --device pci:0000:00:05.0 --blk path=/tmp/vm0.sock,queues=2
@@ -554,55 +557,67 @@ fn server_killed_under_load_leaves_what_was_flushed_and_the_next_one_starts() {
 
 #[test]
 fn user_with_the_group_and_a_memory_limit_serves_and_one_with_too_little_is_told() {
+    const LOAD: &str = "seed=5,queues=2,requests=200,mib=8,block=512";
     let lab = Lab::new("user");
     medium(&lab, "a.img", 64);
     // The limit is inherited; the server does not run as root and has no capabilities.
-    let job = "
+    let job = format!(
+        "
         . /machine.sh
         step bind bind 0000:00:05.0
         mkdir /tmp/user
         chown 1000:1000 /tmp/user
-        as_user() {
+        as_user() {{
             (
                 ulimit -l \"$1\"
                 shift
                 exec /tools/bin/setpriv --reuid 1000 --regid 1000 --clear-groups \"$@\"
             )
-        }
-        serve_as_user() {
+        }}
+        serve_as_user() {{
             as_user \"$1\" tandem serve --cores 0 --device pci:0000:00:05.0 --blk path=/tmp/user/vm0.sock,queues=2
-        }
-        not_permitted() {
+        }}
+        not_permitted() {{
             serve_as_user 65536 >/tmp/refused 2>&1 && return 1
             cat /tmp/refused
             grep -q 'setup-vfio bind 0000:00:05.0 --user' /tmp/refused
-        }
+        }}
         step 'not permitted' not_permitted
         step 'permit it' bind 0000:00:05.0 --user user
-        too_little() {
+        too_little() {{
             serve_as_user 64 >/tmp/refused 2>&1 && return 1
             cat /tmp/refused
             grep -q RLIMIT_MEMLOCK /tmp/refused
-        }
+        }}
         step 'too little' too_little
+
+        # Enough for the server's own buffers, not for this guest's memory: the guest is turned away, the server stays.
+        serve_as_user 20480 >/tmp/s.out 2>/tmp/s.log &
+        echo $! >/tmp/s.pid
+        step 'serve with little' within 30 served s
+        too_much() {{
+            taskset 2 agent load {LOAD} /tmp/user/vm0.sock && return 1
+            cat /tmp/s.log
+            grep -q 'RLIMIT_MEMLOCK' /tmp/s.log && kill -0 $(pidof tandem)
+        }}
+        step 'too much memory' too_much
+        kill -TERM $(pidof tandem)
+        step 'finish with little' wait $(cat /tmp/s.pid)
 
         serve_as_user 1048576 >/tmp/u.out 2>/tmp/u.log &
         echo $! >/tmp/u.pid
         step serve within 30 served u
         step 'no root' sh -c \"grep -q '^Uid:.1000.1000.1000.1000' /proc/$(pidof tandem)/status\"
         step 'no capabilities' sh -c \"grep -q '^CapEff:.0000000000000000' /proc/$(pidof tandem)/status\"
-        told load taskset 2 agent load seed=5,queues=2,requests=200,mib=8,block=512 /tmp/user/vm0.sock
+        told load taskset 2 agent load {LOAD} /tmp/user/vm0.sock
         kill -TERM $(pidof tandem)
         step finish wait $(cat /tmp/u.pid)
         tells report /tmp/u.out
-        step 'no faults' no_faults";
-    let facts = machine(&lab, &["--ssd", "a.img"], job);
-    report_of(&facts, "report");
-    assert_image_holds(
-        &lab,
-        "a.img",
-        Load::parse("seed=5,queues=2,requests=200,mib=8,block=512"),
+        step 'no faults' no_faults"
     );
+    let facts = machine(&lab, &["--ssd", "a.img"], &job);
+    report_of(&facts, "report");
+    assert_image_holds(&lab, "a.img", Load::parse(LOAD));
 }
 
 /// Guest driver, QEMU, tandem, vfio-pci, SSD: nothing in between is simulated, and all of it is emulated twice. It takes
@@ -659,28 +674,44 @@ fn ssd_behind_a_port_is_removed_and_added_by_the_monitor_and_identified_again() 
 
 #[test]
 fn controller_reset_under_load_by_somebody_else_costs_no_request() {
-    const LOAD: &str = "seed=11,queues=4,requests=2500,mib=8,block=512";
+    const LOAD: &str = "seed=11,queues=4,requests=5000,mib=8,block=512";
     let lab = Lab::new("reset");
     medium(&lab, "a.img", 64);
+    medium(&lab, "b.img", 16);
     let job = format!(
         "
         . /machine.sh
         step bind bind 0000:00:05.0
-        step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/vm0.sock,queues=4
+        step 'bind another' bind 0000:00:06.0
+        command_register() {{ dd if=/sys/bus/pci/devices/0000:00:06.0/config bs=1 skip=4 count=2 2>/dev/null | od -An -tx1; }}
+        fact command.before $(command_register)
+        step hugepages tandem setup-vfio hugepages 32
+        step serve serve a --device pci:serial=ssd1 --blk path=/tmp/vm0.sock,queues=4
+        fact command.serving $(command_register)
+        fact hugepages.free $(cat /sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages)
         taskset 2 agent load {LOAD} /tmp/vm0.sock >/tmp/load 2>&1 &
         load=$!
         for resets in 1 2 3; do
-            sleep 1.5
-            if kill -0 $load; then echo 1 >/sys/bus/pci/devices/0000:00:05.0/reset; fi
+            sleep 1
+            if kill -0 $load; then echo 1 >/sys/bus/pci/devices/0000:00:06.0/reset; fi
         done
         step load wait $load
         tells load /tmp/load
         step finish finish a
+        fact command.after $(command_register)
         tells log /tmp/a.log
         tells report /tmp/a.out
         step 'no faults' no_faults"
     );
-    let facts = machine(&lab, &["--ssd", "a.img,max_ioqpairs=8"], &job);
+    // The second by address is the one with that serial number.
+    let ssds = ["--ssd", "b.img", "--ssd", "a.img,max_ioqpairs=8"];
+    let facts = machine(&lab, &ssds, &job);
+    // Memory and bus mastering on, INTx off; afterwards as before.
+    assert_ne!(facts["command.serving"], facts["command.before"]);
+    assert_eq!(facts["command.after"], facts["command.before"]);
+    // PRP lists of four queue pairs, of two pages each, and their bounce buffers.
+    let free: u64 = facts["hugepages.free"].parse().unwrap();
+    assert!((1..=24).contains(&free), "{free} huge pages are free");
     report_of(&facts, "report");
     let device = facts["report"]
         .lines()
@@ -766,6 +797,54 @@ fn ssd_removed_under_load_and_put_back_goes_on_where_it_was() {
     for image in ["a.img", "b.img"] {
         assert_image_holds(&lab, image, Load::parse(LOAD));
     }
+}
+
+/// Each mapping takes an entry of the container, and there are only so many: the session whose memory does not fit is told
+/// so and ends; the one that is served goes on.
+#[test]
+fn session_without_an_entry_for_its_memory_is_refused_and_the_other_goes_on() {
+    let lab = Lab::new("entries");
+    medium(&lab, "a.img", 32);
+    // 5 of the controller, 4 of each queue pair, and one guest with its one region.
+    let job = "
+        . /machine.sh
+        step bind bind 0000:00:05.0
+        step limit sh -c 'echo 14 >/sys/module/vfio_iommu_type1/parameters/dma_entry_limit'
+        step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/one.sock --blk path=/tmp/two.sock,ns=2
+        taskset 2 agent load seed=5,queues=1,requests=1500,mib=8,block=512 /tmp/one.sock >/tmp/load 2>&1 &
+        load=$!
+        step connected within 30 grep -q 'front-end connected' /tmp/a.log
+        sleep 1
+        refused() {
+            timeout 60 agent load seed=5,queues=1,requests=1,mib=8,block=512 /tmp/two.sock >/tmp/second 2>&1
+            cat /tmp/second
+            grep 'dma_entry_limit of the module vfio_iommu_type1' /tmp/a.log
+        }
+        step refused refused
+        step load wait $load
+        tells load /tmp/load
+        step finish finish a
+        tells log /tmp/a.log";
+    let ssds = [
+        "--ssd",
+        "none",
+        "--namespace",
+        "a.img,nsid=1",
+        "--namespace",
+        "b.img,nsid=2",
+    ];
+    medium(&lab, "b.img", 16);
+    let facts = machine(&lab, &ssds, job);
+    assert!(
+        facts["log"].contains("connection closed"),
+        "{}",
+        facts["log"]
+    );
+    assert_image_holds(
+        &lab,
+        "a.img",
+        Load::parse("seed=5,queues=1,requests=1500,mib=8,block=512"),
+    );
 }
 
 /// One command to QEMU's monitor (scripts/guest-run --monitor).

@@ -29,7 +29,7 @@ use crate::plan::{DiskPlan, Plan};
 use crate::reactor::{PollerId, Reactor, ReactorError};
 use crate::stats::{CounterTable, SharedCounters};
 
-/// How often a session looks after its memory, and the monitor after its devices, when nothing else happens.
+/// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a reactor may take to give an idle poller back.
 const RETIRE_DEADLINE: Duration = Duration::from_secs(2);
@@ -177,10 +177,13 @@ impl Server {
             (planned.config.name.clone(), Mutex::new(keeper))
         });
         self.keepers = keepers.collect();
-        let (keepers, stop) = (Arc::clone(&self.keepers), Arc::clone(&self.stop));
-        let thread = std::thread::Builder::new().name("monitor".to_owned());
-        self.threads
-            .push(thread.spawn(move || monitor_loop(&keepers, &stop))?);
+        // A thread for each device: one that does not come up holds up no other.
+        for index in 0..self.keepers.len() {
+            let (keepers, stop) = (Arc::clone(&self.keepers), Arc::clone(&self.stop));
+            let thread = std::thread::Builder::new().name("keeper".to_owned());
+            self.threads
+                .push(thread.spawn(move || keep(&keepers[index].1, &stop))?);
+        }
         Ok(())
     }
 
@@ -518,11 +521,9 @@ fn run_session(disk: &Arc<Disk>, stream: UnixStream) {
     let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
-fn monitor_loop(keepers: &[(String, Mutex<Keeper>)], stop: &Stop) {
+fn keep(keeper: &Mutex<Keeper>, stop: &Stop) {
     while !stop.is_set() {
-        for (_, keeper) in keepers {
-            keeper.lock().unwrap_or_else(PoisonError::into_inner).look();
-        }
+        keeper.lock().unwrap_or_else(PoisonError::into_inner).look();
         wait_readable(stop.event.as_fd(), None, Some(LOOK_INTERVAL));
     }
 }

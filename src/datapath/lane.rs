@@ -156,6 +156,8 @@ pub struct Lane {
     requests: Box<[Request]>,
     work: Option<Work>,
     state: State,
+    /// Requests in the ring, at the last look.
+    waiting: u16,
     /// The device has come back without its cache: the next flush cannot keep its promise.
     cache_lost: bool,
     /// Its place in the poller.
@@ -207,6 +209,7 @@ impl Lane {
             requests: vec![idle; usize::from(size)].into_boxed_slice(),
             work: None,
             state: State::Running,
+            waiting: 0,
             cache_lost: false,
             slot: 0,
             block_shift: config.limits.geometry.block_shift(),
@@ -276,20 +279,35 @@ impl Lane {
         self.config.shared.publish(&self.counters);
     }
 
-    /// Takes new requests from the ring and submits their commands; no doorbell. `true` when anything was done.
+    /// Is there anything to do that does not wait for the device? The one look of a turn at the ring.
+    #[inline]
+    pub(super) fn look(&mut self) -> bool {
+        if self.state != State::Running || self.work.is_some() {
+            return self.work.is_some();
+        }
+        match self.queue.available() {
+            Ok(waiting) => {
+                self.waiting = waiting;
+                waiting > 0
+            }
+            Err(error) => self.break_ring(&error),
+        }
+    }
+
+    /// Takes new requests from the ring, as many as [`Lane::look`] saw, and submits their commands; no doorbell. `true`
+    /// when anything was done.
     #[inline]
     pub(super) fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
-        if self.work.is_some() && !self.continue_work(pair) {
+        if self.work.is_some() && !(self.continue_work(pair) && self.look()) {
             return false;
         }
         if self.state != State::Running {
             return false;
         }
-        let available = match self.queue.available() {
-            Ok(0) => return false,
-            Ok(available) => available.min(FETCH_BUDGET),
-            Err(error) => return self.break_ring(&error),
-        };
+        let available = self.waiting.min(FETCH_BUDGET);
+        if available == 0 {
+            return false;
+        }
         // A request that takes more than one command becomes work, which ends the round.
         for _ in 0..available.min(pair.queue.room()) {
             let popped = self.queue.pop_framed(&self.config.memory, &mut self.chain);

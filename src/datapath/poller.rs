@@ -104,6 +104,10 @@ pub struct Poller<T: Transport> {
     lane_count: usize,
     draining: usize,
     turns: u64,
+    /// Those of them in which nobody wanted anything.
+    idle_turns: u64,
+    /// Turns and idle turns that the lanes' counters know of.
+    counted: [u64; 2],
     service: Service,
     /// When the current era began.
     era: Instant,
@@ -133,6 +137,8 @@ impl<T: Transport> Poller<T> {
             lane_count: 0,
             draining: 0,
             turns: 0,
+            idle_turns: 0,
+            counted: [0; 2],
             service: Service::Serve,
             era: Instant::now(),
             health: Arc::default(),
@@ -159,6 +165,7 @@ impl<T: Transport> Poller<T> {
         }
         self.service = Service::Serve;
         self.pair.queue.replay();
+        self.show_counters();
     }
 
     fn doubt_flushes(&mut self) {
@@ -226,17 +233,27 @@ impl<T: Transport> Poller<T> {
         }
         self.turns += 1;
         if self.turns.is_multiple_of(PUBLISH_INTERVAL) {
-            self.lanes
-                .iter()
-                .flatten()
-                .for_each(|lane| lane.publish_counters());
+            self.count_turns();
         }
         busy
     }
 
-    /// Shows others how the queue pair is.
+    /// Tells the lanes of the turns since the last time, and shows their counters to others. A turn has no time for it.
+    fn count_turns(&mut self) {
+        let [turns, idle] = self.counted;
+        self.counted = [self.turns, self.idle_turns];
+        for lane in self.lanes.iter_mut().flatten() {
+            let counters = lane.counters_mut();
+            counters.polls += self.turns - turns;
+            counters.idle_polls += self.idle_turns - idle;
+            lane.publish_counters();
+        }
+    }
+
+    /// Shows others how the lanes and the queue pair are.
     #[cold]
-    fn show_health(&mut self) {
+    fn show(&mut self) {
+        self.count_turns();
         if self.era.elapsed() < ERA {
             return;
         }
@@ -246,10 +263,13 @@ impl<T: Transport> Poller<T> {
         let millis = u64::from(eras) * u64::try_from(ERA.as_millis()).unwrap_or(0);
         let oldest = u64::from(cid.0) << 48 | millis;
         self.health.oldest.store(oldest, Ordering::Relaxed);
+        self.show_counters();
+    }
+
+    fn show_counters(&self) {
         let counters = self.pair.queue.counters();
-        self.health
-            .anomalies
-            .store(counters.anomalies, Ordering::Relaxed);
+        let anomalies = &self.health.anomalies;
+        anomalies.store(counters.anomalies, Ordering::Relaxed);
         self.health.resent.store(counters.resent, Ordering::Relaxed);
     }
 
@@ -257,7 +277,6 @@ impl<T: Transport> Poller<T> {
     #[inline(always)]
     fn collect(&mut self) -> bool {
         let mut busy = false;
-        self.pair.queue.service();
         for _ in 0..POLL_BUDGET {
             let Some(completion) = self.pair.queue.poll() else {
                 break;
@@ -305,28 +324,28 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         if self.service != Service::Serve {
             return self.turn_without_device();
         }
-        let mut busy = self.collect();
         self.turns += 1;
-        let show = self.turns.is_multiple_of(PUBLISH_INTERVAL);
-        if show {
-            self.show_health();
+        if self.turns.is_multiple_of(PUBLISH_INTERVAL) {
+            self.show();
         }
+        self.pair.queue.service();
+        let mut wanted = self.pair.queue.has_completion();
+        for lane in self.lanes.iter_mut().flatten() {
+            wanted |= lane.look();
+        }
+        if !wanted {
+            self.idle_turns += 1;
+            return false;
+        }
+        let mut busy = self.collect();
         let before = self.pair.queue.counters();
         for lane in self.lanes.iter_mut().flatten() {
             let commands = lane.counters_mut().commands;
-            let fetched = lane.fetch(&mut self.pair);
+            busy |= lane.fetch(&mut self.pair);
             let counters = lane.counters_mut();
-            counters.polls += 1;
             if counters.commands != commands {
                 // Lanes that share a queue pair share its doorbells too: each is told of every one it caused.
                 counters.sq_doorbells += 1;
-            }
-            if !fetched && !busy {
-                counters.idle_polls += 1;
-            }
-            busy |= fetched;
-            if show {
-                lane.publish_counters();
             }
         }
         if busy {
@@ -353,6 +372,8 @@ impl<T: Transport + 'static> Poll for Poller<T> {
             });
         // A process has far fewer than 65536 lanes on one queue pair: each needs two descriptors of its own.
         lane.set_slot(u16::try_from(place).unwrap_or(u16::MAX));
+        // Turns before it came are not its own.
+        self.count_turns();
         lane.publish();
         self.lanes[place] = Some(lane);
         self.lane_count += 1;
@@ -376,6 +397,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         let drained =
             |lane: &Option<Box<Lane>>| lane.as_ref().is_some_and(|lane| lane.is_drained());
         let place = self.lanes.iter().position(drained)?;
+        self.count_turns();
         let mut lane = self.lanes[place].take()?;
         self.draining -= 1;
         self.lane_count -= 1;
@@ -396,6 +418,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
     fn settle(&mut self, deadline: Duration) -> bool {
         let start = Instant::now();
         while self.pair.queue.outstanding() > 0 && start.elapsed() < deadline {
+            self.pair.queue.service();
             if self.collect() {
                 self.lanes
                     .iter_mut()

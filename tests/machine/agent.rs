@@ -323,6 +323,9 @@ fn survive(seconds: u64, socket: &Path) {
                     Request::Write { block, generation } => blocks[block].completed = generation,
                     Request::Flush(acknowledged) => {
                         flushes += 1;
+                        if flushes == 32 {
+                            fact("survive.warm", "yes"); // time to kill the server
+                        }
                         for (block, acknowledged) in blocks.iter_mut().zip(acknowledged) {
                             block.durable = block.durable.max(acknowledged);
                         }
@@ -366,8 +369,9 @@ fn survive(seconds: u64, socket: &Path) {
 
 // ---- vanish ----
 
-/// Each round a client asks for 128 reads, twice as much memory as any queue pair has commands for at once, and is gone;
-/// the next one, at the same guest addresses, shares other memory. What it has not asked for must stay as it is.
+/// Each round a client asks for 128 reads and is gone; the next one, at the same guest addresses, shares other memory.
+/// What that one has not asked for must stay as it is, and so must the memory of the first: from the moment on that the
+/// server has let it go, nothing may arrive there any more.
 fn vanish(rounds: u64, socket: &Path) {
     const READS: u64 = 128;
     const DATA: u32 = 32 << 10;
@@ -383,9 +387,9 @@ fn vanish(rounds: u64, socket: &Path) {
         client.write(0, &pattern(round));
         let queue = &mut client.queues[0];
         let request = SimRequest::new(request_type::IN, 0, DATA, true);
-        for _ in 0..READS {
-            queue.submit(&request, &[]).expect("a ring with room");
-        }
+        let heads: Vec<u16> = (0..READS)
+            .map(|_| queue.submit(&request, &[]).expect("a ring with room"))
+            .collect();
         queue.publish();
         // In the middle of them, from one round to the next.
         let some = round * 16 % READS;
@@ -400,6 +404,10 @@ fn vanish(rounds: u64, socket: &Path) {
 
         // The same addresses, other memory: nothing but these few requests may change it.
         let mut next = Client::connect(socket, 1, 512, DATA);
+        let left: Vec<Vec<u8>> = heads
+            .iter()
+            .map(|head| client.data_of(*head, DATA))
+            .collect();
         let untouched: Vec<u16> = (8..512).collect();
         for head in &untouched {
             next.queues[0].write(next.queues[0].data_at(*head), &[0x5a; DATA as usize]);
@@ -413,8 +421,7 @@ fn vanish(rounds: u64, socket: &Path) {
             );
         }
         for head in &untouched {
-            let mut bytes = vec![0; DATA as usize];
-            next.queues[0].read(next.queues[0].data_at(*head), &mut bytes);
+            let bytes = next.data_of(*head, DATA);
             let stray = bytes.iter().position(|byte| *byte != 0x5a);
             assert_eq!(
                 stray, None,
@@ -423,6 +430,13 @@ fn vanish(rounds: u64, socket: &Path) {
         }
         next.check_canaries();
         // Kept until here: what the first client shared is not what the second one did.
+        for (head, left) in heads.iter().zip(&left) {
+            let late = client.data_of(*head, DATA) != *left;
+            assert!(
+                !late,
+                "round {round}: data for head {head} arrived after its client was let go"
+            );
+        }
         while client.queues[0].poll_used().is_some() {
             ended += 1;
         }

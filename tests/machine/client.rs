@@ -142,6 +142,13 @@ impl Client {
         all
     }
 
+    /// The buffer of a head of queue 0, as it stands.
+    pub fn data_of(&self, head: u16, len: u32) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        self.queues[0].read(self.queues[0].data_at(head), &mut bytes);
+        bytes
+    }
+
     /// Nothing was written where nothing was asked for.
     pub fn check_canaries(&self) {
         for at in self.canaries {

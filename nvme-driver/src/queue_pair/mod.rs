@@ -335,6 +335,13 @@ impl<T: Transport> QueuePair<T> {
         }
     }
 
+    /// Something has completed that was not polled yet: a look at one word.
+    #[inline]
+    #[must_use]
+    pub fn has_completion(&self) -> bool {
+        self.cq.has_entry()
+    }
+
     /// The next completed command, if any. An entry that names another queue, no outstanding command, or an impossible
     /// SQHD is counted and ends this round: the device gets no endless loop out of us (I8). A command that may succeed
     /// when it is sent again is sent again, three times at most, before anyone hears of it.

@@ -195,6 +195,14 @@ impl CompletionRing {
         self.head
     }
 
+    /// The controller has completed the next entry.
+    #[inline]
+    pub(crate) fn has_entry(&self) -> bool {
+        // SAFETY: as in `pop`.
+        let high = unsafe { self.base.add(usize::from(self.head) * 2 + 1).as_ref() };
+        high.load(Ordering::Relaxed) & PHASE == self.phase
+    }
+
     /// The next entry that the controller has completed, copied once (I6).
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<CompletionEntry> {

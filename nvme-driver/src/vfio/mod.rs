@@ -473,3 +473,115 @@ impl fmt::Debug for VfioTransport {
         write!(f, "VfioTransport({})", self.address)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+
+    const GROUP: &str = "kernel/iommu_groups/7";
+
+    /// A machine of files, gone when it is dropped.
+    struct Machine(PathBuf);
+
+    impl Machine {
+        fn new(name: &str) -> Machine {
+            let root =
+                std::env::temp_dir().join(format!("tandem-claim-{name}-{}", std::process::id()));
+            fs::create_dir_all(root.join("bus/pci/devices")).unwrap();
+            Machine(root)
+        }
+
+        fn function(&self, address: &str, class: &str, driver: Option<&str>, in_group: bool) {
+            let folder = self.0.join("bus/pci/devices").join(address);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("class"), format!("{class}\n")).unwrap();
+            if let Some(driver) = driver {
+                symlink(Path::new("/drivers").join(driver), folder.join("driver")).unwrap();
+            }
+            if in_group {
+                let members = self.0.join(GROUP).join("devices");
+                fs::create_dir_all(members.join(address)).unwrap();
+                symlink(self.0.join(GROUP), folder.join("iommu_group")).unwrap();
+            }
+        }
+
+        fn check(&self) -> String {
+            let sysfs = Sysfs::at(&self.0);
+            let function = sysfs.function("5e:00.0".parse().unwrap()).unwrap();
+            check(&sysfs, &function)
+                .map_or_else(|error| error.to_string(), |()| "viable".to_owned())
+        }
+    }
+
+    impl Drop for Machine {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const SSD: &str = "0000:5e:00.0";
+    const NVME: &str = "0x010802";
+
+    #[track_caller]
+    fn refused(machine: &Machine, reason: &str) {
+        let error = machine.check();
+        assert!(error.starts_with("cannot claim 0000:5e:00.0: "), "{error}");
+        assert!(error.contains(reason), "{error}");
+    }
+
+    #[test]
+    fn check_of_a_bound_ssd_alone_or_with_harmless_siblings_finds_nothing() {
+        let machine = Machine::new("viable");
+        machine.function(SSD, NVME, Some("vfio-pci"), true);
+        machine.function("0000:5d:00.0", "0x060400", Some("pcieport"), true);
+        machine.function("0000:5e:00.1", "0x0c0330", Some("vfio-pci"), true);
+        machine.function("0000:5e:00.2", "0x0c0330", None, true);
+        assert_eq!(machine.check(), "viable");
+    }
+
+    #[test]
+    fn check_of_another_device_or_driver_says_what_it_is() {
+        let machine = Machine::new("class");
+        machine.function(SSD, "0x020000", Some("vfio-pci"), true);
+        refused(&machine, "it is no NVMe controller (class 020000)");
+        let machine = Machine::new("kernel");
+        machine.function(SSD, NVME, Some("nvme"), true);
+        refused(
+            &machine,
+            "the driver nvme has it; bind it first: scripts/setup-vfio bind 0000:5e:00.0",
+        );
+        let machine = Machine::new("nobody");
+        machine.function(SSD, NVME, None, true);
+        refused(&machine, "no driver has it; bind it first");
+    }
+
+    #[test]
+    fn check_without_an_iommu_says_how_to_switch_it_on() {
+        let machine = Machine::new("none");
+        machine.function(SSD, NVME, Some("vfio-pci"), false);
+        refused(&machine, "it is in no IOMMU group");
+        let machine = Machine::new("noiommu");
+        machine.function(SSD, NVME, Some("vfio-pci"), true);
+        fs::write(machine.0.join(GROUP).join("name"), "vfio-noiommu\n").unwrap();
+        refused(
+            &machine,
+            "VFIO has it in no-IOMMU mode, in which the SSD could read and write all memory",
+        );
+    }
+
+    #[test]
+    fn check_of_a_group_in_use_names_every_sibling() {
+        let machine = Machine::new("siblings");
+        machine.function(SSD, NVME, Some("vfio-pci"), true);
+        machine.function("0000:5e:00.1", "0x020000", Some("mlx5_core"), true);
+        machine.function("0000:5e:00.2", NVME, Some("nvme"), true);
+        refused(
+            &machine,
+            "IOMMU group 7 is not viable, since other members have drivers: 0000:5e:00.1 (mlx5_core), 0000:5e:00.2 (nvme)",
+        );
+    }
+}

@@ -158,8 +158,9 @@ impl Controller {
         let to: NonNull<AtomicU64> = self.domain.reach(at, 16).cast();
         // SAFETY: an entry of the completion queue, mapped (`reach`).
         let (low, high) = unsafe { (to.as_ref(), to.add(1).as_ref()) };
-        let status =
-            u64::from(Status::new(7, u8::try_from(block).unwrap()).to_wire(self.phase == 1));
+        // The command's number is its status, which is final: no second attempt.
+        let status = Status::new(7, u8::try_from(block).unwrap()).with_dnr();
+        let status = u64::from(status.to_wire(self.phase == 1));
         writes(to.cast().as_ptr(), 16);
         low.store(block, Relaxed);
         let cid = u64::from(entry.cid.get());
