@@ -10,7 +10,7 @@ use super::engine::{Done, Queue};
 use super::io::{Io, Op, Random};
 use super::stats::Counters;
 use super::target::{Info, Keeper, Needs, Pool, Target};
-use crate::config::{ControllerConfig, DeviceConfig};
+use crate::config::{ControllerConfig, DeviceConfig, Medium};
 use crate::control::claim;
 
 /// Opens the controller and a queue pair for each job.
@@ -28,8 +28,11 @@ pub fn open(config: &DeviceConfig, needs: &Needs) -> anyhow::Result<Box<dyn Targ
             )
         }
         ControllerConfig::Model(model) => {
-            let name = config.name.as_str();
-            open_on(claim::make_model(name, model)?, name, needs)
+            let medium = match &model.medium {
+                Medium::Ram { .. } => "model:ram".to_owned(),
+                Medium::File { path, .. } => format!("model:file,path={}", path.display()),
+            };
+            open_on(claim::make_model(&config.name, model)?, &medium, needs)
         }
     }
 }

@@ -95,7 +95,7 @@ pub struct Live {
     pub p99: AtomicU64,
     /// Someone looks at it.
     pub watched: AtomicBool,
-    /// The user had enough, or another queue failed.
+    /// Another queue failed.
     pub stop: AtomicBool,
 }
 

@@ -30,7 +30,9 @@ mod terse;
 mod verify;
 mod vhost_user;
 
+use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context, bail};
 
@@ -57,16 +59,15 @@ fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         load_curve: args.load_curve,
     };
     let opened = open(args, &jobs, &mut session.targets);
-    // An output that cannot be written is found out before an hour of measuring.
-    let output = opened.and_then(|()| {
-        let path = args.output.as_ref();
-        path.map(|path| {
-            std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))
-        })
-        .transpose()
+    // What cannot be written is found out before an hour of measuring.
+    let files = opened.and_then(|()| {
+        Ok((
+            create(args.output.as_deref())?,
+            create(args.plot.as_deref())?,
+        ))
     });
-    let output = match output {
-        Ok(output) => output,
+    let (output, plot) = match files {
+        Ok(files) => files,
         Err(error) => {
             let _ = session.close();
             return Err(error);
@@ -75,13 +76,13 @@ fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let results = session.run(&jobs);
     let closed = session.close();
     let written = results.and_then(|results| {
-        if let Some(path) = &args.plot {
-            plot::draw(&results, path)?;
-        }
         let text = render(args.output_format, &results);
         match output {
             Some(mut file) => file.write_all(text.as_bytes())?,
             None => std::io::stdout().lock().write_all(text.as_bytes())?,
+        }
+        if let Some(mut plot) = plot {
+            plot.write_all(plot::draw(&results)?.as_bytes())?;
         }
         closed
     });
@@ -92,6 +93,13 @@ fn run(args: &BenchArgs) -> anyhow::Result<u8> {
             Ok(1)
         }
     }
+}
+
+fn create(path: Option<&Path>) -> anyhow::Result<Option<File>> {
+    let create = |path: &Path| {
+        File::create(path).with_context(|| format!("cannot write {}", path.display()))
+    };
+    path.map(create).transpose()
 }
 
 fn jobs(args: &BenchArgs) -> anyhow::Result<Vec<Job>> {
@@ -133,6 +141,9 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
             .max()
             .flatten(),
     };
+    if args.interrupts.is_on() && !args.device.is_empty() {
+        bail!("--interrupts on: a --device is only polled; leave one of the two out");
+    }
     let mut configs = Vec::new();
     for options in &args.device {
         let config = options.clone().resolve_alone()?;

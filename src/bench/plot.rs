@@ -1,10 +1,7 @@
 //! The result as pictures, one below the other in one SVG file: latency distributions whose axis stretches the tail, the
 //! depth sweep, the load curve. Text is left to whoever shows the file: no font is needed here.
 
-use std::fs;
-use std::path::Path;
-
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
@@ -31,13 +28,12 @@ struct Panel {
     curves: Vec<Curve>,
 }
 
-/// Draws what there is.
+/// The file's text: whatever there is to draw.
 ///
 /// # Errors
-/// When the file cannot be written.
-pub fn draw(results: &Results, path: &Path) -> anyhow::Result<()> {
-    let svg = render(results).map_err(|error| anyhow!("cannot draw: {error}"))?;
-    fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
+/// When something cannot be drawn.
+pub fn draw(results: &Results) -> anyhow::Result<String> {
+    render(results).map_err(|error| anyhow!("cannot draw: {error}"))
 }
 
 fn render(results: &Results) -> Result<String, Box<dyn std::error::Error>> {

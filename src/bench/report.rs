@@ -364,6 +364,6 @@ mod tests {
             .find(|line| line.contains("usec      "))
             .unwrap();
         let cells: Vec<&str> = values.split_whitespace().collect();
-        assert_eq!(cells[3..], ["990.2", "-", "-", "-", "1000.4"], "{out}");
+        assert_eq!(cells[3..], ["990.2", "-", "-", "-", "1000.0"], "{out}");
     }
 }

@@ -28,7 +28,10 @@ pub fn whole(value: f64) -> u64 {
 #[derive(Clone, Debug)]
 pub struct Latencies {
     histogram: Histogram<u64>,
+    /// Exact, where bins are not.
     sum: f64,
+    min: u64,
+    max: u64,
 }
 
 impl Default for Latencies {
@@ -37,6 +40,8 @@ impl Default for Latencies {
         Latencies {
             histogram: histogram.expect("bounds and digits that are constants"),
             sum: 0.0,
+            min: u64::MAX,
+            max: 0,
         }
     }
 }
@@ -56,12 +61,16 @@ impl Latencies {
     pub fn record(&mut self, nanos: u64) {
         self.histogram.saturating_record(nanos.max(1));
         self.sum += nanos as f64;
+        self.min = self.min.min(nanos);
+        self.max = self.max.max(nanos);
     }
 
     pub fn add(&mut self, other: &Latencies) {
         // Bounds are the same: nothing can be out of range.
         let _ = self.histogram.add(&other.histogram);
         self.sum += other.sum;
+        self.min = self.min.min(other.min);
+        self.max = self.max.max(other.max);
     }
 
     #[must_use]
@@ -69,7 +78,6 @@ impl Latencies {
         self.histogram.len()
     }
 
-    /// Exact, not from the bins.
     #[must_use]
     pub fn mean(&self) -> f64 {
         self.sum / (self.count().max(1)) as f64
@@ -82,16 +90,12 @@ impl Latencies {
 
     #[must_use]
     pub fn min(&self) -> u64 {
-        if self.count() == 0 {
-            0
-        } else {
-            self.histogram.min()
-        }
+        if self.count() == 0 { 0 } else { self.min }
     }
 
     #[must_use]
     pub fn max(&self) -> u64 {
-        self.histogram.max()
+        self.max
     }
 
     #[must_use]
@@ -278,7 +282,8 @@ impl Counters {
 /// What one queue did in one measurement, or several in all.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    ops: [OpStats; 4],
+    /// By [`Op::index`].
+    pub ops: [OpStats; 4],
     /// Nanoseconds that were measured; of several queues at once, the longest.
     pub elapsed: u64,
     pub usage: Usage,
