@@ -336,43 +336,51 @@ impl<Q: Queue> Drive<'_, Q> {
         }
     }
 
-    /// What came back at `now`.
+    /// What came back at `now`. All of it, even if something of it failed: nothing that has come back is in flight.
     #[inline]
     fn record(&mut self, now: u64) -> anyhow::Result<()> {
+        let mut result = Ok(());
         for index in 0..self.done.len() {
-            let Done { slot, failure } = self.done[index];
-            let Slot {
-                io,
-                intended,
-                handed,
-            } = self.slots[slot as usize];
-            if let Some(status) = failure {
-                bail!(
-                    "a {} of {} bytes at offset {} failed: {}",
-                    io.op.name(),
-                    io.len,
-                    io.offset,
-                    self.queue.explain(status)
-                );
-            }
-            if let Some(verifier) = &mut self.work.verifier {
-                let queue = &self.queue;
-                verifier.finish(io, |bytes| queue.read_data(slot, bytes))?;
-            }
-            self.free.push(slot);
+            let done = self.done[index];
+            self.free.push(done.slot);
             self.in_flight -= 1;
-            if self.measuring {
-                let latency = now.saturating_sub(intended);
-                let stats = self.out.op_mut(io.op);
-                stats.lat.record(latency);
-                stats.clat.record(now.saturating_sub(handed));
-                stats.bytes += u64::from(io.len);
-                self.recent.record(latency);
-            }
+            let recorded = self.record_one(now, done);
+            result = result.and(recorded);
         }
         self.live
             .ios
             .fetch_add(self.done.len() as u64, Ordering::Relaxed);
+        result
+    }
+
+    #[inline]
+    fn record_one(&mut self, now: u64, Done { slot, failure }: Done) -> anyhow::Result<()> {
+        let Slot {
+            io,
+            intended,
+            handed,
+        } = self.slots[slot as usize];
+        if let Some(status) = failure {
+            bail!(
+                "a {} of {} bytes at offset {} failed: {}",
+                io.op.name(),
+                io.len,
+                io.offset,
+                self.queue.explain(status)
+            );
+        }
+        if let Some(verifier) = &mut self.work.verifier {
+            let queue = &self.queue;
+            verifier.finish(io, |bytes| queue.read_data(slot, bytes))?;
+        }
+        if self.measuring {
+            let latency = now.saturating_sub(intended);
+            let stats = self.out.op_mut(io.op);
+            stats.lat.record(latency);
+            stats.clat.record(now.saturating_sub(handed));
+            stats.bytes += u64::from(io.len);
+            self.recent.record(latency);
+        }
         Ok(())
     }
 
@@ -432,6 +440,13 @@ impl<Q: Queue> Drive<'_, Q> {
     fn finish(&mut self, now: u64, measured_from: u64) {
         self.measuring = false;
         self.out.elapsed = now - measured_from;
+        self.out.unfinished = self.in_flight.into();
+        let slots = self.slots.iter().enumerate();
+        let oldest = slots
+            .filter(|(slot, _)| !self.free.iter().any(|free| *free as usize == *slot))
+            .map(|(_, slot)| slot.intended)
+            .min();
+        self.out.unfinished_age = oldest.map_or(0, |oldest| now.saturating_sub(oldest));
         if let Some(arrivals) = &mut self.arrivals {
             let waited = (now as f64 - arrivals.next).max(0.0);
             self.out.backlog_age = whole(waited);

@@ -274,6 +274,7 @@ fn extra(series: &Series, total: &Outcome) -> Value {
             "found_by_late_polls": total.found_late,
         },
         "backlog": { "arrivals": total.backlog, "oldest_ns": total.backlog_age },
+        "unfinished": { "ios": total.unfinished, "oldest_ns": total.unfinished_age },
         "verified_reads": total.verified,
     })
 }

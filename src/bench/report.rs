@@ -159,6 +159,14 @@ fn one_series(out: &mut String, results: &Results, series: &Series) {
             micros(total.backlog_age as f64)
         );
     }
+    if total.unfinished_age > total.all().max() {
+        let _ = writeln!(
+            out,
+            "    {} I/O(s) had not come back at the end, the oldest after {} usec: longer than any that did",
+            total.unfinished,
+            micros(total.unfinished_age as f64)
+        );
+    }
     if total.verified > 0 {
         let _ = writeln!(
             out,

@@ -105,7 +105,10 @@ impl CaseResult {
         let per_round = |series: &Series, metric: fn(&Measured) -> f64| -> Vec<f64> {
             let pairs = series.rounds.iter().zip(&first.rounds);
             pairs
-                .map(|(own, base)| metric(own) / metric(base).max(f64::MIN_POSITIVE))
+                .map(|(own, base)| (metric(own), metric(base)))
+                // A round in which one of them did nothing has no ratio.
+                .filter(|(own, base)| *own > 0.0 && *base > 0.0)
+                .map(|(own, base)| own / base)
                 .collect()
         };
         let mut ratios = Vec::new();
@@ -117,10 +120,14 @@ impl CaseResult {
                 .map(|ratio| ratio.max(1.0 / ratio))
                 .fold(1.0, f64::max);
             for series in others {
+                let own = per_round(series, metric);
+                if own.is_empty() || noise.is_empty() {
+                    continue;
+                }
                 ratios.push(Ratio {
                     label: series.label.clone(),
                     metric: name,
-                    ratio: median(&per_round(series, metric)),
+                    ratio: median(&own),
                     band: (1.0 / widest, widest),
                 });
             }
@@ -464,7 +471,7 @@ mod tests {
                 outcome
                     .op_mut(Op::Read)
                     .lat
-                    .record(u64::from(1_000_000 / iops));
+                    .record(u64::from(1_000_000 / iops.max(1)));
             }
             Measured {
                 queues: vec![outcome],
@@ -510,6 +517,23 @@ mod tests {
         assert!((iops[1].ratio - 2.0).abs() < 1e-9 && !iops[1].within_noise());
         assert!((iops[0].band.1 - 1.1).abs() < 1e-9);
         assert!((iops[0].band.0 - 1.0 / 1.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn round_in_which_a_target_did_nothing_has_no_ratio() {
+        let some = result(vec![
+            series("A", &[1000, 0]),
+            series("A'", &[1000, 1000]),
+            series("B", &[2000, 2000]),
+        ]);
+        let ratios = some.ratios();
+        assert!((ratios[0].ratio - 2.0).abs() < 1e-9 && (ratios[0].band.1 - 1.0).abs() < 1e-9);
+        let none = result(vec![
+            series("A", &[0]),
+            series("A'", &[1]),
+            series("B", &[1]),
+        ]);
+        assert_eq!(none.ratios(), []);
     }
 
     #[test]

@@ -298,6 +298,9 @@ pub struct Outcome {
     /// Arrivals that had not been sent at the end, and how long the first of them had waited (open loop).
     pub backlog: u64,
     pub backlog_age: u64,
+    /// I/Os that had not come back at the end, and how long the oldest of them had taken by then.
+    pub unfinished: u64,
+    pub unfinished_age: u64,
     /// Reads that --verify has checked.
     pub verified: u64,
 }
@@ -339,6 +342,8 @@ impl Outcome {
         self.found_late += other.found_late;
         self.backlog += other.backlog;
         self.backlog_age = self.backlog_age.max(other.backlog_age);
+        self.unfinished += other.unfinished;
+        self.unfinished_age = self.unfinished_age.max(other.unfinished_age);
         self.verified += other.verified;
     }
 

@@ -245,10 +245,13 @@ mod tests {
     fn own_process_has_used_cpu_time_or_will() {
         let before = server_usage(std::process::id()).unwrap();
         let start = Instant::now();
-        while start.elapsed() < Duration::from_millis(60) {
-            std::hint::spin_loop();
-        }
-        let used = server_usage(std::process::id()).unwrap().since(before);
+        let used = loop {
+            let used = server_usage(std::process::id()).unwrap().since(before);
+            // Others may have the CPU for long.
+            if used.cpu() >= TICK || start.elapsed() > Duration::from_secs(30) {
+                break used;
+            }
+        };
         assert!(used.cpu() >= TICK, "{used:?}");
     }
 }
