@@ -27,7 +27,7 @@
 //! | [`virtio`] | split virtqueue, descriptor walk, virtio-blk; knows no NVMe |
 //! | [`block`] | the vocabulary between the two |
 //! | [`stats`] | counters of each virtqueue |
-//! | [`bench`] | the latency benchmark: this server's parts, other servers and the kernel, in turn |
+//! | [`mod@bench`] | the latency benchmark: this server's parts, other servers and the kernel, in turn |
 //! | [`sim`] | a simulated guest driver, for tests and benchmarks |
 //!
 //! The NVMe side is the crate `nvme-driver`, usable alone; `nvme-model` is the embedded controller behind it.

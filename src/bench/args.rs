@@ -25,7 +25,7 @@ const MAX_SECONDS: f64 = 86_400.0;
 #[derive(Clone, Debug, Args)]
 #[command(after_help = HELP)]
 pub struct BenchArgs {
-    /// A fio job file: [global] and sections with the words below, each section with stonewall
+    /// A fio job file with the words below; its sections run one after the other (stonewall)
     #[arg(value_name = "JOB.fio")]
     pub job_file: Option<PathBuf>,
     /// An NVMe controller, without a server between: as for serve (repeatable)
@@ -69,7 +69,7 @@ pub struct BenchArgs {
     pub hugepages: bool,
     #[command(flatten)]
     pub job: JobOptions,
-    /// Times that each target is measured, in turn: A A' B A A' B [1; 5 with several targets]
+    /// Times that each target is measured, in turn: A A' B A A' B [default: 1, with several targets 5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), help_heading = "Result")]
     pub rounds: Option<u32>,
     /// Measure the most that the target does, then an open loop at shares of it, in steps of 10: 10..95%
@@ -105,47 +105,47 @@ Exit code 1: it failed while measuring, or --verify found something. 2: nothing 
 #[derive(Clone, Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "Load (fio's words)")]
 pub struct JobOptions {
-    /// read, write, randread, randwrite, rw, randrw, trim or randtrim [randread]
+    /// read, write, randread, randwrite, rw, randrw, trim or randtrim [default: randread]
     #[arg(long, value_name = "PATTERN")]
     pub rw: Option<Pattern>,
-    /// Percent of reads in rw and randrw [50]
+    /// Percent of reads in rw and randrw [default: 50]
     #[arg(long, value_name = "PERCENT")]
     pub rwmixread: Option<Percent>,
-    /// A flush after every N writes, 0: none [0]
+    /// A flush after every N writes, 0: none [default: 0]
     #[arg(long, value_name = "N")]
     pub fsync: Option<u32>,
-    /// Bytes of one I/O [4k]
+    /// Bytes of one I/O [default: 4k]
     #[arg(long, value_name = "SIZE")]
     pub bs: Option<Block>,
-    /// I/Os in flight in each job; a list is measured one after the other [1]
+    /// I/Os in flight in each job; a list is measured one after the other [default: 1]
     #[arg(long, value_name = "LIST")]
     pub iodepth: Option<Depths>,
-    /// Threads, each with a queue of its own [1]
+    /// Threads, each with a queue of its own [default: 1]
     #[arg(long, value_name = "N")]
     pub numjobs: Option<Jobs>,
-    /// Seconds of each measurement (or 500ms) [5]
+    /// Seconds of each measurement (or 500ms) [default: 5]
     #[arg(long, value_name = "TIME")]
     pub runtime: Option<Seconds>,
-    /// Seconds before each that do not count [1]
+    /// Seconds before each that do not count [default: 1]
     #[arg(long = "ramp_time", value_name = "TIME")]
     pub ramp_time: Option<Seconds>,
     /// Open loop: so many I/Os a second and job arrive at random (Poisson), whether or not earlier ones are done; latency
     /// counts from the arrival
     #[arg(long = "rate_iops", value_name = "N")]
     pub rate_iops: Option<Rate>,
-    /// Bytes that are worked on [to the end]
+    /// Bytes that are worked on [default: to the end]
     #[arg(long, value_name = "SIZE")]
     pub size: Option<ByteSize>,
-    /// Where they begin [0]
+    /// Where they begin [default: 0]
     #[arg(long, value_name = "SIZE")]
     pub offset: Option<ByteSize>,
     /// crc32c: writes carry offset, generation and checksum; they are read back, and every read is checked
     #[arg(long, value_name = "METHOD")]
     pub verify: Option<Verify>,
-    /// CPUs that the jobs run on, one each in turn: 1 or 0-3,5 [wherever]
+    /// CPUs that the jobs run on, one each in turn: 1 or 0-3,5 [default: wherever]
     #[arg(long = "cpus_allowed", value_name = "LIST")]
     pub cpus_allowed: Option<CoreList>,
-    /// The same numbers give the same offsets [1]
+    /// The same numbers give the same offsets [default: 1]
     #[arg(long, value_name = "N")]
     pub randseed: Option<u64>,
 }

@@ -8,8 +8,8 @@
 //!                                                                                       stats: what comes back
 //!  Results -> report (people) | json (fio's shape) | terse | plot
 //! ```
-//! Promises: no latency is shorter than it was (see [`engine`]), warm-up does not count, no percentile is shown that the
-//! samples do not carry, and no ratio without the noise beside it. Start at [`run_here`], then [`engine`].
+//! Promises: no latency is shorter than it was (see `engine`), warm-up does not count, no percentile is shown that the
+//! samples do not carry, and no ratio without the noise beside it. Start at [`run_here`], then `engine`.
 
 pub mod args;
 mod device;
