@@ -2,8 +2,8 @@
 //! callgrind. Everything that is counted happens inside [`turn`]; of that, the embedded controller's part happens inside
 //! its `Slot::service`.
 //!
-//! `datapath BATCH TURNS`: each turn completes BATCH 4 KiB reads of one virtqueue and takes BATCH new ones. BATCH 0
-//! counts turns that find nothing to do.
+//! `datapath BATCH TURNS [packed]`: each turn completes BATCH 4 KiB reads of one virtqueue, a split one if nothing else is
+//! said, and takes BATCH new ones. BATCH 0 counts turns that find nothing to do.
 
 #[allow(clippy::unwrap_used)] // as in the tests that it belongs to
 #[path = "../tests/common/rig.rs"]
@@ -14,6 +14,7 @@ use rig::{GuestSetup, Rig};
 use tandem::datapath::Poll;
 use tandem::sim::SimRequest;
 use tandem::virtio::blk::{request_type, status};
+use tandem::virtio::virtqueue::RingLayout;
 
 const BYTES: u32 = 4096;
 const DISK: u64 = 64 << 20;
@@ -34,7 +35,13 @@ fn main() {
         queues: 1,
         ..ModelConfig::default()
     });
+    let packed = std::env::args().any(|arg| arg == "packed");
     let setup = GuestSetup {
+        layout: if packed {
+            RingLayout::Packed
+        } else {
+            RingLayout::Split
+        },
         max_data: BYTES,
         ..GuestSetup::default()
     };

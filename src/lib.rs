@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  guest avail ring                                                 guest used ring, then the call eventfd
-//!       | virtio::virtqueue   one Acquire load of avail.idx a turn        ^ used elements, used.idx, one signal
+//!       | virtio::virtqueue   one look at the ring a turn                 ^ used elements, used.idx, one signal
 //!       v                                                                 |
 //!  virtio::chain      each descriptor copied once               datapath::lane   last command of a request?
 //!       v                                                                 |
@@ -24,7 +24,7 @@
 //! | [`vhost`] | a front-end's memory: mapped here and for the device, faults contained |
 //! | [`reactor`] | a pinned core with a mailbox and pollers |
 //! | [`datapath`] | lanes (a virtqueue in service) and pollers (a queue pair and its lanes) |
-//! | [`virtio`] | split virtqueue, descriptor walk, virtio-blk; knows no NVMe |
+//! | [`virtio`] | virtqueues (split and packed), descriptor walk, virtio-blk; knows no NVMe |
 //! | [`block`] | the vocabulary between the two |
 //! | [`stats`] | counters of each virtqueue |
 //! | [`mod@bench`] | the latency benchmark: this server's parts, other servers and the kernel, in turn |

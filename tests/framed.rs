@@ -10,14 +10,15 @@ use tandem::sim::{
 use tandem::virtio::blk::HEADER_BYTES;
 use tandem::virtio::chain::{Chain, Ends};
 use tandem::virtio::memory::{Gpa, Segment};
-use tandem::virtio::virtqueue::{RingError, Virtqueue};
+use tandem::virtio::virtqueue::{RingError, RingLayout, Virtqueue};
 
 const BASE: u64 = 0x10_0000;
 const SIZE: u16 = 16;
 
 /// A guest whose buffers lie in `regions` adjacent regions, and two devices that read the same ring.
-fn guest(regions: u64, indirect: bool) -> (SimGuest, [Virtqueue; 2]) {
+fn guest(layout: RingLayout, regions: u64, indirect: bool) -> (SimGuest, [Virtqueue; 2]) {
     let config = SimGuestConfig {
+        layout,
         size: SIZE,
         event_idx: false,
         indirect,
@@ -93,6 +94,7 @@ fn same(guest: &SimGuest, [long, short]: &mut [Virtqueue; 2]) -> bool {
 proptest! {
     #[test]
     fn pop_framed_of_a_legal_request_is_pop_and_take_ends(
+        packed: bool,
         regions in 1_u64..4,
         kind in 0_u32..20,
         writable: bool,
@@ -102,7 +104,8 @@ proptest! {
         framing in prop_oneof![Just(Framing::Plain), Just(Framing::SplitHeader), Just(Framing::Joined)],
         direct in proptest::option::of(0_u16..4),
     ) {
-        let (mut guest, mut queues) = guest(regions, true);
+        let layout = if packed { RingLayout::Packed } else { RingLayout::Split };
+        let (mut guest, mut queues) = guest(layout, regions, true);
         let request = SimRequest {
             data_offset: offset,
             pieces,
@@ -123,12 +126,27 @@ proptest! {
         table in proptest::collection::vec(any_descriptor(), usize::from(SIZE)),
         nested in proptest::collection::vec(any_descriptor(), 0..20),
     ) {
-        let (mut guest, mut queues) = guest(regions, indirect);
+        let (mut guest, mut queues) = guest(RingLayout::Split, regions, indirect);
         for (index, descriptor) in (0..).zip(&table) {
             guest.write_descriptor(index, *descriptor);
         }
         guest.write_raw_table(guest.data_at(0), &nested);
         guest.offer(head);
+        guest.publish();
+        same(&guest, &mut queues);
+    }
+
+    #[test]
+    fn pop_framed_of_any_entries_of_a_packed_ring_is_pop_and_take_ends(
+        regions in 1_u64..4,
+        indirect: bool,
+        id in 0_u16..=SIZE,
+        chain in proptest::collection::vec(any_descriptor(), 1..=usize::from(SIZE)),
+        nested in proptest::collection::vec(any_descriptor(), 0..20),
+    ) {
+        let (mut guest, mut queues) = guest(RingLayout::Packed, regions, indirect);
+        guest.write_raw_table(guest.data_at(0), &nested);
+        guest.offer_chain(id, &chain);
         guest.publish();
         same(&guest, &mut queues);
     }

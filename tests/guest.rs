@@ -31,6 +31,7 @@ const F_DISCARD: usize = 13;
 const F_INDIRECT_DESC: usize = 28;
 const F_EVENT_IDX: usize = 29;
 const F_VERSION_1: usize = 32;
+const F_RING_PACKED: usize = 34;
 
 /// Both check every block that they read: fio its own marks, the file system files against their SHA-256 sums.
 const VERIFY: &str = "facts vda\nstep verify fio_verify /dev/vda 4 8m";
@@ -170,6 +171,49 @@ fn direct_descriptors_in_small_rings_lose_nothing() {
         !has_feature(&facts, "vda", F_INDIRECT_DESC) && has_feature(&facts, "vda", F_EVENT_IDX)
     );
     assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), 4);
+}
+
+/// A file system with files that are summed up and read again, then fio.
+const FILES_AND_VERIFY: &str = "
+    facts vda
+    step mkfs mkfs.ext4 -q /dev/vda
+    step mount mount -t ext4 /dev/vda /mnt
+    step write sh -c 'mkdir /mnt/f && for i in $(seq 8); do dd if=/dev/urandom of=/mnt/f/$i bs=64k count=$i; done'
+    step sums sh -c 'cd /mnt/f && sha256sum * >/mnt/sums'
+    step umount umount /mnt
+    step 'mount again' mount -t ext4 /dev/vda /mnt
+    step check sh -c 'cd /mnt/f && sha256sum -c /mnt/sums'
+    step fstrim fstrim -v /mnt
+    step 'umount again' umount /mnt
+    step fsck e2fsck -fn /dev/vda
+    step verify fio_verify /dev/vda 4 8m";
+
+#[test]
+fn packed_rings_of_any_kind_lose_nothing() {
+    for (name, queues, more, absent) in [
+        ("packed-4", 4, "", None),
+        ("packed-1", 1, ",event_idx=off", Some(F_EVENT_IDX)),
+        (
+            "packed-direct",
+            4,
+            ",indirect_desc=off,queue-size=32",
+            Some(F_INDIRECT_DESC),
+        ),
+    ] {
+        let lab = Lab::new(name);
+        let blk = format!("path=vm0.sock,queues={queues}");
+        let device = ["--device", "model:ram,size=256M", "--blk", &blk];
+        let server = Server::start(&lab, &device);
+        let disk = format!("vm0.sock,num-queues={queues},packed=on{more}");
+        let facts = facts_of(&lab, &disk, FILES_AND_VERIFY);
+        assert_eq!(facts["vda.queues"], queues.to_string());
+        assert!(has_feature(&facts, "vda", F_RING_PACKED), "{name}");
+        for bit in [F_EVENT_IDX, F_INDIRECT_DESC] {
+            let wanted = absent != Some(bit);
+            assert_eq!(has_feature(&facts, "vda", bit), wanted, "{name}: {bit}");
+        }
+        assert_each_virtqueue_used_its_own_queue_pair(&server.end_well(), queues);
+    }
 }
 
 #[test]
@@ -341,7 +385,16 @@ fn image_file_is_there_after_a_restart_of_the_server() {
 
 #[test]
 fn reboot_with_requests_in_flight_keeps_what_was_synced() {
-    let lab = Lab::new("reboot");
+    reboot_keeps_what_was_synced("reboot", "vm0.sock,num-queues=4");
+}
+
+#[test]
+fn reboot_with_requests_in_packed_rings_keeps_what_was_synced() {
+    reboot_keeps_what_was_synced("packed-reboot", "vm0.sock,num-queues=4,packed=on");
+}
+
+fn reboot_keeps_what_was_synced(name: &str, disk: &str) {
+    let lab = Lab::new(name);
     let server = Server::start(
         &lab,
         &[
@@ -369,9 +422,10 @@ fn reboot_with_requests_in_flight_keeps_what_was_synced() {
         sleep 2
         fact boot first
         reboot -f";
+    let disks = [disk];
     let setup = Setup {
         reboots: true,
-        ..Setup::new(&["vm0.sock,num-queues=4"], job)
+        ..Setup::new(&disks, job)
     };
     let mut guest = Guest::boot(&lab, &setup);
     assert_eq!(guest.tells("boot"), "first");
@@ -507,7 +561,22 @@ fn sigterm_with_a_busy_guest_ends_within_a_second_and_removes_the_sockets() {
 
 #[test]
 fn idle_guest_goes_on_after_a_crash_and_restart_of_the_server() {
-    let lab = Lab::new("reconnect");
+    idle_guest_goes_on_after_a_crash("reconnect", "");
+}
+
+#[test]
+fn idle_guest_with_packed_rings_goes_on_after_a_crash_and_restart_of_the_server() {
+    idle_guest_goes_on_after_a_crash("packed-reconnect", ",packed=on");
+}
+
+#[test]
+fn idle_guest_with_chains_in_packed_rings_goes_on_after_a_crash_and_restart_of_the_server() {
+    let properties = ",packed=on,indirect_desc=off";
+    idle_guest_goes_on_after_a_crash("packed-direct-reconnect", properties);
+}
+
+fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str) {
+    let lab = Lab::new(name);
     let arguments = [
         "--device",
         "model:file,path=disk.img,size=256M",
@@ -529,10 +598,12 @@ fn idle_guest_goes_on_after_a_crash_and_restart_of_the_server() {
         step verify fio_verify /mnt/space 4 4m
         step umount umount /mnt
         step fsck e2fsck -fn /dev/vda";
+    let disk = format!("vm0.sock,num-queues=4,reconnect=1{properties}");
+    let disks = [disk.as_str()];
     let setup = Setup {
         // That the server has gone.
         complaints: &["end-of-file", "Failed to", "vhost"],
-        ..Setup::new(&["vm0.sock,num-queues=4,reconnect=1"], job)
+        ..Setup::new(&disks, job)
     };
     let mut guest = Guest::boot(&lab, &setup);
     guest.tells("idle");

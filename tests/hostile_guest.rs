@@ -16,7 +16,7 @@ use tandem::virtio::blk::{self, BlkLimits, RangeLimits, RangeSegment, request_ty
 use tandem::virtio::chain::{Chain, ChainFault};
 use tandem::virtio::memory::{Gpa, GuestMemory};
 use tandem::virtio::virtqueue::{
-    MAX_QUEUE_SIZE, QueueError, RingError, Virtqueue, avail_ring_bytes, used_ring_bytes,
+    MAX_QUEUE_SIZE, QueueError, RingError, RingLayout, Virtqueue, avail_ring_bytes, used_ring_bytes,
 };
 use zerocopy::IntoBytes;
 
@@ -113,6 +113,7 @@ struct Bench {
 impl Bench {
     fn new(setup: &Setup) -> Bench {
         let config = SimGuestConfig {
+            layout: RingLayout::Split,
             size: SIZE,
             event_idx: setup.event_idx,
             indirect: setup.indirect,
@@ -462,6 +463,7 @@ fn buffers_of_four_gib_in_all_come_back_with_ioerr() {
         (8 * MIB - 16, Some(ChainFault::TotalLength)),
     ] {
         let config = SimGuestConfig {
+            layout: RingLayout::Split,
             size: 1024,
             event_idx: false,
             indirect: false,

@@ -17,6 +17,7 @@ use tandem::control::device::{DeviceControl, DeviceError, Pollers};
 use tandem::datapath::Service;
 use tandem::sim::{Framing, SimRequest};
 use tandem::virtio::blk::{RangeSegment, request_type, status};
+use tandem::virtio::virtqueue::RingLayout;
 use zerocopy::IntoBytes;
 
 const SECTOR: u64 = 512;
@@ -88,6 +89,7 @@ impl World {
         let guests: Vec<RigGuest> = (0..lanes)
             .map(|_| {
                 rig.add_guest(&GuestSetup {
+                    layout: *rng.pick(&[RingLayout::Split, RingLayout::Packed]),
                     queue_size: *rng.pick(&[8, 64, 256]),
                     event_idx: rng.one_in(2),
                     indirect: rng.one_in(2),
@@ -410,7 +412,7 @@ fn run_seeds(surprises: bool) {
     let seeds = std::env::var("TANDEM_SEEDS")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(64);
+        .unwrap_or(100);
     let finished: u64 = (0..seeds).map(|seed| run_seed(seed, 400, surprises)).sum();
     assert!(
         finished > seeds * 100,

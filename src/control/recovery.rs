@@ -172,22 +172,21 @@ impl Keeper {
         }
     }
 
-    /// Every poller of the device, from its reactor.
-    fn borrow(&self) -> Pollers {
+    /// Every poller of the device, from its reactor, and the places that they are to go back to.
+    fn borrow(&self) -> (Vec<Place>, Pollers) {
         let waiting: Vec<_> = self
             .places
             .iter()
             .map(|place| place.reactor.lend(place.id))
             .collect();
+        let lent = self.places.iter().cloned().zip(waiting);
         // A reactor answers after a few turns; one that does not has ended, and its pollers with it.
-        waiting
-            .into_iter()
-            .filter_map(|poller| poller.recv().ok())
-            .collect()
+        lent.filter_map(|(place, poller)| Some((place, poller.recv().ok()?)))
+            .unzip()
     }
 
-    fn give_back(&self, pollers: Pollers) {
-        for (place, poller) in self.places.iter().zip(pollers) {
+    fn give_back(places: Vec<Place>, pollers: Pollers) {
+        for (place, poller) in places.into_iter().zip(pollers) {
             place.reactor.adopt(place.id, poller);
         }
     }
@@ -206,16 +205,17 @@ impl Keeper {
         self.total_resets += 1;
         tracing::warn!(device = %name, reason, "resetting the controller");
         let start = Instant::now();
-        let mut pollers = self.borrow();
+        let (places, mut pollers) = self.borrow();
         let result = self
             .device
             .with_control(|control| control.recover(&mut pollers));
         match result {
             Ok(()) => {
                 tracing::warn!(device = %name, after = ?start.elapsed(), "the controller is up again: requests go on");
-                self.give_back(pollers);
+                Keeper::give_back(places, pollers);
             }
             Err(error) => self.finish_loss(
+                places,
                 pollers,
                 &format!("it did not come up after a reset: {error}"),
                 false,
@@ -224,11 +224,17 @@ impl Keeper {
     }
 
     fn give_up(&mut self, reason: &str, orderly: bool) {
-        let pollers = self.borrow();
-        self.finish_loss(pollers, reason, orderly);
+        let (places, pollers) = self.borrow();
+        self.finish_loss(places, pollers, reason, orderly);
     }
 
-    fn finish_loss(&mut self, mut pollers: Pollers, reason: &str, orderly: bool) {
+    fn finish_loss(
+        &mut self,
+        places: Vec<Place>,
+        mut pollers: Pollers,
+        reason: &str,
+        orderly: bool,
+    ) {
         let (service, then) = match self.on_loss {
             OnDeviceLoss::Error => (Service::Fail, "requests fail"),
             OnDeviceLoss::Hold => (Service::Hold, "requests wait"),
@@ -242,16 +248,16 @@ impl Keeper {
             tracing::error!(device = %name, reason, "device lost: {then} until it is back");
         }
         self.lost = true;
-        self.give_back(pollers);
+        Keeper::give_back(places, pollers);
     }
 
     /// It may be back.
     fn regain(&mut self) {
-        let mut pollers = self.borrow();
+        let (places, mut pollers) = self.borrow();
         let result = self
             .device
             .with_control(|control| control.regain(&mut pollers));
-        self.give_back(pollers);
+        Keeper::give_back(places, pollers);
         match result {
             Ok(()) => {
                 tracing::warn!(device = %self.device.name, "device is back: requests go on");

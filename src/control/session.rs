@@ -31,7 +31,7 @@ use crate::reactor::{PollerId, ReactorHandle};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
-use crate::virtio::virtqueue::{self, MAX_QUEUE_SIZE, Virtqueue, VirtqueueConfig};
+use crate::virtio::virtqueue::{self, MAX_QUEUE_SIZE, RingLayout, Virtqueue, VirtqueueConfig};
 
 /// How long a drain may take: longer than any healthy SSD needs for its slowest command.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -94,6 +94,7 @@ impl Disk {
     pub fn features(&self) -> u64 {
         let mut features =
             F_PROTOCOL | feature::VERSION_1 | feature::INDIRECT_DESC | feature::EVENT_IDX;
+        features |= F_RING_PACKED;
         features |= feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY | feature::MQ;
         features |= feature::FLUSH | feature::CONFIG_WCE;
         if self.geometry.read_only() {
@@ -157,7 +158,8 @@ struct RingAddresses {
 #[derive(Debug)]
 struct Vring {
     size: u16,
-    base: u16,
+    /// As SET_VRING_BASE says it and GET_VRING_BASE answers.
+    base: u32,
     addresses: Option<RingAddresses>,
     kicked: bool,
     enabled: bool,
@@ -267,7 +269,7 @@ impl Session {
         let mut stuck = Vec::new();
         for (index, lane_back) in waiting {
             match lane_back.recv_deadline(deadline) {
-                Ok(lane) => self.vrings[index].base = lane.next_avail(),
+                Ok(lane) => self.vrings[index].base = lane.base(),
                 // The lane keeps its memory mapped until the device answers; it ends on its reactor then.
                 Err(_) => stuck.push(index),
             }
@@ -307,19 +309,39 @@ impl Session {
             .snapshot()
             .map_err(|error| refuse(error.to_string()))?;
         let rings = self.resolve(index, addresses)?;
-        // The used index in guest memory says where the driver has got to (it survives a server's restart).
-        // SAFETY: `resolve` found the whole used ring in mapped memory, 4-byte aligned.
-        let next_used = unsafe { virtqueue::used_index(rings.used) };
-        let config = VirtqueueConfig {
+        let [next_avail, next_used] = [(vring.base & 0xffff) as u16, (vring.base >> 16) as u16];
+        let mut config = VirtqueueConfig {
+            layout: self.layout(),
             size: vring.size,
             descriptor_table: rings.descriptor_table,
             avail: rings.avail,
             used: rings.used,
             event_idx: self.features & feature::EVENT_IDX != 0,
             indirect: self.features & feature::INDIRECT_DESC != 0,
-            next_avail: vring.base,
+            next_avail,
             next_used,
         };
+        match config.layout {
+            RingLayout::Split => {
+                // The used index in guest memory says where the driver has got to (it survives a server's restart).
+                // SAFETY: `resolve` found the whole used ring in mapped memory, 4-byte aligned.
+                config.next_used = unsafe { virtqueue::used_index(rings.used) };
+            }
+            RingLayout::Packed => {
+                if next_used == 0 {
+                    // A front-end that knows only the lower half. Both are the same, or requests are in flight elsewhere.
+                    config.next_used = next_avail;
+                }
+                // SAFETY: as for the queue below, which does not exist yet.
+                let left_at = unsafe { virtqueue::packed_position(config) };
+                // After a server's sudden end the front-end knows only where the ring started: QEMU says so again.
+                let left_at =
+                    left_at.map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
+                if let Some(position) = left_at {
+                    (config.next_avail, config.next_used) = (position, position);
+                }
+            }
+        }
         // SAFETY: the three rings lie wholly in memory that `memory` keeps mapped, aligned (`resolve`); the lane owns
         // `memory` for as long as the queue exists.
         let queue = unsafe { Virtqueue::new(config) }
@@ -354,8 +376,19 @@ impl Session {
         !flush || (configured && !self.disk.writeback.load(Ordering::Relaxed))
     }
 
+    fn layout(&self) -> RingLayout {
+        match self.features & F_RING_PACKED {
+            0 => RingLayout::Split,
+            _ => RingLayout::Packed,
+        }
+    }
+
     fn resolve(&self, index: usize, addresses: RingAddresses) -> VhostResult<ResolvedRings> {
         let size = self.vrings[index].size;
+        let (driver_area, device_area) = (
+            self.layout().driver_area(size),
+            self.layout().device_area(size),
+        );
         let part = |what: &str, at: u64, len: u32, align: usize| {
             let hva = self.memory.resolve_user(at, u64::from(len)).ok_or_else(|| {
                 refuse(format!("virtqueue {index}: {what} at {at:#x} of {len} bytes is not in shared memory"))
@@ -374,18 +407,8 @@ impl Session {
                 virtqueue::descriptor_table_bytes(size),
                 16,
             )?,
-            avail: part(
-                "avail ring",
-                addresses.avail,
-                virtqueue::avail_ring_bytes(size),
-                2,
-            )?,
-            used: part(
-                "used ring",
-                addresses.used,
-                virtqueue::used_ring_bytes(size),
-                4,
-            )?,
+            avail: part("avail ring", addresses.avail, driver_area.0, driver_area.1)?,
+            used: part("used ring", addresses.used, device_area.0, device_area.1)?,
         })
     }
 
@@ -458,16 +481,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_features(&mut self, features: u64) -> VhostResult<()> {
-        // QEMU passes on bits of its own (such as ANY_LAYOUT) that we did not offer: harmless. These two are not.
-        for (bit, what) in [
-            (F_RING_PACKED, "packed rings"),
-            (F_ACCESS_PLATFORM, "an IOMMU in the guest"),
-        ] {
-            if features & bit & !self.disk.features() != 0 {
-                return Err(refuse(format!(
-                    "the guest wants {what}, which was not offered"
-                )));
-            }
+        // QEMU passes on bits of its own (such as ANY_LAYOUT) that we did not offer: harmless. This one is not.
+        if features & F_ACCESS_PLATFORM != 0 {
+            return Err(refuse(
+                "the guest wants an IOMMU in the guest, which was not offered",
+            ));
         }
         if features != self.features {
             // Only a stopped device negotiates; a front-end that does otherwise gets its queues restarted.
@@ -496,9 +514,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
         let size = u16::try_from(num)
             .ok()
-            .filter(|size| size.is_power_of_two() && *size <= MAX_QUEUE_SIZE);
+            .filter(|size| self.layout().allows(*size));
         let size = size.ok_or_else(|| {
-            refuse(format!("virtqueue {index}: a size of {num} (a power of two up to {MAX_QUEUE_SIZE} is needed)"))
+            refuse(format!("virtqueue {index}: a size of {num} (up to {MAX_QUEUE_SIZE} is needed, a power of two for a split ring)"))
         })?;
         self.stopped(index, "the size")?.size = size;
         Ok(())
@@ -536,13 +554,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
-        let base16 = u16::try_from(base);
-        let vring = self.stopped(index, "the base")?;
-        vring.base = base16.map_err(|_| {
-            refuse(format!(
+        if self.layout() == RingLayout::Split && base > u32::from(u16::MAX) {
+            return Err(refuse(format!(
                 "virtqueue {index}: a base of {base} on a split ring"
-            ))
-        })?;
+            )));
+        }
+        self.stopped(index, "the base")?.base = base;
         Ok(())
     }
 
@@ -550,10 +567,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let at = self.index(index)?;
         self.stop_queues(&[at])?;
         self.vrings[at].kicked = false;
-        Ok(VhostUserVringState::new(
-            index,
-            u32::from(self.vrings[at].base),
-        ))
+        Ok(VhostUserVringState::new(index, self.vrings[at].base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {

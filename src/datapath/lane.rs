@@ -237,10 +237,10 @@ impl Lane {
         self.config.id
     }
 
-    /// Where the ring stands: the next avail index to fetch, for GET_VRING_BASE.
+    /// Where the ring stands, for GET_VRING_BASE.
     #[must_use]
-    pub fn next_avail(&self) -> u16 {
-        self.queue.next_avail()
+    pub fn base(&self) -> u32 {
+        self.queue.base()
     }
 
     pub(super) fn set_slot(&mut self, slot: u16) {

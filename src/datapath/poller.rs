@@ -346,6 +346,8 @@ impl<T: Transport + 'static> Poll for Poller<T> {
             if counters.commands != commands {
                 // Lanes that share a queue pair share its doorbells too: each is told of every one it caused.
                 counters.sq_doorbells += 1;
+                // Also when it could not go on after that: what was sent must be rung.
+                busy = true;
             }
         }
         if busy {

@@ -21,6 +21,7 @@ use rustix::net::{
 
 use super::SimGuest;
 use crate::virtio::memory::{Gpa, GuestMemory, GuestRegion};
+use crate::virtio::virtqueue::{RingLayout, VirtqueueConfig};
 
 /// Requests of a front-end. Vhost-user Protocol, "Front-end message types".
 pub mod request {
@@ -78,6 +79,8 @@ pub mod feature {
     pub const F_INDIRECT: u64 = 1 << 28;
     /// VIRTIO_F_EVENT_IDX.
     pub const F_EVENT_IDX: u64 = 1 << 29;
+    /// VIRTIO_F_RING_PACKED.
+    pub const F_RING_PACKED: u64 = 1 << 34;
     /// VIRTIO_F_FLUSH.
     pub const F_FLUSH: u64 = 1 << 9;
 }
@@ -264,7 +267,7 @@ impl FrontEnd {
         let config = driver.virtqueue_config();
         let (kick, call) = (eventfd(), eventfd());
         self.send(SET_VRING_NUM, &vring_state(index, config.size.into()), &[]);
-        let base = vring_state(index, config.next_avail.into());
+        let base = vring_state(index, vring_base(&config));
         self.send(SET_VRING_BASE, &base, &[]);
         let [descriptor, used, avail] =
             [config.descriptor_table, config.used, config.avail].map(|at| memory.user_address(at));
@@ -393,6 +396,15 @@ pub fn one_region(region: &Region) -> Vec<u8> {
 #[must_use]
 pub fn vring_state(index: u32, num: u32) -> Vec<u8> {
     [index, num].map(u32::to_le_bytes).concat()
+}
+
+/// What SET_VRING_BASE says of a queue that starts: in a packed ring, where to take and where to give back.
+#[must_use]
+pub fn vring_base(config: &VirtqueueConfig) -> u32 {
+    match config.layout {
+        RingLayout::Split => config.next_avail.into(),
+        RingLayout::Packed => u32::from(config.next_avail) | u32::from(config.next_used) << 16,
+    }
 }
 
 /// SET_VRING_ADDR.

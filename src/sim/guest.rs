@@ -1,15 +1,15 @@
-//! The driver side of a split virtqueue with a block device behind it.
+//! The driver side of a virtqueue with a block device behind it.
 //!
 //! Orders its accesses as a correct driver does (each barrier names its partner in `virtio::virtqueue`), frames
 //! requests in every legal way, and lets a test write whatever else a hostile one would: see
 //! [`SimGuest::write_descriptor`] and what follows it.
 
+use super::packed::{self, PackedDriver};
 use crate::virtio::blk::{HEADER_BYTES, RequestHeader};
 use crate::virtio::memory::{Gpa, GuestMemory};
 use crate::virtio::shared::{AtomicU16, AtomicU32, AtomicU64, fence};
 use crate::virtio::virtqueue::{
-    QueueError, Virtqueue, VirtqueueConfig, avail_ring_bytes, descriptor_table_bytes,
-    used_ring_bytes,
+    QueueError, RingLayout, Virtqueue, VirtqueueConfig, descriptor_table_bytes, used_ring_bytes,
 };
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -31,6 +31,8 @@ const STATUS_UNWRITTEN: u8 = 0xee;
 /// How the queue is set up.
 #[derive(Debug, Clone, Copy)]
 pub struct SimGuestConfig {
+    /// VIRTIO_F_RING_PACKED was negotiated, or not.
+    pub layout: RingLayout,
     /// Number of descriptors.
     pub size: u16,
     /// VIRTIO_F_EVENT_IDX was negotiated.
@@ -39,7 +41,7 @@ pub struct SimGuestConfig {
     pub indirect: bool,
     /// Most bytes of data in a request, its offset included.
     pub max_data: u32,
-    /// Where avail and used index start; not 0 in order to see them wrap.
+    /// Where avail and used index start; not 0 in order to see them wrap. In a packed ring, its entry modulo the size.
     pub first_index: u16,
     /// Where the rings and the buffers lie: [`SimGuestConfig::bytes`] of guest memory, page aligned. The rings,
     /// which come first, must lie in one region; the buffers need not.
@@ -49,7 +51,7 @@ pub struct SimGuestConfig {
 impl SimGuestConfig {
     /// Bytes of guest memory that the rings take.
     pub fn ring_bytes(&self) -> u64 {
-        self.used_at() + u64::from(used_ring_bytes(self.size)).next_multiple_of(PAGE)
+        self.used_at() + u64::from(self.layout.device_area(self.size).0).next_multiple_of(PAGE)
     }
 
     /// Bytes of guest memory that the rings and buffers take.
@@ -62,7 +64,7 @@ impl SimGuestConfig {
     }
 
     fn used_at(&self) -> u64 {
-        self.avail_at() + u64::from(avail_ring_bytes(self.size)).next_multiple_of(PAGE)
+        self.avail_at() + u64::from(self.layout.driver_area(self.size).0).next_multiple_of(PAGE)
     }
 
     /// A slot is a page whose first quarter is the indirect table and whose last bytes are the header, then the
@@ -131,7 +133,7 @@ pub struct SimCompletion {
     pub status: u8,
 }
 
-/// A descriptor as it stands in a table.
+/// A descriptor as it stands in a table of a split ring. In a packed one, `next` says nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RawDescriptor {
     /// Guest address of the buffer.
@@ -154,7 +156,7 @@ impl RawDescriptor {
 /// What the driver remembers of a request in flight, by head.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sent {
-    /// Descriptors it occupies in the table of the queue.
+    /// Descriptors it occupies in the table of a split queue.
     descriptors: u16,
     data_at: Gpa,
     data_len: u32,
@@ -169,7 +171,9 @@ pub struct SimGuest {
     descriptors: NonNull<AtomicU64>,
     avail: NonNull<AtomicU16>,
     used: NonNull<u8>,
-    /// Unused descriptors.
+    /// The ring, if it is a packed one; the fields below are then of no use, but `free` and `sent`.
+    packed: Option<PackedDriver>,
+    /// Unused descriptors; of a packed ring, unused buffer ids.
     free: Vec<u16>,
     /// The successor of each descriptor in use.
     next: Vec<u16>,
@@ -190,14 +194,20 @@ impl SimGuest {
     pub fn new(memory: Arc<GuestMemory>, config: SimGuestConfig) -> Option<Self> {
         let size = config.size;
         let part = |offset, len| memory.contiguous(config.base.checked_add(offset)?, len);
-        let descriptors = part(0, descriptor_table_bytes(size))?.cast();
-        let avail = part(config.avail_at(), avail_ring_bytes(size))?.cast();
-        let used = part(config.used_at(), used_ring_bytes(size))?;
+        let descriptors = part(0, descriptor_table_bytes(size))?;
+        let avail = part(config.avail_at(), config.layout.driver_area(size).0)?;
+        let used = part(config.used_at(), config.layout.device_area(size).0)?;
+        let packed = (config.layout == RingLayout::Packed).then(|| {
+            let (parts, first_index) = ([descriptors, avail, used], config.first_index);
+            // SAFETY: resolved in their whole length just now, page aligned, and mapped as long as `memory` lives.
+            unsafe { PackedDriver::new(parts, size, config.event_idx, first_index) }
+        });
         let guest = Self {
             config,
-            descriptors,
-            avail,
+            descriptors: descriptors.cast(),
+            avail: avail.cast(),
             used,
+            packed,
             free: (0..size).rev().collect(),
             next: vec![0; size.into()],
             sent: vec![Sent::default(); size.into()],
@@ -207,12 +217,11 @@ impl SimGuest {
             building: Vec::with_capacity(MAX_DESCRIPTORS),
             memory,
         };
-        guest
-            .avail_word(1)
-            .store(config.first_index.to_le(), Relaxed);
-        guest
-            .used_word(2)
-            .store(config.first_index.to_le(), Relaxed);
+        if guest.packed.is_none() {
+            let index = config.first_index.to_le();
+            guest.avail_word(1).store(index, Relaxed);
+            guest.used_word(2).store(index, Relaxed);
+        }
         Some(guest)
     }
 
@@ -223,15 +232,20 @@ impl SimGuest {
 
     /// How a server of this queue would be told about it.
     pub fn virtqueue_config(&self) -> VirtqueueConfig {
+        let first = match self.config.layout {
+            RingLayout::Split => self.config.first_index,
+            RingLayout::Packed => PackedDriver::start(self.config.first_index, self.config.size),
+        };
         VirtqueueConfig {
+            layout: self.config.layout,
             size: self.config.size,
             descriptor_table: self.descriptors.cast(),
             avail: self.avail.cast(),
             used: self.used,
             event_idx: self.config.event_idx,
             indirect: self.config.indirect,
-            next_avail: self.config.first_index,
-            next_used: self.config.first_index,
+            next_avail: first,
+            next_used: first,
         }
     }
 
@@ -248,12 +262,14 @@ impl SimGuest {
     }
 
     fn avail_word(&self, index: u16) -> &AtomicU16 {
+        assert!(self.packed.is_none(), "a packed ring has no avail ring");
         assert!(index <= self.config.size + 2);
         // SAFETY: inside the `6 + 2 * size` bytes resolved in `new` (asserted).
         unsafe { self.avail.add(index.into()).as_ref() }
     }
 
     fn used_word(&self, offset: u32) -> &AtomicU16 {
+        assert!(self.packed.is_none(), "a packed ring has no used ring");
         assert!(offset.is_multiple_of(2) && offset + 2 <= used_ring_bytes(self.config.size));
         // SAFETY: inside the bytes resolved in `new` (asserted).
         unsafe { self.used.add(offset as usize).cast().as_ref() }
@@ -314,7 +330,11 @@ impl SimGuest {
             .direct
             .map_or(total, |direct| total.min(direct.into()));
         let in_table = direct + usize::from(direct < total);
-        if self.free.len() < in_table {
+        let free = match &self.packed {
+            Some(ring) => ring.free().into(),
+            None => self.free.len(),
+        };
+        if free < in_table {
             return None;
         }
         let data_at = Gpa(self.data_at(head).0 + u64::from(request.data_offset));
@@ -339,14 +359,23 @@ impl SimGuest {
                 next: 0,
             };
         }
-        for (place, descriptor) in building[..in_table].iter_mut().enumerate() {
-            let index = self.free.pop().expect("counted above");
-            if place + 1 < in_table {
-                descriptor.flags |= NEXT;
-                descriptor.next = *self.free.last().expect("counted above");
+        if let Some(ring) = &mut self.packed {
+            self.free.pop();
+            building[..in_table - 1]
+                .iter_mut()
+                .for_each(|descriptor| descriptor.flags |= NEXT);
+            ring.add(&building[..in_table], head);
+        } else {
+            for (place, descriptor) in building[..in_table].iter_mut().enumerate() {
+                let index = self.free.pop().expect("counted above");
+                if place + 1 < in_table {
+                    descriptor.flags |= NEXT;
+                    descriptor.next = *self.free.last().expect("counted above");
+                }
+                self.next[usize::from(index)] = descriptor.next;
+                self.write_descriptor(index, *descriptor);
             }
-            self.next[usize::from(index)] = descriptor.next;
-            self.write_descriptor(index, *descriptor);
+            self.offer(head);
         }
         self.building = building;
         self.sent[usize::from(head)] = Sent {
@@ -355,7 +384,6 @@ impl SimGuest {
             data_len: request.data_len,
             in_flight: true,
         };
-        self.offer(head);
         Some(head)
     }
 
@@ -414,9 +442,12 @@ impl SimGuest {
         assert!(out.len() <= MAX_DESCRIPTORS, "too many descriptors");
     }
 
-    /// Links `table` and writes it to `gpa`.
+    /// Links `table`, in the table of a split ring, and writes it to `gpa`.
     fn write_table(&self, gpa: Gpa, table: &mut [RawDescriptor]) {
-        let last = table.len() - 1;
+        let last = match self.packed {
+            Some(_) => return self.write_raw_table(gpa, table),
+            None => table.len() - 1,
+        };
         for (index, descriptor) in table.iter_mut().enumerate() {
             if index < last {
                 descriptor.flags |= NEXT;
@@ -430,6 +461,12 @@ impl SimGuest {
     /// Shows the device everything submitted, and says whether it wants to be kicked.
     #[inline(never)]
     pub fn publish(&mut self) -> bool {
+        if let Some(ring) = &mut self.packed {
+            ring.publish();
+            // As below.
+            fence(SeqCst);
+            return ring.wants_kick();
+        }
         let (new, old) = (self.avail_index, self.published_avail);
         // Release pairs with the acquire in `Virtqueue::available`.
         self.avail_word(1).store(new.to_le(), Release);
@@ -467,14 +504,18 @@ impl SimGuest {
             data_len,
             ..
         } = *sent;
-        let mut index = head;
-        for _ in 0..descriptors {
-            self.free.push(index);
-            index = self.next[usize::from(index)];
+        if self.packed.is_some() {
+            self.free.push(head);
+        } else {
+            let mut index = head;
+            for _ in 0..descriptors {
+                self.free.push(index);
+                index = self.next[usize::from(index)];
+            }
+            // Last in, first out: the next request starts with this head again.
+            let freed = self.free.len() - usize::from(descriptors);
+            self.free[freed..].reverse();
         }
-        // Last in, first out: the next request starts with this head again.
-        let freed = self.free.len() - usize::from(descriptors);
-        self.free[freed..].reverse();
         let mut status = [0];
         self.read(Gpa(data_at.0 + u64::from(data_len)), &mut status);
         Some(SimCompletion {
@@ -491,6 +532,9 @@ impl SimGuest {
 
     /// The next used element as it stands, head and length, for tests that offer heads of their own.
     pub fn take_used(&mut self) -> Option<(u32, u32)> {
+        if let Some(ring) = &mut self.packed {
+            return ring.take_used();
+        }
         // Acquire pairs with the release in `Virtqueue::publish_used`.
         let index = u16::from_le(self.used_word(2).load(Acquire));
         if index == self.last_used {
@@ -512,6 +556,10 @@ impl SimGuest {
     /// Asks for a signal at the next completion. True if one is there already: do not wait then.
     #[inline(never)]
     pub fn enable_signals(&mut self) -> bool {
+        if let Some(ring) = &self.packed {
+            // As below.
+            return ring.enable_signals(|| fence(SeqCst));
+        }
         self.avail_word(0).store(0, Relaxed);
         if self.config.event_idx {
             self.avail_word(self.config.size + 2)
@@ -525,6 +573,9 @@ impl SimGuest {
     /// Asks for no signals: the guest polls.
     #[inline(never)]
     pub fn disable_signals(&mut self) {
+        if let Some(ring) = &self.packed {
+            return ring.disable_signals();
+        }
         if self.config.event_idx {
             self.avail_word(self.config.size + 2)
                 .store(self.last_used.wrapping_sub(1).to_le(), Relaxed);
@@ -549,12 +600,36 @@ impl SimGuest {
         to_rest.store(rest, Relaxed);
     }
 
-    /// Writes descriptors one behind the other to `gpa`, as they stand: an indirect table.
+    /// Writes descriptors one behind the other to `gpa`, as they stand: an indirect table, in the layout of the ring.
     pub fn write_raw_table(&self, gpa: Gpa, table: &[RawDescriptor]) {
         for (index, descriptor) in table.iter().enumerate() {
             let at = Gpa(gpa.0 + 16 * index as u64);
-            self.write(at, descriptor.words().as_bytes());
+            let words = match self.packed {
+                Some(_) => packed::words(*descriptor, 0),
+                None => descriptor.words(),
+            };
+            self.write(at, words.as_bytes());
         }
+    }
+
+    /// Fills the next entries of a packed ring with `chain`, whatever it says, as request `id`; [`Self::publish`] shows it.
+    ///
+    /// # Panics
+    /// When the ring is a split one.
+    pub fn offer_chain(&mut self, id: u16, chain: &[RawDescriptor]) {
+        let ring = self.packed.as_mut().expect("a packed ring");
+        ring.add(chain, id);
+    }
+
+    /// Asks for a signal at an entry of a packed ring, with its wrap counter in bit 15.
+    ///
+    /// # Panics
+    /// When the ring is a split one.
+    pub fn signal_at(&self, position: u16) {
+        self.packed
+            .as_ref()
+            .expect("a packed ring")
+            .signal_at(position);
     }
 
     /// Puts `head` into the avail ring, whatever it is; [`Self::publish`] shows it.
@@ -569,8 +644,12 @@ impl SimGuest {
         self.avail_index = self.avail_index.wrapping_add_signed(distance);
     }
 
-    /// Overwrites flags and used_event of the avail ring and the whole used ring, its index included.
+    /// Overwrites flags and used_event of the avail ring and the whole used ring, its index included. Of a packed ring,
+    /// both event suppression structures.
     pub fn scribble(&self, value: u16) {
+        if let Some(ring) = &self.packed {
+            return ring.scribble(value);
+        }
         self.avail_word(0).store(value, Relaxed);
         self.avail_word(self.config.size + 2).store(value, Relaxed);
         for offset in (0..used_ring_bytes(self.config.size)).step_by(2) {

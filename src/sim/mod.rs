@@ -6,6 +6,7 @@
 pub mod front_end;
 mod guest;
 mod memory;
+mod packed;
 
 pub use front_end::{FrontEnd, SharedMemory};
 pub use guest::{Framing, RawDescriptor, SimCompletion, SimGuest, SimGuestConfig, SimRequest};

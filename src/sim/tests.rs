@@ -9,7 +9,7 @@ use crate::virtio::blk::{HEADER_BYTES, request_type};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::{Gpa, GuestMemory};
 use crate::virtio::shared::{AtomicU16, AtomicU32, AtomicU64, shadow};
-use crate::virtio::virtqueue::{Virtqueue, VirtqueueConfig};
+use crate::virtio::virtqueue::{RingLayout, Virtqueue, VirtqueueConfig};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
@@ -18,10 +18,12 @@ const DATA_BYTES: u32 = 8;
 /// Idle polls after which the guest is stuck: each lets it go on until it waits itself.
 const MAX_IDLE: u32 = 100;
 
-/// A guest whose avail and used index wrap after the first request, and its device. All memory is covered.
-fn queue(size: u16, event_idx: bool) -> (SimGuest, Virtqueue) {
+/// A guest whose avail and used index wrap after the first request, and its device; in a packed ring the first request lies
+/// across the end of the ring. All memory is covered.
+fn queue(layout: RingLayout, size: u16, event_idx: bool) -> (SimGuest, Virtqueue) {
     shadow::reset();
     let config = SimGuestConfig {
+        layout,
         size,
         event_idx,
         indirect: false,
@@ -46,12 +48,20 @@ fn queue(size: u16, event_idx: bool) -> (SimGuest, Virtqueue) {
 fn cover(guest: &SimGuest, config: VirtqueueConfig) {
     let size = usize::from(config.size);
     AtomicU64::cover(config.descriptor_table, 2 * size);
-    AtomicU16::cover(config.avail, size + 3);
-    // SAFETY: places in the used ring, which has `6 + 8 * size` bytes.
-    let (elements, event) = unsafe { (config.used.add(4), config.used.add(4 + 8 * size)) };
-    AtomicU16::cover(config.used, 2);
-    AtomicU32::cover(elements, 2 * size);
-    AtomicU16::cover(event, 1);
+    match config.layout {
+        RingLayout::Split => {
+            AtomicU16::cover(config.avail, size + 3);
+            // SAFETY: places in the used ring, which has `6 + 8 * size` bytes.
+            let (elements, event) = unsafe { (config.used.add(4), config.used.add(4 + 8 * size)) };
+            AtomicU16::cover(config.used, 2);
+            AtomicU32::cover(elements, 2 * size);
+            AtomicU16::cover(event, 1);
+        }
+        RingLayout::Packed => {
+            AtomicU32::cover(config.avail, 1);
+            AtomicU32::cover(config.used, 1);
+        }
+    }
     for head in 0..config.size {
         let data = guest.data_at(head);
         for (gpa, len) in [
@@ -82,8 +92,11 @@ fn serve(mut queue: Virtqueue, memory: &GuestMemory, count: u64, signal: impl Fn
     while served < count {
         let waiting = queue.available().unwrap();
         for _ in 0..waiting {
+            // A packed ring says only whether there is one.
+            if !queue.pop(memory, &mut chain).unwrap() {
+                break;
+            }
             served += 1;
-            assert!(queue.pop(memory, &mut chain).unwrap());
             answer(&mut queue, &mut chain, served);
         }
         queue.publish_used();
@@ -152,11 +165,10 @@ fn no_signal() {
     panic!("a polling guest wants no signal");
 }
 
-#[test]
-fn requests_that_reuse_descriptors_and_buffers_arrive_whole_and_come_back_answered() {
-    explore(None, || {
+fn one_at_a_time(layout: RingLayout) {
+    explore(None, move || {
         // The first request takes both descriptors: the second reuses all that the device had.
-        let (mut guest, queue) = queue(2, false);
+        let (mut guest, queue) = queue(layout, 2, false);
         let memory = std::sync::Arc::clone(guest.memory());
         let device = thread::spawn(move || serve(queue, &memory, 2, no_signal));
         for sector in [1, 2] {
@@ -167,10 +179,9 @@ fn requests_that_reuse_descriptors_and_buffers_arrive_whole_and_come_back_answer
     });
 }
 
-#[test]
-fn requests_in_flight_together_arrive_whole_and_come_back_answered() {
-    explore(None, || {
-        let (mut guest, queue) = queue(4, false);
+fn two_at_a_time(layout: RingLayout) {
+    explore(None, move || {
+        let (mut guest, queue) = queue(layout, 4, false);
         let memory = std::sync::Arc::clone(guest.memory());
         let device = thread::spawn(move || serve(queue, &memory, 2, no_signal));
         submit(&mut guest, 1);
@@ -203,12 +214,13 @@ fn sleep(guest: &mut SimGuest, eventfd: &EventFd) -> SimCompletion {
 }
 
 fn sleeping_guest(
+    layout: RingLayout,
     size: u16,
     event_idx: bool,
     requests: impl Fn(&mut SimGuest, &EventFd) + Send + Sync + 'static,
 ) {
     explore(Some(5), move || {
-        let (mut guest, queue) = queue(size, event_idx);
+        let (mut guest, queue) = queue(layout, size, event_idx);
         let memory = std::sync::Arc::clone(guest.memory());
         let eventfd = EventFd::default();
         let call = Arc::clone(&eventfd);
@@ -237,14 +249,38 @@ fn both_at_once(guest: &mut SimGuest, eventfd: &EventFd) {
     check(sleep(guest, eventfd), 2);
 }
 
-#[test]
-fn sleeping_guest_with_event_idx_misses_no_signal() {
-    sleeping_guest(2, true, one_after_the_other);
-    sleeping_guest(4, true, both_at_once);
+fn sleeps(layout: RingLayout, event_idx: bool) {
+    sleeping_guest(layout, 2, event_idx, one_after_the_other);
+    sleeping_guest(layout, 4, event_idx, both_at_once);
 }
 
-#[test]
-fn sleeping_guest_without_event_idx_misses_no_signal() {
-    sleeping_guest(2, false, one_after_the_other);
-    sleeping_guest(4, false, both_at_once);
+/// The same for each layout.
+macro_rules! rings {
+    ($($layout:ident: $ring:expr),*) => {$(
+        mod $layout {
+            use super::*;
+
+            #[test]
+            fn requests_that_reuse_descriptors_and_buffers_arrive_whole_and_come_back_answered() {
+                one_at_a_time($ring);
+            }
+
+            #[test]
+            fn requests_in_flight_together_arrive_whole_and_come_back_answered() {
+                two_at_a_time($ring);
+            }
+
+            #[test]
+            fn sleeping_guest_with_event_idx_misses_no_signal() {
+                sleeps($ring, true);
+            }
+
+            #[test]
+            fn sleeping_guest_without_event_idx_misses_no_signal() {
+                sleeps($ring, false);
+            }
+        }
+    )*};
 }
+
+rings!(split: RingLayout::Split, packed: RingLayout::Packed);

@@ -5,6 +5,9 @@
 //! comes behind: a header is the first bytes of the readable part however many descriptors it takes, a status is
 //! the last byte of the writable part. Does not know what the bytes mean. Start at [`Chain::readable`]; the walk
 //! itself is `Chain::walk`.
+//!
+//! There is one walk for both kinds of ring, in the words of the split one: NEXT, WRITE, INDIRECT, `next`. What an entry
+//! of the other kind means in them is a `Layout`'s to say.
 
 use super::memory::{Gpa, GuestMemory, Segment, StatusByte};
 use super::shared::AtomicU64;
@@ -59,26 +62,38 @@ pub struct Ends<const N: usize> {
 
 /// Our copy of one descriptor.
 #[derive(Debug, Clone, Copy)]
-struct Descriptor {
-    gpa: Gpa,
-    len: u32,
-    flags: u16,
-    next: u16,
+pub(super) struct Descriptor {
+    pub(super) gpa: Gpa,
+    pub(super) len: u32,
+    pub(super) flags: u16,
+    /// The entry at which the chain goes on, if it does.
+    pub(super) next: u16,
+    /// The buffer id, in a ring that has them.
+    pub(super) id: u16,
+}
+
+/// How the entries of one kind of ring are to be read. The walk is compiled for each.
+pub(super) trait Layout {
+    /// A chain's entries stand one behind the other in the ring, and the last one says which head it is.
+    const CONSECUTIVE: bool;
+
+    /// Entry `index` of the `count` in the ring, from its two words in host order.
+    fn in_ring(words: [u64; 2], index: u16, count: u16) -> Descriptor;
+
+    /// Entry `index` of the `count` in an indirect table.
+    fn in_table(words: [u64; 2], index: u16, count: u16) -> Descriptor;
+}
+
+/// What a chain takes of its ring.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RingPart {
+    /// Its head, not checked.
+    pub(super) head: u16,
+    /// Its entries in the ring, at most one more than the ring has. An indirect table is one.
+    pub(super) entries: u16,
 }
 
 impl Descriptor {
-    /// Splits the two little-endian words of a descriptor, already in host order: address; then length, flags
-    /// and next.
-    #[inline]
-    fn from_words(address: u64, rest: u64) -> Self {
-        Self {
-            gpa: Gpa(address),
-            len: (rest & 0xffff_ffff) as u32,
-            flags: ((rest >> 32) & 0xffff) as u16,
-            next: (rest >> 48) as u16,
-        }
-    }
-
     const fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
     }
@@ -112,9 +127,15 @@ impl DescriptorTable {
         let _ = index;
     }
 
-    /// Copies descriptor `index`; `None` outside the table.
+    /// The number of entries.
     #[inline]
-    fn read(&self, index: u16) -> Option<Descriptor> {
+    pub(super) const fn count(&self) -> u16 {
+        self.count
+    }
+
+    /// Copies entry `index`, two words in host order; `None` outside the table.
+    #[inline]
+    pub(super) fn read(&self, index: u16) -> Option<[u64; 2]> {
         if index >= self.count {
             return None;
         }
@@ -124,18 +145,38 @@ impl DescriptorTable {
             let entry = self.base.add(2 * usize::from(index));
             [entry.as_ref(), entry.add(1).as_ref()]
         };
-        // Relaxed: the acquire load of avail.idx in `Virtqueue::available` ordered them after the guest's writes.
-        Some(Descriptor::from_words(
+        // Relaxed: an acquire load, of avail.idx or of the flags of the chain's first descriptor, ordered them after the
+        // guest's writes.
+        Some([
             u64::from_le(address.load(Relaxed)),
             u64::from_le(rest.load(Relaxed)),
-        ))
+        ])
+    }
+
+    /// Copies the address of entry `index` alone; `None` outside the table.
+    #[inline]
+    pub(super) fn address(&self, index: u16) -> Option<u64> {
+        if index >= self.count {
+            return None;
+        }
+        // SAFETY: as in `read`.
+        let address = unsafe { self.base.add(2 * usize::from(index)).as_ref() };
+        Some(u64::from_le(address.load(Relaxed)))
+    }
+
+    /// The second word of entry `index`: where a packed ring's flags are. The index is taken modulo the count.
+    #[inline]
+    pub(super) fn control_word(&self, index: u16) -> &AtomicU64 {
+        let index = usize::from(if index < self.count { index } else { 0 });
+        // SAFETY: within the table, as in `read`: no table is empty that has entries to be asked for (`new` of the rings).
+        unsafe { self.base.add(2 * index + 1).as_ref() }
     }
 }
 
 /// How the walk over one table ended.
 enum Ended {
-    /// At a descriptor without NEXT: the whole chain is known.
-    Complete,
+    /// At a descriptor without NEXT, with this buffer id: the whole chain is known.
+    Complete(u16),
     /// Somewhere else: what would be the last writable byte is not known.
     Broken,
     /// At a pointer to an indirect table.
@@ -179,6 +220,11 @@ impl Chain {
     #[inline]
     pub const fn head(&self) -> HeadIndex {
         self.head
+    }
+
+    #[inline]
+    pub(super) fn set_head(&mut self, head: HeadIndex) {
+        self.head = head;
     }
 
     /// Why the chain cannot be carried out, if so. It then shows no segments.
@@ -267,23 +313,25 @@ impl Chain {
         }
     }
 
-    /// Fills the chain from `head` on and takes its ends off, for a chain as drivers build it: in the table of the queue
-    /// or wholly in an indirect one, the header and the status in descriptors of their own, every buffer in the largest
-    /// region, nothing amiss. `None` for any other, of which nothing is kept: [`Chain::walk`] reads it anew, and only what
-    /// that read counts (I6).
+    /// Fills the chain from its descriptor `first` on and takes its ends off, for a chain as drivers build it: in the ring
+    /// or wholly in an indirect table, the header and the status in descriptors of their own, every buffer in the largest
+    /// region, nothing amiss. `None` for any other, of which nothing is kept: [`Chain::walk`] reads the others anew, and
+    /// only what that read counts (I6).
     #[inline]
-    pub(super) fn walk_framed<const N: usize>(
+    pub(super) fn walk_framed<const N: usize, L: Layout>(
         &mut self,
-        head: HeadIndex,
+        head: u16,
+        first: Descriptor,
         mut table: DescriptorTable,
         indirect_negotiated: bool,
         memory: &GuestMemory,
-    ) -> Option<Ends<N>> {
+    ) -> Option<(Ends<N>, RingPart)> {
         // One place for each descriptor but the first and the last: their end ends the walk (I8).
         let most = usize::from(table.count).checked_sub(2)?;
         let places = self.segments.get_mut(..most)?;
-        let mut descriptor = table.read(head.get())?;
-        if descriptor.has(DESC_F_INDIRECT) {
+        let mut descriptor = first;
+        let indirect = first.has(DESC_F_INDIRECT);
+        if indirect {
             let entries = descriptor.len / DESCRIPTOR_BYTES;
             let whole = descriptor.len.is_multiple_of(DESCRIPTOR_BYTES);
             let sound = indirect_negotiated && whole && !descriptor.has(DESC_F_NEXT);
@@ -297,7 +345,7 @@ impl Chain {
             // SAFETY: `entries * 16` bytes of one mapped region (`segment`), aligned (checked above), used during this
             // walk only, while `memory` is borrowed.
             table = unsafe { DescriptorTable::new(place, entries) };
-            descriptor = table.read(0)?;
+            descriptor = L::in_table(table.read(0)?, 0, entries);
         }
         if descriptor.flags != DESC_F_NEXT || descriptor.len as usize != N {
             return None;
@@ -306,7 +354,12 @@ impl Chain {
         let (mut split, mut count) = (0_usize, 0_usize);
         let (mut readable_len, mut writable_len) = (0_u64, 0_u64);
         let status = loop {
-            descriptor = table.read(descriptor.next)?;
+            let index = descriptor.next;
+            let words = table.read(index)?;
+            descriptor = match indirect {
+                true => L::in_table(words, index, table.count),
+                false => L::in_ring(words, index, table.count),
+            };
             let Descriptor {
                 gpa, len, flags, ..
             } = descriptor;
@@ -339,31 +392,43 @@ impl Chain {
         }
         let mut bytes = [0; N];
         header.read_once(&mut bytes);
-        self.head = head;
         self.front = 0;
         self.split = split;
         self.end = count;
         self.readable_len = readable_len;
         self.writable_len = writable_len;
         self.fault = None;
-        Some(Ends {
+        let ends = Ends {
             status: Some(status),
             header: Some(bytes),
-        })
+        };
+        let part = RingPart {
+            head: match L::CONSECUTIVE {
+                true if indirect => first.id,
+                true => descriptor.id,
+                false => head,
+            },
+            entries: match indirect {
+                true => 1,
+                // At most the queue size, which has 16 bits: one place for each but two (above).
+                false => (count as u16).wrapping_add(2),
+            },
+        };
+        Some((ends, part))
     }
 
-    /// Fills the chain from `head` on. An error is one of the ring; a fault of the chain alone is kept.
+    /// Fills the chain from its descriptor `first` on. An error is one of the ring; a fault of the chain alone is kept.
     ///
     /// Descriptors that hold buffers count towards the bound; the one that leads to an indirect table does not.
     #[inline]
-    pub(super) fn walk(
+    pub(super) fn walk<L: Layout>(
         &mut self,
-        head: HeadIndex,
+        head: u16,
+        first: Descriptor,
         table: DescriptorTable,
         indirect_negotiated: bool,
         memory: &GuestMemory,
-    ) -> Result<(), RingError> {
-        self.head = head;
+    ) -> Result<RingPart, RingError> {
         let mut walk = Walk {
             memory,
             segments: &mut self.segments,
@@ -375,12 +440,32 @@ impl Chain {
             budget: table.count,
             fault: None,
         };
-        let mut ended = walk.table(head.get(), false, |index| table.read(index));
-        if let Ended::Indirect(pointer) = ended {
-            if !indirect_negotiated {
-                return Err(RingError::IndirectNotNegotiated { head: head.get() });
+        let mut ended = walk.table(first, false, |index| {
+            Some(L::in_ring(table.read(index)?, index, table.count))
+        });
+        // At most as many as the budget was, and the pointer to a table.
+        let mut part = RingPart {
+            head,
+            entries: table.count - walk.budget,
+        };
+        match ended {
+            Ended::Complete(id) if L::CONSECUTIVE => part.head = id,
+            // Where the next chain starts, and what to give back for this one, nobody knows.
+            Ended::Broken if L::CONSECUTIVE => {
+                return Err(RingError::EndlessChain { at: head });
             }
-            ended = walk.indirect(pointer, table.count);
+            Ended::Complete(_) | Ended::Broken => {}
+            Ended::Indirect(pointer) => {
+                if L::CONSECUTIVE {
+                    part.head = pointer.id;
+                }
+                part.entries += 1;
+                if !indirect_negotiated {
+                    let head = part.head;
+                    return Err(RingError::IndirectNotNegotiated { head });
+                }
+                ended = walk.indirect::<L>(pointer, table.count);
+            }
         }
         let total = walk.readable_len.saturating_add(walk.writable_len);
         if total > u64::from(u32::MAX) {
@@ -402,9 +487,9 @@ impl Chain {
         self.writable_len = writable_len;
         self.fault = fault;
         if fault.is_some() {
-            self.keep_only_status(matches!(ended, Ended::Complete), last_writable, memory);
+            self.keep_only_status(matches!(ended, Ended::Complete(_)), last_writable, memory);
         }
-        Ok(())
+        Ok(part)
     }
 
     /// Drops the segments of a faulty chain, so that nobody transfers a part of them, and looks for its status.
@@ -442,19 +527,16 @@ impl Walk<'_> {
         self.fault.get_or_insert(fault);
     }
 
-    /// Follows the chain from entry `index` of one table.
+    /// Follows the chain from its descriptor `first` in one table.
     #[inline]
     fn table(
         &mut self,
-        mut index: u16,
+        first: Descriptor,
         nested: bool,
         read: impl Fn(u16) -> Option<Descriptor>,
     ) -> Ended {
+        let mut descriptor = first;
         loop {
-            let Some(descriptor) = read(index) else {
-                self.fail(ChainFault::NextOutOfRange);
-                return Ended::Broken;
-            };
             if descriptor.has(DESC_F_INDIRECT) {
                 if !nested && !descriptor.has(DESC_F_NEXT) {
                     return Ended::Indirect(descriptor);
@@ -472,9 +554,25 @@ impl Walk<'_> {
             self.budget -= 1;
             self.buffer(&descriptor);
             if !descriptor.has(DESC_F_NEXT) {
-                return Ended::Complete;
+                return Ended::Complete(descriptor.id);
             }
-            index = descriptor.next;
+            let Some(next) = read(descriptor.next) else {
+                self.fail(ChainFault::NextOutOfRange);
+                return Ended::Broken;
+            };
+            descriptor = next;
+        }
+    }
+
+    /// Follows the chain from the first entry of an indirect table on, which is there.
+    #[inline]
+    fn nested_table(&mut self, read: impl Fn(u16) -> Option<Descriptor>) -> Ended {
+        match read(0) {
+            Some(first) => self.table(first, true, read),
+            None => {
+                self.fail(ChainFault::NextOutOfRange);
+                Ended::Broken
+            }
         }
     }
 
@@ -544,7 +642,7 @@ impl Walk<'_> {
 
     /// Follows the chain into the table `pointer` names. WRITE is ignored there (virtio 1.2, 2.7.5.3.2).
     #[inline]
-    fn indirect(&mut self, pointer: Descriptor, queue_size: u16) -> Ended {
+    fn indirect<L: Layout>(&mut self, pointer: Descriptor, queue_size: u16) -> Ended {
         let Descriptor { gpa, len, .. } = pointer;
         if len == 0 || !len.is_multiple_of(DESCRIPTOR_BYTES) {
             self.fail(ChainFault::IndirectLength);
@@ -562,15 +660,15 @@ impl Walk<'_> {
                 // SAFETY: `count * 16` bytes of one mapped region (`piece`), aligned (checked above), used
                 // during this walk only, while `memory` is borrowed.
                 let table = unsafe { DescriptorTable::new(table.hva().cast(), count) };
-                self.table(0, true, |index| table.read(index))
+                self.nested_table(|index| Some(L::in_table(table.read(index)?, index, count)))
             }
-            _ => self.scattered_indirect(gpa, len, count),
+            _ => self.scattered_indirect::<L>(gpa, len, count),
         }
     }
 
     /// An indirect table that is unaligned or straddles regions: legal, rare, and read entry by entry.
     #[cold]
-    fn scattered_indirect(&mut self, table: Gpa, len: u32, count: u16) -> Ended {
+    fn scattered_indirect<L: Layout>(&mut self, table: Gpa, len: u32, count: u16) -> Ended {
         let Some(end) = table.checked_add(u64::from(len)) else {
             self.fail(ChainFault::Wraps);
             return Ended::Broken;
@@ -586,7 +684,7 @@ impl Walk<'_> {
             at = Gpa(at.0.wrapping_add(u64::from(piece.len())));
         }
         let memory = self.memory;
-        self.table(0, true, |index| {
+        self.nested_table(|index| {
             if index >= count {
                 return None;
             }
@@ -594,9 +692,7 @@ impl Walk<'_> {
             let mut entry = [[0; 8]; 2];
             let mapped = memory.read_once(table.checked_add(offset)?, entry.as_flattened_mut());
             // Cannot be otherwise, the table was found mapped above; were it, the chain would end here.
-            mapped.then(|| {
-                Descriptor::from_words(u64::from_le_bytes(entry[0]), u64::from_le_bytes(entry[1]))
-            })
+            mapped.then(|| L::in_table(entry.map(u64::from_le_bytes), index, count))
         })
     }
 }

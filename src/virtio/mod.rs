@@ -1,12 +1,14 @@
-//! Virtio, device side: guest memory, the split virtqueue, the descriptor walk, the block device.
+//! Virtio, device side: guest memory, virtqueues, the descriptor walk, the block device.
 //!
 //! Promises that nothing a guest puts into its memory makes this code read or write outside the mapped regions,
 //! loop without a bound, allocate, or panic. Knows nothing of NVMe, of vhost-user or of how memory came to be
 //! mapped: everything here runs on byte arrays. Reading order: [`memory`] (where a guest address leads),
-//! [`virtqueue`] (the rings and their ordering), [`chain`] (one request's descriptors), [`blk`] (what it asks).
+//! [`virtqueue`] (the rings; `split` and `packed` have their ordering), [`chain`] (one request's descriptors), [`blk`] (what it asks).
 
 pub mod blk;
 pub mod chain;
 pub mod memory;
+mod packed;
 pub(crate) mod shared;
+mod split;
 pub mod virtqueue;

@@ -1,4 +1,8 @@
-//! Split virtqueue, device side (virtio 1.2, 2.7). Ring addresses are resolved once; nothing allocates.
+//! Virtqueue, device side (virtio 1.2, 2.7 and 2.8). Ring addresses are resolved once; nothing allocates.
+//!
+//! There are two layouts of a ring, [`split`](super::split) and [`packed`](super::packed): words and indices. What they
+//! have in common is here, once: which heads are in flight, how a chain is taken off, when the guest is signalled. A
+//! queue has one layout for life; each call asks for it once, and the code behind is compiled for either.
 //!
 //! Promises that a head is in flight at most once and goes back at most once (I5), that all indices are private
 //! to us (what the guest writes over the used ring is harmless), and that only a [`RingError`] stops a ring.
@@ -10,9 +14,11 @@
 //! [`Virtqueue::needs_signal`] once. A request that finds no room is simply not popped: it stays in the avail
 //! ring until the next turn.
 
-use super::chain::{Chain, DescriptorTable, Ends};
+use super::chain::{Chain, Descriptor, DescriptorTable, Ends, Layout, RingPart};
 use super::memory::GuestMemory;
-use super::shared::{AtomicU16, AtomicU32, fence};
+use super::packed::{PackedRing, is_position};
+use super::shared::{AtomicU16, fence};
+use super::split::SplitRing;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{self, Acquire, Relaxed, Release, SeqCst};
 use thiserror::Error;
@@ -20,21 +26,19 @@ use thiserror::Error;
 /// The largest queue we serve. Virtio allows 32768; QEMU's block front-ends stop at 1024.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
-const USED_F_NO_NOTIFY: u16 = 1;
-
 /// The two orderings and the fence below are what makes the rings work between two cores. Each can be removed by
 /// a `canary-*` feature, on which `scripts/loom-rings` must fail: x86 itself would forgive the loss of the first two.
-const AVAIL_ACQUIRE: Ordering = match cfg!(feature = "canary-no-avail-acquire") {
+pub(super) const AVAIL_ACQUIRE: Ordering = match cfg!(feature = "canary-no-avail-acquire") {
     true => Relaxed,
     false => Acquire,
 };
-const USED_RELEASE: Ordering = match cfg!(feature = "canary-no-used-release") {
+pub(super) const USED_RELEASE: Ordering = match cfg!(feature = "canary-no-used-release") {
     true => Relaxed,
     false => Release,
 };
 
-/// The head of a descriptor chain: an index into the descriptor table that was checked against its size.
+/// The head of a descriptor chain, less than the queue size: where it starts in the table of a split ring, its buffer id in
+/// a packed one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct HeadIndex(u16);
 
@@ -63,8 +67,8 @@ pub enum RingError {
         /// The queue size.
         size: u16,
     },
-    /// A head outside the descriptor table.
-    #[error("avail ring names head {head}, the queue has {size} descriptors")]
+    /// A head outside the descriptor table, or a buffer id as large.
+    #[error("the guest names head {head}, the queue has {size} descriptors")]
     HeadOutOfRange {
         /// The head.
         head: u16,
@@ -72,7 +76,7 @@ pub enum RingError {
         size: u16,
     },
     /// A head that was made available before and has not been used yet.
-    #[error("avail ring names head {head}, which is still in flight")]
+    #[error("the guest names head {head}, which is still in flight")]
     DuplicateHead {
         /// The head.
         head: u16,
@@ -83,15 +87,35 @@ pub enum RingError {
         /// The head.
         head: u16,
     },
+    /// A chain of a packed ring that takes entries which are not the guest's: it has no end, or one behind them.
+    #[error("the chain at entry {at} of the packed ring goes on over entries that are in flight")]
+    EndlessChain {
+        /// Where it starts.
+        at: u16,
+    },
 }
 
 /// Why a queue was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum QueueError {
-    /// The size is no power of two from 1 to [`MAX_QUEUE_SIZE`].
-    #[error("queue size {0} is no power of two from 1 to {MAX_QUEUE_SIZE}")]
+    /// The size is not from 1 to [`MAX_QUEUE_SIZE`], or that of a split ring is no power of two.
+    #[error(
+        "queue size {0} is not from 1 to {MAX_QUEUE_SIZE}, or not a power of two as a split ring's must be"
+    )]
     Size(u16),
-    /// A part of the queue is not aligned as virtio 1.2, 2.7 "Split Virtqueues" wants it.
+    /// A packed ring is to go on at an entry that it has not, or with requests in flight that this process never saw.
+    #[error(
+        "a packed ring of {size} entries cannot go on at {next_avail:#x} with {next_used:#x} to be used next"
+    )]
+    Position {
+        /// The queue size.
+        size: u16,
+        /// Where to take the next request, and the wrap counter.
+        next_avail: u16,
+        /// Where to give the next one back, and the wrap counter.
+        next_used: u16,
+    },
+    /// A part of the queue is not aligned as virtio 1.2, 2.7 and 2.8 want it.
     #[error("the {part} is not aligned to {alignment} bytes")]
     Misaligned {
         /// Which part.
@@ -101,24 +125,65 @@ pub enum QueueError {
     },
 }
 
+/// How a ring lies in memory: VIRTIO_F_RING_PACKED was negotiated, or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RingLayout {
+    /// A descriptor table, an avail ring, a used ring.
+    Split,
+    /// One ring of descriptors, and a structure for each side to say which events it wants to hear of.
+    Packed,
+}
+
+impl RingLayout {
+    /// Whether a queue of `size` may be laid out so.
+    pub const fn allows(self, size: u16) -> bool {
+        let counted = size > 0 && size <= MAX_QUEUE_SIZE;
+        counted && (matches!(self, RingLayout::Packed) || size.is_power_of_two())
+    }
+
+    /// Size in bytes, and alignment, of the avail ring or the driver's event suppression structure.
+    pub const fn driver_area(self, size: u16) -> (u32, usize) {
+        match self {
+            RingLayout::Split => (avail_ring_bytes(size), 2),
+            RingLayout::Packed => (EVENT_SUPPRESSION_BYTES, 4),
+        }
+    }
+
+    /// Size in bytes, and alignment, of the used ring or the device's event suppression structure.
+    pub const fn device_area(self, size: u16) -> (u32, usize) {
+        match self {
+            RingLayout::Split => (used_ring_bytes(size), 4),
+            RingLayout::Packed => (EVENT_SUPPRESSION_BYTES, 4),
+        }
+    }
+}
+
+/// Virtio 1.2, 2.8.14 "Event Suppression Structure Format".
+const EVENT_SUPPRESSION_BYTES: u32 = 4;
+
+/// The position at which a packed ring starts: entry 0, the wrap counter 1.
+pub const PACKED_START: u16 = 1 << 15;
+
 /// Everything a queue consists of. The addresses are where this process sees the parts.
 #[derive(Debug, Clone, Copy)]
 pub struct VirtqueueConfig {
-    /// Number of descriptors: a power of two, at most [`MAX_QUEUE_SIZE`].
+    /// How the ring lies in memory.
+    pub layout: RingLayout,
+    /// Number of descriptors: at most [`MAX_QUEUE_SIZE`], a power of two in a split ring.
     pub size: u16,
-    /// The descriptor table: [`descriptor_table_bytes`], aligned to 16.
+    /// The descriptors: [`descriptor_table_bytes`], aligned to 16.
     pub descriptor_table: NonNull<u8>,
-    /// The avail ring: [`avail_ring_bytes`], aligned to 2.
+    /// The avail ring or the driver's event suppression structure: [`RingLayout::driver_area`].
     pub avail: NonNull<u8>,
-    /// The used ring: [`used_ring_bytes`], aligned to 4.
+    /// The used ring or the device's event suppression structure: [`RingLayout::device_area`].
     pub used: NonNull<u8>,
     /// VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
-    /// The avail index of the first request to take.
+    /// The avail index of the first request to take. In a packed ring the entry, and its wrap counter in bit 15.
     pub next_avail: u16,
-    /// The used index of the first request to give back; see [`used_index`].
+    /// The used index of the first request to give back; see [`used_index`]. In a packed ring the same as `next_avail`.
     pub next_used: u16,
 }
 
@@ -147,36 +212,136 @@ pub unsafe fn used_index(used: NonNull<u8>) -> u16 {
     u16::from_le(index.load(Relaxed))
 }
 
-/// A split virtqueue that is running: it can only be built complete.
+/// Where a packed ring's last device left it, if that can be told from the ring: where a back-end that takes the ring
+/// over goes on. A ring that its driver cleared since says nothing.
 ///
-/// The fields of every turn share the first cache line.
+/// # Errors
+/// As [`Virtqueue::new`].
+///
+/// # Safety
+/// As of [`Virtqueue::new`].
+pub unsafe fn packed_position(config: VirtqueueConfig) -> Result<Option<u16>, QueueError> {
+    config.check()?;
+    // SAFETY: this function's contract, and checked just now.
+    let ring = unsafe { PackedRing::new(&config) };
+    Ok(ring.left_at())
+}
+
+impl VirtqueueConfig {
+    fn check(&self) -> Result<(), QueueError> {
+        let Self { layout, size, .. } = *self;
+        if !layout.allows(size) {
+            return Err(QueueError::Size(size));
+        }
+        for (part, address, alignment) in [
+            ("descriptor table", self.descriptor_table, 16),
+            ("avail ring", self.avail, layout.driver_area(size).1),
+            ("used ring", self.used, layout.device_area(size).1),
+        ] {
+            if !address.addr().get().is_multiple_of(alignment) {
+                return Err(QueueError::Misaligned { part, alignment });
+            }
+        }
+        let (next_avail, next_used) = (self.next_avail, self.next_used);
+        // Requests that another device has in flight are known to nobody here.
+        let sound = is_position(next_avail, size) && next_avail == next_used;
+        if layout == RingLayout::Packed && !sound {
+            return Err(QueueError::Position {
+                size,
+                next_avail,
+                next_used,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// What one layout of a ring has to say. Static dispatch: see [`Virtqueue`].
+pub(super) trait Ring {
+    type Layout: Layout;
+
+    /// The number of descriptors.
+    fn size(&self) -> u16;
+    /// What GET_VRING_BASE reports once the queue has drained.
+    fn base(&self) -> u32;
+    /// Entries taken and not yet given back.
+    fn in_flight(&self) -> u16;
+    /// Where descriptors are read.
+    fn table(&self) -> DescriptorTable;
+    /// How many requests can be taken, at most.
+    fn available(&mut self) -> Result<u16, RingError>;
+    /// Where the next chain starts, and its first descriptor.
+    fn first(&mut self, heads: &Heads) -> Result<Option<(u16, Descriptor)>, RingError>;
+    /// Steps over the chain that started at `first` and puts its head in flight: the head, checked.
+    fn take(&mut self, part: RingPart, heads: &mut Heads) -> Result<u16, RingError>;
+    /// Fills the next used entry for a head that took `entries`.
+    fn push_used(&mut self, head: u16, entries: u16, len: u32);
+    /// Shows the guest all used entries filled so far.
+    fn publish_used(&mut self);
+    /// How many entries were published since the last decision.
+    fn decide(&mut self) -> u16;
+    /// Whether the guest wants a signal for the last `fresh` entries published.
+    fn wants_signal(&self, fresh: u16) -> bool;
+    /// Tells the guest not to kick.
+    fn suppress_kicks(&mut self);
+}
+
+/// Which heads are in flight: the entries that each took in the ring, 0 when it is not in flight. A number each: nothing
+/// is shifted, and heads come back last in, first out.
+#[derive(Debug)]
+pub(super) struct Heads([u16; MAX_QUEUE_SIZE as usize]);
+
+impl Heads {
+    /// The place of a checked head in the table.
+    #[inline]
+    fn place(head: u16) -> usize {
+        // The modulo changes nothing (heads are less than the queue size) and spares a bounds check.
+        usize::from(head) % usize::from(MAX_QUEUE_SIZE)
+    }
+
+    #[inline]
+    pub(super) fn in_flight(&self, head: u16) -> bool {
+        self.0[Self::place(head)] != 0
+    }
+
+    #[inline]
+    pub(super) fn take(&mut self, head: u16, entries: u16) {
+        self.0[Self::place(head)] = entries;
+    }
+
+    #[inline]
+    fn give_back(&mut self, head: u16) -> u16 {
+        std::mem::take(&mut self.0[Self::place(head)])
+    }
+}
+
+#[derive(Debug)]
+enum AnyRing {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+/// The same for either layout, compiled for each.
+macro_rules! on_ring {
+    ($ring:expr, $name:ident => $do:expr) => {
+        match $ring {
+            AnyRing::Split($name) => $do,
+            AnyRing::Packed($name) => $do,
+        }
+    };
+}
+
+/// A virtqueue that is running: it can only be built complete.
+///
+/// The fields of every turn are in the first two cache lines.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Virtqueue {
-    descriptors: DescriptorTable,
-    avail: NonNull<AtomicU16>,
-    used: NonNull<u8>,
-    /// Queue size - 1.
-    mask: u16,
-    /// The next avail entry to take.
-    next_avail: u16,
-    /// The avail index read last: entries before it may be taken.
-    seen_avail: u16,
-    /// The next used entry to fill.
-    next_used: u16,
-    /// The used index the guest can see.
-    published_used: u16,
-    /// The used index at the last decision about a signal.
-    decided_used: u16,
-    /// Where the two indices stood when the queue was taken over.
-    first_avail: u16,
-    first_used: u16,
-    event_idx: bool,
+    ring: AnyRing,
     indirect: bool,
     /// Signal at the next publication whatever the guest says.
     signal_requested: bool,
-    /// Which heads are in flight. A byte each: nothing is shifted, and heads come back last in, first out.
-    heads: [bool; MAX_QUEUE_SIZE as usize],
+    heads: Heads,
 }
 
 // SAFETY: a virtqueue is moved by value, and every method takes it exclusively; its pointers name memory that is
@@ -187,119 +352,68 @@ impl Virtqueue {
     /// Starts serving a queue.
     ///
     /// # Errors
-    /// A size we do not serve, or a misaligned part.
+    /// A size or a position we do not serve, or a misaligned part.
     ///
     /// # Safety
-    /// - The three parts are mapped readable and writable in their whole length (the `*_bytes` functions) as
-    ///   long as this value lives (I2), and no Rust reference to them exists, atomics apart.
+    /// - The three parts are mapped readable and writable in their whole length ([`descriptor_table_bytes`],
+    ///   [`RingLayout::driver_area`], [`RingLayout::device_area`]) as long as this value lives (I2), and no Rust
+    ///   reference to them exists, atomics apart.
     /// - Nobody else in this process serves the same queue at the same time.
     pub unsafe fn new(config: VirtqueueConfig) -> Result<Self, QueueError> {
-        let VirtqueueConfig { size, .. } = config;
-        if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
-            return Err(QueueError::Size(size));
-        }
-        for (part, address, alignment) in [
-            ("descriptor table", config.descriptor_table, 16),
-            ("avail ring", config.avail, 2),
-            ("used ring", config.used, 4),
-        ] {
-            if !address.addr().get().is_multiple_of(alignment) {
-                return Err(QueueError::Misaligned { part, alignment });
+        config.check()?;
+        // SAFETY: this function's contract, and checked just now.
+        let ring = unsafe {
+            match config.layout {
+                RingLayout::Split => AnyRing::Split(SplitRing::new(&config)),
+                RingLayout::Packed => AnyRing::Packed(PackedRing::new(&config)),
             }
-        }
-        // SAFETY: `size` descriptors are mapped there (contract), aligned to 16 (checked above).
-        let descriptors = unsafe { DescriptorTable::new(config.descriptor_table.cast(), size) };
+        };
         Ok(Self {
-            descriptors,
-            avail: config.avail.cast(),
-            used: config.used,
-            mask: size - 1,
-            next_avail: config.next_avail,
-            seen_avail: config.next_avail,
-            next_used: config.next_used,
-            published_used: config.next_used,
-            decided_used: config.next_used,
-            first_avail: config.next_avail,
-            first_used: config.next_used,
-            event_idx: config.event_idx,
+            ring,
             indirect: config.indirect,
             signal_requested: false,
-            heads: [false; MAX_QUEUE_SIZE as usize],
+            heads: Heads([0; MAX_QUEUE_SIZE as usize]),
         })
     }
 
     /// The number of descriptors.
-    pub const fn size(&self) -> u16 {
-        self.mask + 1
+    pub fn size(&self) -> u16 {
+        on_ring!(&self.ring, ring => ring.size())
     }
 
-    /// The avail index of the next request to take: what GET_VRING_BASE reports once the queue has drained.
-    pub const fn next_avail(&self) -> u16 {
-        self.next_avail
+    /// What GET_VRING_BASE reports once the queue has drained: the avail index of the next request to take. Of a packed
+    /// ring its entry and wrap counter (bit 15), and the same for the next used one in the upper half.
+    pub fn base(&self) -> u32 {
+        on_ring!(&self.ring, ring => ring.base())
     }
 
-    /// The number of heads taken and not yet given back.
-    pub const fn in_flight(&self) -> u16 {
-        let taken = self.next_avail.wrapping_sub(self.first_avail);
-        let returned = self.next_used.wrapping_sub(self.first_used);
-        taken.wrapping_sub(returned)
+    /// Entries of the ring that belong to heads taken and not yet given back: one a head, or its descriptors in a packed
+    /// ring.
+    pub fn in_flight(&self) -> u16 {
+        on_ring!(&self.ring, ring => ring.in_flight())
     }
 
-    /// Word `index` of the avail ring: 0 flags, 1 index, 2.. entries, 2 + size used_event.
-    #[inline]
-    fn avail_word(&self, index: usize) -> &AtomicU16 {
-        debug_assert!(index <= usize::from(self.mask) + 3);
-        // SAFETY: callers pass at most 2 + size, and the ring is `6 + 2 * size` mapped, aligned bytes (`new`).
-        unsafe { self.avail.add(index).as_ref() }
-    }
-
-    /// The 16-bit word at byte `offset` of the used ring: 0 flags, 2 index, 4 + 8 * size avail_event.
-    #[inline]
-    fn used_word(&self, offset: usize) -> &AtomicU16 {
-        debug_assert!(offset.is_multiple_of(2) && offset <= 4 + 8 * (usize::from(self.mask) + 1));
-        // SAFETY: callers pass even offsets up to 4 + 8 * size, and the ring is `6 + 8 * size` mapped bytes,
-        // aligned to 4 (`new`).
-        unsafe { self.used.add(offset).cast().as_ref() }
-    }
-
-    /// How many requests can be taken now. Once per turn: it is the load that ping-pongs with the guest's core.
+    /// How many requests can be taken now; of a packed ring, 0 if there is none, else at most so many. Once per turn: it is
+    /// the load that ping-pongs with the guest's core.
     ///
     /// # Errors
     /// An avail index that ran backwards or too far: the ring is broken.
     #[inline]
     pub fn available(&mut self) -> Result<u16, RingError> {
-        // Acquire pairs with the guest's release of avail.idx: the entries, descriptors and buffers behind it
-        // are read after it.
-        let index = u16::from_le(self.avail_word(1).load(AVAIL_ACQUIRE));
-        let size = self.mask + 1;
-        let waiting = self.seen_avail.wrapping_sub(self.next_avail);
-        let fresh = index.wrapping_sub(self.seen_avail);
-        // `waiting <= size` holds since the last turn, so a backward step, huge as a wrapped distance, fails too.
-        if fresh > size - waiting {
-            return Err(RingError::AvailIndex {
-                index,
-                seen: self.seen_avail,
-                next: self.next_avail,
-                size,
-            });
-        }
-        self.seen_avail = index;
-        Ok(waiting + fresh)
+        on_ring!(&mut self.ring, ring => ring.available())
     }
 
     /// Takes the next request that [`Self::available`] counted and resolves its descriptors into `chain`; false
     /// if there is none. Whoever lacks room for a request does not call this.
     ///
     /// # Errors
-    /// The ring is broken; `chain` is then meaningless. A chain that is merely malformed is no error: it shows
-    /// in [`Chain::fault`], and its head must go back like any other (I5).
+    /// The ring is broken; `chain` is then meaningless, and its head is not in flight, so that the ring drains without it.
+    /// A chain that is merely malformed is no error: it shows in [`Chain::fault`], and its head must go back like any
+    /// other (I5).
     #[inline]
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, RingError> {
-        let Some(head) = self.take_head()? else {
-            return Ok(false);
-        };
-        self.walk(head, memory, chain)?;
-        Ok(true)
+        let (indirect, heads) = (self.indirect, &mut self.heads);
+        on_ring!(&mut self.ring, ring => pop(ring, heads, indirect, memory, chain))
     }
 
     /// [`Self::pop`] and [`Chain::take_ends`] at once, the short way for chains as drivers build them.
@@ -312,70 +426,8 @@ impl Virtqueue {
         memory: &GuestMemory,
         chain: &mut Chain,
     ) -> Result<Option<Ends<N>>, RingError> {
-        let Some(head) = self.take_head()? else {
-            return Ok(None);
-        };
-        if let Some(ends) = chain.walk_framed(head, self.descriptors, self.indirect, memory) {
-            return Ok(Some(ends));
-        }
-        self.walk(head, memory, chain)?;
-        Ok(Some(chain.take_ends()))
-    }
-
-    /// Walks the chain of the head that was just taken. A chain that breaks the ring leaves the head where it was: it is
-    /// not in flight, so that the ring drains without it.
-    fn walk(
-        &mut self,
-        head: HeadIndex,
-        memory: &GuestMemory,
-        chain: &mut Chain,
-    ) -> Result<(), RingError> {
-        let walked = chain.walk(head, self.descriptors, self.indirect, memory);
-        if walked.is_err() {
-            self.heads[Self::place(head.0)] = false;
-            self.next_avail = self.next_avail.wrapping_sub(1);
-        }
-        walked
-    }
-
-    /// Takes the next head off the avail ring.
-    #[inline]
-    fn take_head(&mut self) -> Result<Option<HeadIndex>, RingError> {
-        if self.next_avail == self.seen_avail {
-            return Ok(None);
-        }
-        let slot = usize::from(self.next_avail & self.mask);
-        let head = u16::from_le(self.avail_word(2 + slot).load(Relaxed));
-        if head > self.mask {
-            let size = self.mask + 1;
-            return Err(RingError::HeadOutOfRange { head, size });
-        }
-        let in_flight = &mut self.heads[Self::place(head)];
-        if *in_flight {
-            return Err(RingError::DuplicateHead { head });
-        }
-        *in_flight = true;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        self.prefetch();
-        Ok(Some(HeadIndex(head)))
-    }
-
-    /// The place of a checked head in the table.
-    #[inline]
-    fn place(head: u16) -> usize {
-        // The modulo changes nothing (heads are less than the queue size) and spares a bounds check.
-        usize::from(head) % usize::from(MAX_QUEUE_SIZE)
-    }
-
-    /// Brings the descriptor of the next request near while this one is worked on. Its head is read here only
-    /// as a hint; the one that counts is read, once, by `pop` (I6).
-    #[inline]
-    fn prefetch(&self) {
-        if self.next_avail != self.seen_avail {
-            let slot = usize::from(self.next_avail & self.mask);
-            let head = u16::from_le(self.avail_word(2 + slot).load(Relaxed));
-            self.descriptors.prefetch(head);
-        }
+        let (indirect, heads) = (self.indirect, &mut self.heads);
+        on_ring!(&mut self.ring, ring => pop_framed(ring, heads, indirect, memory, chain))
     }
 
     /// Gives `head` back with `len` bytes written into its writable buffers. The guest sees it after the next
@@ -385,59 +437,34 @@ impl Virtqueue {
     /// When `head` is not in flight: our own error (I5), never the guest's.
     #[inline]
     pub fn push_used(&mut self, head: HeadIndex, len: u32) {
-        let in_flight = &mut self.heads[Self::place(head.0)];
-        assert!(*in_flight, "head given back twice");
-        *in_flight = false;
-        let slot = usize::from(self.next_used & self.mask);
-        // SAFETY: `slot < size`, so the 8 bytes at 4 + 8 * slot lie in the `6 + 8 * size` mapped bytes; the ring
-        // is aligned to 4 (`new`). At most `size` heads are in flight, so no entry is overwritten that the
-        // guest did not yet give the head of to us again.
-        let [id, written] = unsafe {
-            let element = self.used.add(4 + 8 * slot).cast::<AtomicU32>();
-            [element.as_ref(), element.add(1).as_ref()]
-        };
-        // Relaxed: the release in `publish_used` makes both visible together with the index.
-        id.store(u32::from(head.0).to_le(), Relaxed);
-        written.store(len.to_le(), Relaxed);
-        self.next_used = self.next_used.wrapping_add(1);
+        let entries = self.heads.give_back(head.0);
+        assert!(entries != 0, "head given back twice");
+        on_ring!(&mut self.ring, ring => ring.push_used(head.0, entries, len));
     }
 
-    /// Shows the guest everything given back so far. Once per batch: used.idx is the line the guest polls.
+    /// Shows the guest everything given back so far. Once per batch: it writes what the guest polls.
     #[inline]
     pub fn publish_used(&mut self) {
-        if self.next_used != self.published_used {
-            // Release pairs with the guest's acquire of used.idx: data, status and used elements come before it.
-            self.used_word(2)
-                .store(self.next_used.to_le(), USED_RELEASE);
-            self.published_used = self.next_used;
-        }
+        on_ring!(&mut self.ring, ring => ring.publish_used());
     }
 
     /// Whether the guest wants to be signalled about what was published since the last call. Call it after
     /// [`Self::publish_used`], once per batch, and signal when it says so.
     #[inline]
     pub fn needs_signal(&mut self) -> bool {
-        let (new, old) = (self.published_used, self.decided_used);
-        if new == old && !self.signal_requested {
-            return false;
-        }
-        self.decided_used = new;
+        let fresh = on_ring!(&mut self.ring, ring => ring.decide());
         if std::mem::take(&mut self.signal_requested) {
             return true;
         }
+        if fresh == 0 {
+            return false;
+        }
         // Pairs with the driver's full barrier between asking for a signal (used_event, flags) and looking at
-        // used.idx again: either it sees our index, or we see its request. Without, both may look away.
+        // the used ring again: either it sees our entries, or we see its request. Without, both may look away.
         if !cfg!(feature = "canary-no-event-fence") {
             fence(SeqCst);
         }
-        if self.event_idx {
-            let used_event = self.avail_word(usize::from(self.mask) + 3).load(Relaxed);
-            // Virtio 1.2, 2.7.10: the guest asked for the entry `used_event`; was it among `old..new`?
-            let past_event = new.wrapping_sub(u16::from_le(used_event)).wrapping_sub(1);
-            past_event < new.wrapping_sub(old)
-        } else {
-            u16::from_le(self.avail_word(0).load(Relaxed)) & AVAIL_F_NO_INTERRUPT == 0
-        }
+        on_ring!(&self.ring, ring => ring.wants_signal(fresh))
     }
 
     /// Makes the next [`Self::needs_signal`] say yes. After a restart nobody knows which signals the guest got
@@ -447,16 +474,49 @@ impl Virtqueue {
     }
 
     /// Tells the guest not to kick: the ring is polled. Once after the start is enough.
-    ///
-    /// With EVENT_IDX a guest kicks when it passes `avail_event`; behind its index by one it is passed once in
-    /// 65536 requests, and that kick is as harmless as any.
     pub fn suppress_kicks(&mut self) {
-        if self.event_idx {
-            let event = self.next_avail.wrapping_sub(1);
-            self.used_word(4 + 8 * (usize::from(self.mask) + 1))
-                .store(event.to_le(), Relaxed);
-        } else {
-            self.used_word(0).store(USED_F_NO_NOTIFY.to_le(), Relaxed);
-        }
+        on_ring!(&mut self.ring, ring => ring.suppress_kicks());
     }
+}
+
+/// [`Virtqueue::pop`] on one layout.
+#[inline]
+fn pop<R: Ring>(
+    ring: &mut R,
+    heads: &mut Heads,
+    indirect: bool,
+    memory: &GuestMemory,
+    chain: &mut Chain,
+) -> Result<bool, RingError> {
+    let Some((head, first)) = ring.first(heads)? else {
+        return Ok(false);
+    };
+    let part = chain.walk::<R::Layout>(head, first, ring.table(), indirect, memory)?;
+    chain.set_head(HeadIndex(ring.take(part, heads)?));
+    Ok(true)
+}
+
+/// [`Virtqueue::pop_framed`] on one layout.
+#[inline]
+fn pop_framed<R: Ring, const N: usize>(
+    ring: &mut R,
+    heads: &mut Heads,
+    indirect: bool,
+    memory: &GuestMemory,
+    chain: &mut Chain,
+) -> Result<Option<Ends<N>>, RingError> {
+    let Some((head, first)) = ring.first(heads)? else {
+        return Ok(None);
+    };
+    let table = ring.table();
+    let framed = chain.walk_framed::<N, R::Layout>(head, first, table, indirect, memory);
+    let (ends, part) = match framed {
+        Some(framed) => framed,
+        None => {
+            let part = chain.walk::<R::Layout>(head, first, table, indirect, memory)?;
+            (chain.take_ends(), part)
+        }
+    };
+    chain.set_head(HeadIndex(ring.take(part, heads)?));
+    Ok(Some(ends))
 }

@@ -12,11 +12,13 @@ use tandem::sim::{SimGuest, SimGuestConfig};
 use tandem::vhost::memory::{MemoryTable, RegionInfo};
 use tandem::virtio::blk::{BlkLimits, RangeLimits};
 use tandem::virtio::memory::Gpa;
+use tandem::virtio::virtqueue::RingLayout;
 
 pub const SERIAL: &[u8; 20] = b"rig-serial\0\0\0\0\0\0\0\0\0\0";
 
 /// How a guest is set up.
 pub struct GuestSetup {
+    pub layout: RingLayout,
     pub queue_size: u16,
     pub event_idx: bool,
     pub indirect: bool,
@@ -30,6 +32,7 @@ pub struct GuestSetup {
 impl Default for GuestSetup {
     fn default() -> GuestSetup {
         GuestSetup {
+            layout: RingLayout::Split,
             queue_size: 256,
             event_idx: true,
             indirect: true,
@@ -95,6 +98,7 @@ impl Rig {
     pub fn make_guest(&self, setup: &GuestSetup) -> (RigGuest, Box<Lane>) {
         let base = Gpa(0x10_0000);
         let config = SimGuestConfig {
+            layout: setup.layout,
             size: setup.queue_size,
             event_idx: setup.event_idx,
             indirect: setup.indirect,

@@ -10,6 +10,7 @@ use tandem::sim::front_end::request::GET_FEATURES;
 use tandem::sim::{FrontEnd, SharedMemory, SimCompletion, SimGuest, SimGuestConfig, SimRequest};
 use tandem::virtio::blk::{feature, request_type, status};
 use tandem::virtio::memory::Gpa;
+use tandem::virtio::virtqueue::RingLayout;
 
 use crate::load::SECTOR;
 
@@ -50,6 +51,7 @@ impl Client {
         assert_eq!(missing, 0, "features that are not offered: {missing:#x}");
 
         let config = |base| SimGuestConfig {
+            layout: RingLayout::Split,
             size,
             event_idx: true,
             indirect: true,
