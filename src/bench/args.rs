@@ -92,14 +92,17 @@ pub struct BenchArgs {
 }
 
 const HELP: &str = "\
-Targets are compared with the first one: devices come before sockets, sockets before files. With several, the first is
-measured twice a round; how far these two differ is the noise that a difference must exceed.
-Exit code 1: it failed while measuring, or --verify found something. 2: nothing was measured.
+Targets are compared with the first one: devices come before sockets, sockets
+before files. With several, the first is measured twice a round; how far these
+two differ is the noise that a difference must exceed.
+Exit code 1: it failed while measuring, or --verify found something.
+2: nothing was measured.
 
-  tandem bench --device model:ram,size=1G --rw randread --bs 4k --iodepth 1,4,16,64
-  tandem bench --vhost-user vm0.sock --vhost-user other.sock --iodepth 32 --runtime 10
+  tandem bench --device model:ram,size=1G --bs 4k --iodepth 1,4,16,64
+  tandem bench --vhost-user vm0.sock --vhost-user other.sock --iodepth 32
   tandem bench --file /dev/nvme0n1 --rw randread --rate_iops 20000
-  tandem bench --device pci:5e:00.0 --rw randwrite --overwrite-data --load-curve 10..95% --plot load.svg";
+  tandem bench --device pci:5e:00.0 --rw randwrite --overwrite-data \\
+    --load-curve 10..95% --plot load.svg";
 
 /// The load, as far as it was written.
 #[derive(Clone, Debug, Default, PartialEq, Args)]

@@ -168,6 +168,7 @@ struct Drive<'a, Q> {
     in_flight: u32,
     out: Outcome,
     measuring: bool,
+    watched: bool,
     recent: Recent,
     live: &'a Live,
 }
@@ -215,6 +216,7 @@ pub fn drive<Q: Queue>(
         in_flight: 0,
         out: Outcome::default(),
         measuring: false,
+        watched: live.watched.load(Ordering::Relaxed),
         recent: Recent::default(),
         live,
     };
@@ -272,7 +274,6 @@ impl<Q: Queue> Drive<'_, Q> {
         let mut usage = Usage::default();
         let mut counters = Counters::default();
         let (mut last, mut measured_from, mut last_completion, mut next_live) = (0, 0, 0, 0);
-        let watched = self.live.watched.load(Ordering::Relaxed);
         if let Some(arrivals) = &mut self.arrivals {
             arrivals.advance();
         }
@@ -313,7 +314,7 @@ impl<Q: Queue> Drive<'_, Q> {
                 counters = self.queue.counters();
                 usage = Usage::of_this_thread();
             }
-            if watched && now >= next_live {
+            if self.watched && now >= next_live {
                 next_live = now + LIVE_EVERY;
                 self.live.p99.store(self.recent.p99(), Ordering::Relaxed);
             }
@@ -379,7 +380,9 @@ impl<Q: Queue> Drive<'_, Q> {
             stats.lat.record(latency);
             stats.clat.record(now.saturating_sub(handed));
             stats.bytes += u64::from(io.len);
-            self.recent.record(latency);
+        }
+        if self.watched {
+            self.recent.record(now.saturating_sub(intended));
         }
         Ok(())
     }

@@ -24,6 +24,8 @@ use super::target::{Info, Measured, Target};
 const ROUNDS_OF_SEVERAL: u32 = 5;
 /// The knee is the heaviest load whose p99 is below this multiple of the lowest p99 of the curve.
 const KNEE_FACTOR: f64 = 3.0;
+/// A live figure of a shorter time, in seconds, jumps about.
+const LEAST_LIVE: f64 = 0.1;
 /// --verify remembers every place.
 const MOST_VERIFIED: u64 = 1 << 26;
 
@@ -436,8 +438,11 @@ impl Progress {
         }
         live.watched.store(true, Relaxed);
         let ios = live.ios.load(Relaxed);
-        let seconds = (elapsed - self.last.0).as_secs_f64();
-        if seconds > 0.0 {
+        let seconds = elapsed.saturating_sub(self.last.0).as_secs_f64();
+        if seconds < LEAST_LIVE {
+            return;
+        }
+        if self.last.1 > 0 {
             let iops = (ios - self.last.1) as f64 / seconds;
             let p99 = live.p99.load(Relaxed) as f64 / 1000.0;
             let line = format!("\r{} {iops:.0} IOPS, p99 {p99:.1} usec\x1b[K", self.line);
