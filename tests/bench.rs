@@ -14,15 +14,23 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// A folder of its own for each test, on a disk and not in memory, removed at the end.
+/// A folder of its own for each test, removed at the end.
 struct Folder(PathBuf);
 
 impl Folder {
     fn new() -> Folder {
+        Folder::below(Path::new(env!("CARGO_TARGET_TMPDIR")))
+    }
+
+    /// A socket's path has at most 107 bytes: not below wherever the sources are.
+    fn of_sockets() -> Folder {
+        Folder::below(&std::env::temp_dir())
+    }
+
+    fn below(parent: &Path) -> Folder {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("bench-{}-{count}", std::process::id());
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let path = parent.join(format!("tandem-bench-{}-{count}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Folder(path)
     }
@@ -199,7 +207,7 @@ impl Drop for Server {
 #[test]
 fn server_is_measured_in_every_way_of_its_rings() {
     let _turn = turn_of_servers();
-    let folder = Folder::new();
+    let folder = Folder::of_sockets();
     let socket = folder.path("disk.sock");
     let server = Server::tandem(&socket);
     for ways in [
@@ -237,7 +245,7 @@ fn server_is_measured_in_every_way_of_its_rings() {
 #[test]
 fn mixed_load_on_two_queues_of_a_server_reads_what_it_wrote() {
     let _turn = turn_of_servers();
-    let folder = Folder::new();
+    let folder = Folder::of_sockets();
     let socket = folder.path("disk.sock");
     let _server = Server::tandem(&socket);
     let load = [
@@ -270,7 +278,7 @@ fn mixed_load_on_two_queues_of_a_server_reads_what_it_wrote() {
 #[test]
 fn foreign_server_is_measured_beside_ours_with_ratios_and_a_band() {
     let _turn = turn_of_servers();
-    let folder = Folder::new();
+    let folder = Folder::of_sockets();
     let [ours, foreign, disk] = ["ours.sock", "foreign.sock", "disk"].map(|name| folder.path(name));
     fs::write(&disk, vec![1; 4 << 20]).unwrap();
     let _servers = (Server::tandem(&ours), Server::qemu(&foreign, &disk));

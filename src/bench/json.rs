@@ -58,6 +58,7 @@ fn document(results: &Results, bins: bool) -> Value {
             })).collect::<Vec<_>>(),
             "cases": results.cases.iter().map(case).collect::<Vec<_>>(),
             "knees": results.knees().iter().map(|knee| json!({
+                "job": knee.job,
                 "label": knee.label,
                 "percent": knee.share,
                 "iops": knee.iops,

@@ -14,23 +14,24 @@ pub fn normal(results: &Results) -> String {
     for case in &results.cases {
         one_case(&mut out, results, case);
     }
-    for knee in results.knees() {
-        let Some(last) = results.cases.last() else {
-            continue;
-        };
+    let knees = results.knees();
+    if !knees.is_empty() {
+        out.push('\n');
+    }
+    for knee in knees {
         let _ = match knee.bends {
             true => writeln!(
                 out,
-                "{}: the knee is at {} % of its most, {} IOPS: beyond, p99 is more than 3 times the lowest",
+                "{} {}: the knee is at {} % of its most, {} IOPS: beyond, p99 is more than 3 times the lowest",
+                knee.job,
                 knee.label,
                 knee.share,
                 count(knee.iops)
             ),
             false => writeln!(
                 out,
-                "{}: no knee up to {} % of its most",
-                knee.label,
-                last.case.share.unwrap_or(0)
+                "{} {}: no knee up to {} % of its most",
+                knee.job, knee.label, knee.share
             ),
         };
     }

@@ -141,6 +141,7 @@ impl CaseResult {
 /// Where a load curve bends.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Knee {
+    pub job: String,
     pub label: String,
     /// The largest share before the bend.
     pub share: u8,
@@ -164,39 +165,44 @@ impl Results {
     /// One for each target that has a load curve.
     #[must_use]
     pub fn knees(&self) -> Vec<Knee> {
-        let curve: Vec<&CaseResult> = self
-            .cases
-            .iter()
-            .filter(|case| case.case.share.is_some())
-            .collect();
-        let Some(lightest) = curve.first() else {
-            return Vec::new();
-        };
-        let mut knees = Vec::new();
-        for (index, series) in lightest.series.iter().enumerate() {
-            let p99 = |case: &CaseResult| {
-                let series = case.series.get(index);
-                series.map_or(0.0, |series| series.total().all().at(99.0) as f64)
-            };
-            // The lowest need not be the lightest load's: chance may strike anywhere.
-            let lowest = curve.iter().map(|case| p99(case)).fold(f64::MAX, f64::min);
-            let last = curve
-                .iter()
-                .rposition(|case| p99(case) <= KNEE_FACTOR * lowest);
-            let Some((place, last)) = last.and_then(|place| Some((place, curve.get(place)?)))
-            else {
-                continue;
-            };
-            let rate = last.series.get(index).and_then(|series| series.rate);
-            knees.push(Knee {
-                label: series.label.clone(),
-                share: last.case.share.unwrap_or(0),
-                iops: rate.unwrap_or(0.0) * f64::from(last.case.job.numjobs),
-                bends: place + 1 < curve.len(),
-            });
-        }
-        knees
+        // A closed loop, and the shares of it that follow.
+        let curves = self.cases.chunk_by(|_, next| next.case.share.is_some());
+        curves.flat_map(knees_of).collect()
     }
+}
+
+fn knees_of(cases: &[CaseResult]) -> Vec<Knee> {
+    let curve: Vec<&CaseResult> = cases
+        .iter()
+        .filter(|case| case.case.share.is_some())
+        .collect();
+    let Some(lightest) = curve.first() else {
+        return Vec::new();
+    };
+    let mut knees = Vec::new();
+    for (index, series) in lightest.series.iter().enumerate() {
+        let p99 = |case: &CaseResult| {
+            let series = case.series.get(index);
+            series.map_or(0.0, |series| series.total().all().at(99.0) as f64)
+        };
+        // The lowest need not be the lightest load's: chance may strike anywhere.
+        let lowest = curve.iter().map(|case| p99(case)).fold(f64::MAX, f64::min);
+        let last = curve
+            .iter()
+            .rposition(|case| p99(case) <= KNEE_FACTOR * lowest);
+        let Some((place, last)) = last.and_then(|place| Some((place, curve.get(place)?))) else {
+            continue;
+        };
+        let rate = last.series.get(index).and_then(|series| series.rate);
+        knees.push(Knee {
+            job: last.case.job.name.clone(),
+            label: series.label.clone(),
+            share: last.case.share.unwrap_or(0),
+            iops: rate.unwrap_or(0.0) * f64::from(last.case.job.numjobs),
+            bends: place + 1 < curve.len(),
+        });
+    }
+    knees
 }
 
 /// Whom to measure, and how often.
@@ -522,6 +528,49 @@ mod tests {
         assert!((iops[1].ratio - 2.0).abs() < 1e-9 && !iops[1].within_noise());
         assert!((iops[0].band.1 - 1.1).abs() < 1e-9);
         assert!((iops[0].band.0 - 1.0 / 1.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn knee_is_the_heaviest_load_whose_p99_is_still_low() {
+        let at = |share: Option<u8>, micros: u64| {
+            let mut outcome = Outcome::default();
+            outcome.op_mut(Op::Read).lat.record(micros * 1000);
+            let mut case = result(vec![Series {
+                label: "A".to_owned(),
+                target: 0,
+                rate: share.map(|share| 10.0 * f64::from(share)),
+                rounds: vec![Measured {
+                    queues: vec![outcome],
+                    ..Measured::default()
+                }],
+            }]);
+            case.case.share = share;
+            case
+        };
+        // One load was disturbed, and the lightest a little. Of the second job no load is beyond.
+        let first = [(10, 15), (50, 90), (70, 10), (90, 29), (95, 31)];
+        let second = [(10, 5), (95, 6)];
+        let mut cases = Vec::new();
+        for curve in [&first[..], &second] {
+            cases.push(at(None, 100));
+            cases.extend(
+                curve
+                    .iter()
+                    .map(|(share, micros)| at(Some(*share), *micros)),
+            );
+        }
+        let results = Results {
+            infos: Vec::new(),
+            cases,
+            rounds: 1,
+            environment: Environment::of_this_machine(),
+            started: SystemTime::now(),
+            cpus: None,
+        };
+        let knees = results.knees();
+        let found: Vec<_> = knees.iter().map(|knee| (knee.share, knee.bends)).collect();
+        assert_eq!(found, [(90, true), (95, false)]);
+        assert!((knees[0].iops - 900.0).abs() < 1e-9);
     }
 
     #[test]
