@@ -196,7 +196,7 @@ fn packed_rings_of_any_kind_lose_nothing() {
         (
             "packed-direct",
             4,
-            ",indirect_desc=off,queue-size=32",
+            ",indirect_desc=off,queue-size=128",
             Some(F_INDIRECT_DESC),
         ),
     ] {

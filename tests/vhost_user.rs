@@ -667,10 +667,6 @@ fn bad_messages_close_the_connection_and_nothing_else() {
             send(SET_PROTOCOL_FEATURES, u64::MAX.to_le_bytes().to_vec()),
         ),
         (
-            "packed rings that were not offered",
-            send(SET_FEATURES, (FEATURES | 1 << 34).to_le_bytes().to_vec()),
-        ),
-        (
             "an IOMMU that was not offered",
             send(SET_FEATURES, (FEATURES | 1 << 33).to_le_bytes().to_vec()),
         ),

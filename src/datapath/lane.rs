@@ -692,7 +692,7 @@ impl Lane {
             let written = status.map_or(0, |status| {
                 blk::finish(status, BlockStatus::IoError, reads.into())
             });
-            self.queue.push_used(self.chain.head(), written);
+            self.answer(self.chain.head(), written);
         }
         true
     }
@@ -742,7 +742,7 @@ impl Lane {
         };
         if let Some(place) = request.status.take() {
             let written = blk::finish(place, status, request.data_in);
-            self.queue.push_used(head, written);
+            self.answer(head, written);
         }
         if status != BlockStatus::Ok {
             self.counters.errors += 1;
@@ -758,7 +758,13 @@ impl Lane {
             BlockStatus::Unsupported => self.counters.unsupported += 1,
             BlockStatus::Ok | BlockStatus::IoError => self.counters.errors += 1,
         }
-        self.queue.push_used(head, reject.finish());
+        self.answer(head, reject.finish());
+    }
+
+    /// Everything but the plain end of a whole request: one place where that is inlined is enough.
+    #[inline(never)]
+    fn answer(&mut self, head: HeadIndex, written: u32) {
+        self.queue.push_used(head, written);
     }
 
     #[cold]

@@ -102,7 +102,7 @@ impl PackedDriver {
 
     /// Where the device starts, as SET_VRING_BASE has it in 16 bits.
     pub(super) fn start(first_index: u16, size: u16) -> u16 {
-        first_index % size | PACKED_START
+        (first_index % size) | PACKED_START
     }
 
     /// The two words of entry `index`.
@@ -173,7 +173,7 @@ impl PackedDriver {
         if !self.is_used(rest) {
             return None;
         }
-        let (id, len) = ((rest >> 32) as u16, rest as u32);
+        let (id, len) = (((rest >> 32) & 0xffff) as u16, (rest & 0xffff_ffff) as u32);
         let entries = self.entries.get_mut(usize::from(id));
         let entries = std::mem::take(entries.expect("the device used an id outside the ring"));
         assert!(entries > 0, "the device used id {id} twice");

@@ -411,7 +411,7 @@ impl Chain {
             entries: match indirect {
                 true => 1,
                 // At most the queue size, which has 16 bits: one place for each but two (above).
-                false => (count as u16).wrapping_add(2),
+                false => u16::try_from(count).map_or(u16::MAX, |data| data.saturating_add(2)),
             },
         };
         Some((ends, part))

@@ -435,7 +435,7 @@ impl Virtqueue {
     ///
     /// # Panics
     /// When `head` is not in flight: our own error (I5), never the guest's.
-    #[inline]
+    #[inline(always)]
     pub fn push_used(&mut self, head: HeadIndex, len: u32) {
         let entries = self.heads.give_back(head.0);
         assert!(entries != 0, "head given back twice");
