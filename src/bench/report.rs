@@ -283,23 +283,33 @@ pub fn tail(series: &Series, total: &Outcome) -> String {
     let count = total.all().count();
     let steal: u64 = series.rounds.iter().map(|round| round.steal).sum();
     let switches = total.usage.involuntary_switches;
-    // As many as there are beyond p99.9, or the only one.
-    let tail = (count / 1000).max(1);
+    // From where on half of the samples or more were found by late polls; the maximum is one sample.
+    let reach = |beyond: u64| total.found_late > 0 && total.found_late * 2 >= beyond.max(1);
+    let names = [
+        (99.0, "p99"),
+        (99.9, "p99.9"),
+        (99.99, "p99.99"),
+        (99.999, "p99.999"),
+    ];
+    let from = names
+        .iter()
+        .find(|(percent, _)| reach(whole(count as f64 * (100.0 - percent) / 100.0)))
+        .map(|(_, name)| *name);
     let facts = format!(
         "longest time between two polls {} usec, {switches} involuntary switches, {} msec stolen by the host",
         micros(total.longest_gap as f64),
         steal / 1_000_000
     );
-    if total.found_late * 2 < tail {
-        return format!("{facts}: p99.9 and beyond are the target's");
-    }
+    let Some(from) = from else {
+        return format!("{facts}: the tail is the target's");
+    };
     let why = match (switches, steal) {
         (0, 0) => "the generator polled late, though nothing says who had its CPU",
         (0, _) => "preemption by the host",
         _ => "preemption of the generator",
     };
     format!(
-        "{facts}: p99.9 and beyond are dominated by {why} ({} I/Os were found by {} late polls)",
+        "{facts}: {from} and beyond are dominated by {why} ({} I/Os were found by {} late polls)",
         total.found_late, total.late_polls
     )
 }
@@ -348,9 +358,11 @@ mod tests {
         for _ in 0..10_000 {
             outcome.op_mut(Op::Read).lat.record(1000);
         }
+        assert!(tail_of(outcome.clone(), 0).contains("the tail is the target's"));
         outcome.found_late = 4;
-        assert!(tail_of(outcome.clone(), 0).contains("are the target's"));
+        assert!(tail_of(outcome.clone(), 0).contains(": p99.99 and beyond"));
         outcome.found_late = 5;
+        assert!(tail_of(outcome.clone(), 0).contains(": p99.9 and beyond"));
         assert!(tail_of(outcome.clone(), 0).contains("nothing says who"));
         assert!(tail_of(outcome.clone(), 1).contains("by the host"));
         outcome.usage.involuntary_switches = 1;

@@ -103,7 +103,7 @@ impl Latencies {
         // Floating point: 99.9 % of 10000 samples is 9990.000000000002, and leaves 10.
         let side = percent.min(100.0 - percent);
         let beyond = whole((self.count() as f64 * side / 100.0 + 1e-6).floor());
-        let value = (beyond >= LEAST_BEYOND).then(|| self.histogram.value_at_percentile(percent));
+        let value = (beyond >= LEAST_BEYOND).then(|| self.at(percent));
         Percentile {
             percent,
             value,
@@ -114,7 +114,8 @@ impl Latencies {
     /// A percentile whatever it stands on, for drawing.
     #[must_use]
     pub fn at(&self, percent: f64) -> u64 {
-        self.histogram.value_at_percentile(percent)
+        // The upper end of a bin may be beyond all that was in it.
+        self.histogram.value_at_percentile(percent).min(self.max)
     }
 
     /// How many samples lie in each of ranges that follow one another: below each of `bounds`, in nanoseconds, and the
