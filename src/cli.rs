@@ -1,4 +1,4 @@
-//! The command line as clap sees it: `tandem serve`, `identify`, `list` and `setup-vfio`.
+//! The command line as clap sees it: `tandem serve`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
 //! comes first and flags come on top: `--device` and `--blk` add to it, `--cores` and `--log` replace what it says.
@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::args::BenchArgs;
 use crate::config::{BlkOptions, Config, ConfigError, CoreList, DeviceOptions, LogLevel, Options};
 use crate::host::command::{ListArgs, SetupArgs};
 
@@ -23,6 +24,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve disks to virtual machines until SIGTERM
     Serve(ServeArgs),
+    /// Measure latency and IOPS of SSDs, vhost-user-blk servers and files, in fio's words
+    Bench(Box<BenchArgs>),
     /// Print what a controller says of itself and of its namespaces
     Identify(IdentifyArgs),
     /// Show this machine's SSDs, and what Tandem would do with each

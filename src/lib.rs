@@ -27,6 +27,7 @@
 //! | [`virtio`] | virtqueues (split and packed), descriptor walk, virtio-blk; knows no NVMe |
 //! | [`block`] | the vocabulary between the two |
 //! | [`stats`] | counters of each virtqueue |
+//! | [`mod@bench`] | the latency benchmark: this server's parts, other servers and the kernel, in turn |
 //! | [`sim`] | a simulated guest driver, for tests and benchmarks |
 //!
 //! The NVMe side is the crate `nvme-driver`, usable alone; `nvme-model` is the embedded controller behind it.
@@ -54,6 +55,7 @@
 //! (virtio); front-end, back-end (vhost-user). Ours: a *lane* is one guest virtqueue in service, a *poller* is one
 //! queue pair with the lanes that ride on it, a *reactor* is one core that polls.
 
+pub mod bench;
 pub mod block;
 pub mod cli;
 pub mod config;

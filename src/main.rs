@@ -9,15 +9,15 @@ use signal_hook::iterator::Signals;
 use tandem::cli::{Cli, Command, IdentifyArgs, ServeArgs};
 use tandem::config::{CoreId, LogLevel};
 use tandem::control::{identify, server};
-use tandem::host::command;
 use tandem::plan::{Topology, plan};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve(&args),
+        Command::Bench(args) => tandem::bench::run_here(&args).map(ExitCode::from),
         Command::Identify(args) => run_identify(&args),
-        Command::List(args) => Ok(command::list_here(&args).into()),
-        Command::SetupVfio(args) => Ok(command::setup_here(&args).into()),
+        Command::List(args) => Ok(tandem::host::command::list_here(&args).into()),
+        Command::SetupVfio(args) => Ok(tandem::host::command::setup_here(&args).into()),
     };
     result.unwrap_or_else(|error| {
         eprintln!("tandem: {error}");

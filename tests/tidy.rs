@@ -16,7 +16,12 @@ use tandem::config::Options;
 const ROOMS: Rooms = &[
     ("main", &["*"]),
     ("lib", &[]),
-    ("cli", &["config", "host"]),
+    ("cli", &["bench", "config", "host"]),
+    // It stands where `control` stands for a server: it opens devices, and speaks to servers as a front-end does.
+    (
+        "bench",
+        &["config", "control", "sim", "virtio", "nvme_driver"],
+    ),
     // How a PCI address is written is known where they are read.
     ("config", &["nvme_driver::vfio"]),
     ("plan", &["config"]),

@@ -25,7 +25,7 @@ pub fn open_device(
             Ok((claim_pci(&config.name, *address, wanted)?, None))
         }
         ControllerConfig::Pci(PciTarget::Serial(serial)) => {
-            Ok((find_by_serial(&config.name, serial, wanted)?, None))
+            Ok((find_by_serial(&config.name, serial, wanted)?.1, None))
         }
         ControllerConfig::Model(model) => {
             let transport = make_model(&config.name, model)?;
@@ -44,7 +44,11 @@ pub fn open_device(
 
 /// The SSD with this serial number, among those that vfio-pci has: nothing but the controller itself knows it, so each
 /// is asked, in the order of addresses. One that another process has is passed over.
-fn find_by_serial(name: &str, serial: &str, wanted: u16) -> Result<Device, DeviceError> {
+fn find_by_serial(
+    name: &str,
+    serial: &str,
+    wanted: u16,
+) -> Result<(PciAddress, Device), DeviceError> {
     let functions = Sysfs::default().functions().unwrap_or_default();
     let mut others = Vec::new();
     for function in functions {
@@ -53,7 +57,9 @@ fn find_by_serial(name: &str, serial: &str, wanted: u16) -> Result<Device, Devic
         }
         let address = function.address;
         match claim_pci(name, address, wanted) {
-            Ok(device) if ascii_field(&device.identity.sn) == serial => return Ok(device),
+            Ok(device) if ascii_field(&device.identity.sn) == serial => {
+                return Ok((address, device));
+            }
             Ok(device) => {
                 others.push(format!("{address} is {}", ascii_field(&device.identity.sn)));
                 device.shutdown()?;
@@ -72,12 +78,31 @@ fn find_by_serial(name: &str, serial: &str, wanted: u16) -> Result<Device, Devic
     })
 }
 
+/// Where an SSD is that a configuration names. One that is named by its serial number is asked for it and let go again.
+///
+/// # Errors
+/// When it is not there.
+pub fn locate(name: &str, target: &PciTarget) -> Result<PciAddress, DeviceError> {
+    match target {
+        PciTarget::Address(address) => Ok(*address),
+        PciTarget::Serial(serial) => {
+            let (address, device) = find_by_serial(name, serial, 1)?;
+            device.shutdown()?;
+            Ok(address)
+        }
+    }
+}
+
 fn claim_pci(name: &str, address: PciAddress, wanted: u16) -> Result<Device, DeviceError> {
     let claim = move || Ok(VfioTransport::claim(address)?);
     Device::open(name, claim()?, wanted, Box::new(claim))
 }
 
-fn make_model(name: &str, model: &ModelConfig) -> Result<Model, DeviceError> {
+/// An embedded controller.
+///
+/// # Errors
+/// When its medium cannot be had.
+pub fn make_model(name: &str, model: &ModelConfig) -> Result<Model, DeviceError> {
     let namespaces = u64::from(model.namespaces.max(1));
     let (medium, size) = match &model.medium {
         Medium::Ram { size } => (nvme_model::Medium::Ram, Some(*size)),
