@@ -1,6 +1,6 @@
 //! Virtqueue, device side (virtio 1.2, 2.7 and 2.8). Ring addresses are resolved once; nothing allocates.
 //!
-//! There are two layouts of a ring, [`split`](super::split) and [`packed`](super::packed): words and indices. What they
+//! There are two layouts of a ring, `split` and `packed`: words and indices. What they
 //! have in common is here, once: which heads are in flight, how a chain is taken off, when the guest is signalled. A
 //! queue has one layout for life; each call asks for it once, and the code behind is compiled for either.
 //!
