@@ -197,6 +197,8 @@ pub struct Chain {
     /// Where a faulty chain's status goes.
     fault_status: Option<StatusByte>,
     head: HeadIndex,
+    /// What it takes of its ring.
+    part: RingPart,
 }
 
 impl Chain {
@@ -213,6 +215,10 @@ impl Chain {
             fault: None,
             fault_status: None,
             head: HeadIndex::default(),
+            part: RingPart {
+                head: 0,
+                entries: 0,
+            },
         }
     }
 
@@ -220,6 +226,12 @@ impl Chain {
     #[inline]
     pub const fn head(&self) -> HeadIndex {
         self.head
+    }
+
+    /// What the chain walked last takes of its ring; of a split ring, one entry and nothing else.
+    #[inline]
+    pub(super) const fn ring_part(&self) -> RingPart {
+        self.part
     }
 
     #[inline]
@@ -320,12 +332,11 @@ impl Chain {
     #[inline]
     pub(super) fn walk_framed<const N: usize, L: Layout>(
         &mut self,
-        head: u16,
         first: Descriptor,
         mut table: DescriptorTable,
         indirect_negotiated: bool,
         memory: &GuestMemory,
-    ) -> Option<(Ends<N>, RingPart)> {
+    ) -> Option<Ends<N>> {
         // One place for each descriptor but the first and the last: their end ends the walk (I8).
         let most = usize::from(table.count).checked_sub(2)?;
         let places = self.segments.get_mut(..most)?;
@@ -356,7 +367,7 @@ impl Chain {
         let status = loop {
             let index = descriptor.next;
             let words = table.read(index)?;
-            descriptor = match indirect {
+            descriptor = match L::CONSECUTIVE && indirect {
                 true => L::in_table(words, index, table.count),
                 false => L::in_ring(words, index, table.count),
             };
@@ -398,23 +409,23 @@ impl Chain {
         self.readable_len = readable_len;
         self.writable_len = writable_len;
         self.fault = None;
-        let ends = Ends {
+        if L::CONSECUTIVE {
+            self.part = match indirect {
+                true => RingPart {
+                    head: first.id,
+                    entries: 1,
+                },
+                false => RingPart {
+                    head: descriptor.id,
+                    // At most the queue size, which has 16 bits: one place for each but two (above).
+                    entries: u16::try_from(count).map_or(u16::MAX, |data| data.saturating_add(2)),
+                },
+            };
+        }
+        Some(Ends {
             status: Some(status),
             header: Some(bytes),
-        };
-        let part = RingPart {
-            head: match L::CONSECUTIVE {
-                true if indirect => first.id,
-                true => descriptor.id,
-                false => head,
-            },
-            entries: match indirect {
-                true => 1,
-                // At most the queue size, which has 16 bits: one place for each but two (above).
-                false => u16::try_from(count).map_or(u16::MAX, |data| data.saturating_add(2)),
-            },
-        };
-        Some((ends, part))
+        })
     }
 
     /// Fills the chain from its descriptor `first` on. An error is one of the ring; a fault of the chain alone is kept.
@@ -428,7 +439,7 @@ impl Chain {
         table: DescriptorTable,
         indirect_negotiated: bool,
         memory: &GuestMemory,
-    ) -> Result<RingPart, RingError> {
+    ) -> Result<(), RingError> {
         let mut walk = Walk {
             memory,
             segments: &mut self.segments,
@@ -489,7 +500,8 @@ impl Chain {
         if fault.is_some() {
             self.keep_only_status(matches!(ended, Ended::Complete(_)), last_writable, memory);
         }
-        Ok(part)
+        self.part = part;
+        Ok(())
     }
 
     /// Drops the segments of a faulty chain, so that nobody transfers a part of them, and looks for its status.

@@ -10,7 +10,8 @@
 //! chain that takes entries which are still out stops the ring.
 
 use super::chain::{
-    DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable, Layout, RingPart,
+    Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable, Layout,
+    RingPart,
 };
 use super::memory::Gpa;
 use super::shared::AtomicU32;
@@ -274,8 +275,8 @@ impl Ring for PackedRing {
     }
 
     #[inline]
-    fn take(&mut self, part: RingPart, heads: &mut Heads) -> Result<u16, RingError> {
-        let RingPart { head, entries } = part;
+    fn take(&mut self, at: u16, chain: &Chain, heads: &mut Heads) -> Result<u16, RingError> {
+        let RingPart { head, entries } = chain.ring_part();
         let size = self.size();
         if head >= size {
             return Err(RingError::HeadOutOfRange { head, size });
@@ -284,9 +285,7 @@ impl Ring for PackedRing {
             return Err(RingError::DuplicateHead { head });
         }
         if entries > size - self.out {
-            return Err(RingError::EndlessChain {
-                at: self.avail.index,
-            });
+            return Err(RingError::EndlessChain { at });
         }
         heads.take(head, entries);
         self.out += entries;
@@ -294,7 +293,8 @@ impl Ring for PackedRing {
         Ok(head)
     }
 
-    #[inline]
+    // By itself: inlined beside the other layout it would cost that one registers.
+    #[inline(never)]
     fn push_used(&mut self, head: u16, entries: u16, len: u32) {
         let lap = if self.used.wrap {
             DESC_F_AVAIL | DESC_F_USED
@@ -320,6 +320,9 @@ impl Ring for PackedRing {
         self.unpublished = self.unpublished.saturating_add(entries);
         self.used = self.used.advanced(entries, self.size());
     }
+
+    /// Nothing is in flight before it was walked.
+    fn undo(&mut self, _at: u16, _heads: &mut Heads) {}
 
     #[inline]
     fn publish_used(&mut self) {

@@ -1,7 +1,7 @@
 //! A split ring's words and indices (virtio 1.2, 2.7): the part of a [`Virtqueue`](super::virtqueue::Virtqueue) that the
 //! other layout does differently. What a chain means, and which heads are in flight, is settled elsewhere.
 
-use super::chain::{Descriptor, DescriptorTable, Layout, RingPart};
+use super::chain::{Chain, Descriptor, DescriptorTable, Layout};
 use super::memory::Gpa;
 use super::shared::{AtomicU16, AtomicU32};
 use super::virtqueue::{AVAIL_ACQUIRE, Heads, Ring, RingError, USED_RELEASE, VirtqueueConfig};
@@ -174,11 +174,16 @@ impl Ring for SplitRing {
     }
 
     #[inline]
-    fn take(&mut self, part: RingPart, heads: &mut Heads) -> Result<u16, RingError> {
+    fn take(&mut self, at: u16, _chain: &Chain, heads: &mut Heads) -> Result<u16, RingError> {
         // One avail entry, whatever it led to; the head was checked in `first`.
-        heads.take(part.head, 1);
+        heads.take(at, 1);
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(part.head)
+        Ok(at)
+    }
+
+    fn undo(&mut self, at: u16, heads: &mut Heads) {
+        heads.give_back(at);
+        self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
     #[inline]

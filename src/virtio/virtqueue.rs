@@ -14,7 +14,7 @@
 //! [`Virtqueue::needs_signal`] once. A request that finds no room is simply not popped: it stays in the avail
 //! ring until the next turn.
 
-use super::chain::{Chain, Descriptor, DescriptorTable, Ends, Layout, RingPart};
+use super::chain::{Chain, Descriptor, DescriptorTable, Ends, Layout};
 use super::memory::GuestMemory;
 use super::packed::{PackedRing, is_position};
 use super::shared::{AtomicU16, fence};
@@ -272,8 +272,11 @@ pub(super) trait Ring {
     fn available(&mut self) -> Result<u16, RingError>;
     /// Where the next chain starts, and its first descriptor.
     fn first(&mut self, heads: &Heads) -> Result<Option<(u16, Descriptor)>, RingError>;
-    /// Steps over the chain that started at `first` and puts its head in flight: the head, checked.
-    fn take(&mut self, part: RingPart, heads: &mut Heads) -> Result<u16, RingError>;
+    /// Steps over the chain that started at `first` and puts its head in flight: the head, checked. Of a ring that has
+    /// heads at the end of chains, the chain was walked before.
+    fn take(&mut self, at: u16, chain: &Chain, heads: &mut Heads) -> Result<u16, RingError>;
+    /// The chain at `at` broke the ring: a head that was put in flight before its chain was walked is not.
+    fn undo(&mut self, at: u16, heads: &mut Heads);
     /// Fills the next used entry for a head that took `entries`.
     fn push_used(&mut self, head: u16, entries: u16, len: u32);
     /// Shows the guest all used entries filled so far.
@@ -310,7 +313,7 @@ impl Heads {
     }
 
     #[inline]
-    fn give_back(&mut self, head: u16) -> u16 {
+    pub(super) fn give_back(&mut self, head: u16) -> u16 {
         std::mem::take(&mut self.0[Self::place(head)])
     }
 }
@@ -491,8 +494,8 @@ fn pop<R: Ring>(
     let Some((head, first)) = ring.first(heads)? else {
         return Ok(false);
     };
-    let part = chain.walk::<R::Layout>(head, first, ring.table(), indirect, memory)?;
-    chain.set_head(HeadIndex(ring.take(part, heads)?));
+    chain.walk::<R::Layout>(head, first, ring.table(), indirect, memory)?;
+    chain.set_head(HeadIndex(ring.take(head, chain, heads)?));
     Ok(true)
 }
 
@@ -509,14 +512,24 @@ fn pop_framed<R: Ring, const N: usize>(
         return Ok(None);
     };
     let table = ring.table();
-    let framed = chain.walk_framed::<N, R::Layout>(head, first, table, indirect, memory);
-    let (ends, part) = match framed {
-        Some(framed) => framed,
+    // A head that is known before the walk need not be kept in mind meanwhile.
+    if !R::Layout::CONSECUTIVE {
+        chain.set_head(HeadIndex(ring.take(head, chain, heads)?));
+    }
+    let framed = chain.walk_framed::<N, R::Layout>(first, table, indirect, memory);
+    let ends = match framed {
+        Some(ends) => ends,
         None => {
-            let part = chain.walk::<R::Layout>(head, first, table, indirect, memory)?;
-            (chain.take_ends(), part)
+            let walked = chain.walk::<R::Layout>(head, first, table, indirect, memory);
+            if walked.is_err() {
+                ring.undo(head, heads);
+            }
+            walked?;
+            chain.take_ends()
         }
     };
-    chain.set_head(HeadIndex(ring.take(part, heads)?));
+    if R::Layout::CONSECUTIVE {
+        chain.set_head(HeadIndex(ring.take(head, chain, heads)?));
+    }
     Ok(Some(ends))
 }
