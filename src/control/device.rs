@@ -188,32 +188,48 @@ where
         Ok(())
     }
 
-    /// Tells a controller that was just enabled of every queue pair, and sends what was outstanding.
+    /// Enables the controller, tells it of every queue pair, sends what was outstanding, and goes on with it. On an error
+    /// it is let go of, and the pollers are without a device.
     fn go_on(
+        &mut self,
+        disabled: Controller<T, Disabled>,
+        pollers: &mut Pollers,
+        cache_lost: bool,
+    ) -> Result<(), DeviceError> {
+        let mut controller = disabled.enable(self.wanted).map_err(|(disabled, error)| {
+            disabled.release();
+            error
+        })?;
+        if let Err(error) = self.create_again(&mut controller, pollers) {
+            suspend_all(pollers, Service::Hold);
+            controller.release();
+            return Err(error);
+        }
+        for poller in pollers.iter_mut() {
+            own::<T>(poller)?.resume(cache_lost);
+        }
+        self.controller = Some(controller);
+        Ok(())
+    }
+
+    fn create_again(
         &self,
         controller: &mut Controller<T, Enabled<T>>,
         pollers: &mut Pollers,
-        cache_lost: bool,
     ) -> Result<(), DeviceError> {
         self.check_identity(controller)?;
         for poller in pollers.iter_mut() {
             controller.recreate_queue_pair(own(poller)?.queue_pair())?;
         }
-        for poller in pollers.iter_mut() {
-            own::<T>(poller)?.resume(cache_lost);
-        }
         Ok(())
     }
+}
 
-    fn enable(
-        &self,
-        disabled: Controller<T, Disabled>,
-    ) -> Result<Controller<T, Enabled<T>>, DeviceError> {
-        disabled.enable(self.wanted).map_err(|(disabled, error)| {
-            disabled.release();
-            error.into()
-        })
-    }
+/// The pollers let go of the device and do without. Doorbells keep it open, so this comes before it is let go of.
+fn suspend_all(pollers: &mut Pollers, service: Service) {
+    pollers
+        .iter_mut()
+        .for_each(|poller| poller.suspend(service));
 }
 
 fn own<T: Transport + 'static>(poller: &mut Box<dyn Poll>) -> Result<&mut Poller<T>, DeviceError> {
@@ -300,28 +316,13 @@ where
             });
         };
         // Without doorbells until the controller knows the queue pairs again.
-        pollers
-            .iter_mut()
-            .for_each(|poller| poller.suspend(Service::Hold));
+        suspend_all(pollers, Service::Hold);
         let disabled = controller.reset().map_err(|(disabled, error)| {
             disabled.release();
             error
         })?;
         // From here on nothing that was outstanding can reach memory any more: EN = 0 and RDY = 0 were seen.
-        let mut controller = self.enable(disabled)?;
-        match self.go_on(&mut controller, pollers, false) {
-            Ok(()) => {
-                self.controller = Some(controller);
-                Ok(())
-            }
-            Err(error) => {
-                pollers
-                    .iter_mut()
-                    .for_each(|poller| poller.suspend(Service::Hold));
-                controller.release();
-                Err(error)
-            }
-        }
+        self.go_on(disabled, pollers, false)
     }
 
     fn give_up(&mut self, pollers: &mut Pollers, orderly: bool, service: Service) {
@@ -337,9 +338,7 @@ where
         if let Some(controller) = controller {
             // Doorbells first: they keep the device open. Nothing is failed before the device is let go of: until
             // then it may still write to guests.
-            pollers
-                .iter_mut()
-                .for_each(|poller| poller.suspend(Service::Hold));
+            suspend_all(pollers, Service::Hold);
             if orderly {
                 match controller.shutdown() {
                     Ok(disabled) => disabled.release(),
@@ -352,28 +351,13 @@ where
                 controller.release();
             }
         }
-        pollers
-            .iter_mut()
-            .for_each(|poller| poller.suspend(service));
+        suspend_all(pollers, service);
     }
 
     fn regain(&mut self, pollers: &mut Pollers) -> Result<(), DeviceError> {
         let transport = (self.claim)()?;
         let disabled = Controller::with_space(transport, Arc::clone(&self.space))?;
-        let mut controller = self.enable(disabled)?;
-        match self.go_on(&mut controller, pollers, true) {
-            Ok(()) => {
-                self.controller = Some(controller);
-                Ok(())
-            }
-            Err(error) => {
-                pollers
-                    .iter_mut()
-                    .for_each(|poller| poller.suspend(Service::Hold));
-                controller.release();
-                Err(error)
-            }
-        }
+        self.go_on(disabled, pollers, true)
     }
 
     fn shutdown(self: Box<Self>) -> Result<(), DeviceError> {

@@ -235,9 +235,10 @@ impl Keeper {
         reason: &str,
         orderly: bool,
     ) {
-        let (service, then) = match self.on_loss {
-            OnDeviceLoss::Error => (Service::Fail, "requests fail"),
-            OnDeviceLoss::Hold => (Service::Hold, "requests wait"),
+        let service = self.service();
+        let then = match service {
+            Service::Fail => "requests fail",
+            Service::Hold | Service::Serve => "requests wait",
         };
         let name = &self.device.name;
         let given_up = self.device.with_control(|control| {
@@ -251,12 +252,26 @@ impl Keeper {
         Keeper::give_back(places, pollers);
     }
 
+    /// What the pollers do without the device.
+    fn service(&self) -> Service {
+        match self.on_loss {
+            OnDeviceLoss::Error => Service::Fail,
+            OnDeviceLoss::Hold => Service::Hold,
+        }
+    }
+
     /// It may be back.
     fn regain(&mut self) {
         let (places, mut pollers) = self.borrow();
         let result = self
             .device
             .with_control(|control| control.regain(&mut pollers));
+        if result.is_err() {
+            let service = self.service();
+            pollers
+                .iter_mut()
+                .for_each(|poller| poller.suspend(service));
+        }
         Keeper::give_back(places, pollers);
         match result {
             Ok(()) => {

@@ -74,6 +74,11 @@ impl Rig {
             })
         };
         let device = Device::open("rig", transport, wanted, Box::new(claim)).unwrap();
+        Rig::of(device, model)
+    }
+
+    /// The same for a device that is open.
+    pub fn of(device: Device, model: ModelHandle) -> Rig {
         let pollers = (0..device.granted)
             .map(|_| device.create_poller().unwrap().1)
             .collect();

@@ -378,8 +378,9 @@ fn command_that_cannot_be_aborted_ends_after_a_reset() {
     scene.finish();
 }
 
+/// Another device in the old one's slot is taken, asked and let go of, twice a second, while guests go on asking.
 #[test]
-fn device_that_comes_back_as_another_is_refused() {
+fn device_that_comes_back_as_another_is_refused_and_requests_go_on_failing() {
     let config = |serial: &str| ModelConfig {
         size: 4 << 20,
         queues: 1,
@@ -396,19 +397,22 @@ fn device_that_comes_back_as_another_is_refused() {
         })
     };
     let device = Device::open("swapped", model, 1, Box::new(claim)).unwrap();
-    let mut pollers = vec![device.create_poller().unwrap().1];
-    handle.pull_out();
-    let error = device.with_control(|control| {
-        control.give_up(&mut pollers, false, tandem::datapath::Service::Hold);
-        control.regain(&mut pollers)
-    });
-    let error = error.unwrap_err().to_string();
-    assert!(
-        error.contains("its serial number was one and is two; it is not served"),
-        "{error}"
-    );
-    for poller in pollers {
-        device.delete_poller(poller).unwrap();
+    let rig = Rig::of(device, handle);
+    let mut scene = Scene::of(rig, OnDeviceLoss::Error, Patience::default());
+    scene.model.pull_out();
+    scene.keeper.look();
+    for _ in 0..3 {
+        assert_eq!(scene.write(8, 3), status::IOERR);
+        let error = scene
+            .device
+            .with_control(|control| control.regain(&mut Vec::new()));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("its serial number was one and is two; it is not served"),
+            "{error}"
+        );
+        scene.keeper.look();
     }
-    device.shutdown().unwrap();
+    assert!(scene.keeper.report().contains("lost, resets 0,"));
+    scene.finish();
 }
