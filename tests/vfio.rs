@@ -811,7 +811,7 @@ fn session_without_an_entry_for_its_memory_is_refused_and_the_other_goes_on() {
         step bind bind 0000:00:05.0
         step limit sh -c 'echo 14 >/sys/module/vfio_iommu_type1/parameters/dma_entry_limit'
         step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/one.sock --blk path=/tmp/two.sock,ns=2
-        taskset 2 agent load seed=5,queues=1,requests=20000,mib=8,block=512 /tmp/one.sock >/tmp/load 2>&1 &
+        taskset 2 agent load seed=5,queues=1,requests=20000,mib=16,block=512 /tmp/one.sock >/tmp/load 2>&1 &
         load=$!
         step connected within 30 grep -q 'front-end connected' /tmp/a.log
         sleep 0.5
@@ -844,7 +844,7 @@ fn session_without_an_entry_for_its_memory_is_refused_and_the_other_goes_on() {
     assert_image_holds(
         &lab,
         "a.img",
-        Load::parse("seed=5,queues=1,requests=20000,mib=8,block=512"),
+        Load::parse("seed=5,queues=1,requests=20000,mib=16,block=512"),
     );
 }
 
