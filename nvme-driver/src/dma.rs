@@ -67,12 +67,6 @@ impl DmaSpace {
         *self.domain.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// A domain is there.
-    #[must_use]
-    pub fn is_attached(&self) -> bool {
-        self.read_domain().is_some()
-    }
-
     /// Maps every window of the book into `domain`, where it was, and goes on with that domain.
     ///
     /// # Errors

@@ -268,12 +268,6 @@ impl VfioTransport {
             _device: device,
         })
     }
-
-    /// Where the function is.
-    #[must_use]
-    pub fn address(&self) -> PciAddress {
-        self.address
-    }
 }
 
 /// What sysfs says against claiming the function.

@@ -240,12 +240,6 @@ impl PciFunction {
         self.sysfs.functions_in(&folder).unwrap_or_default()
     }
 
-    /// A bridge: the kernel's PCI code may keep it without harm to its group.
-    #[must_use]
-    pub fn is_bridge(&self) -> bool {
-        self.class().is_some_and(|class| class >> 16 == 0x06)
-    }
-
     /// Members of the group that are in the way: another driver than a VFIO one has them.
     #[must_use]
     pub fn siblings_in_use(&self) -> Vec<(PciAddress, String)> {
