@@ -1,7 +1,7 @@
 //! The command line as clap sees it: `tandem serve`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
-//! comes first and flags come on top: `--device` and `--blk` add to it, `--cores` and `--log` replace what it says.
+//! comes first and flags come on top: `--device` and `--blk` add to it, `--cores`, `--poll` and `--log` replace what it says.
 //! clap ends the process with code 2 on a bad flag; so does `main` on a [`ConfigError`].
 
 use std::path::PathBuf;
@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench::args::BenchArgs;
-use crate::config::{BlkOptions, Config, ConfigError, CoreList, DeviceOptions, LogLevel, Options};
+use crate::config::{
+    BlkOptions, Config, ConfigError, CoreList, DeviceOptions, LogLevel, Options, Polling,
+};
 use crate::host::command::{ListArgs, SetupArgs};
 
 /// A polled-mode userspace storage server: each virtqueue of a guest's disk rides in tandem with one NVMe queue pair.
@@ -46,9 +48,13 @@ pub struct ServeArgs {
     /// A vhost-user-blk disk: path=/run/tandem/vm0.sock,queues=4 (repeatable)
     #[arg(long, value_name = "SPEC")]
     pub blk: Vec<BlkOptions>,
-    /// Cores that busy-poll, each fully used from start to end: 0-3,5
+    /// Cores that poll, each fully used from start to end (but see --poll): 0-3,5
     #[arg(long, value_name = "LIST")]
     pub cores: Option<CoreList>,
+    /// always, or adaptive: cores sleep while nothing happens, and the first request after that takes longer
+    /// [default: always]
+    #[arg(long, value_name = "MODE")]
+    pub poll: Option<Polling>,
     /// Print the plan (which core polls which queue) and touch nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -78,6 +84,7 @@ impl ServeArgs {
         options.device.extend_from_slice(&self.device);
         options.blk.extend_from_slice(&self.blk);
         options.server.cores = self.cores.clone().or(options.server.cores);
+        options.server.poll = self.poll.or(options.server.poll);
         options.server.log = self.log.or(options.server.log);
         options.resolve()
     }

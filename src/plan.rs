@@ -14,7 +14,8 @@
 use std::fmt;
 
 use crate::config::{
-    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Medium, Socket,
+    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Medium,
+    Polling, Socket,
 };
 
 /// What the machine has.
@@ -52,6 +53,7 @@ pub struct Plan {
     pub disks: Vec<DiskPlan>,
     /// The cores that get a reactor, in the order configured.
     pub cores: Vec<Core>,
+    pub poll: Polling,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,6 +135,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
         devices,
         disks,
         cores,
+        poll: config.poll,
     })
 }
 
@@ -201,10 +204,17 @@ impl fmt::Display for Plan {
                 core.id,
                 count(polled, "virtqueue")
             )?;
-            match core.numa_node {
-                Some(node) => writeln!(f, " (NUMA node {node})")?,
-                None => writeln!(f)?,
+            if let Some(node) = core.numa_node {
+                write!(f, " (NUMA node {node})")?;
             }
+            writeln!(
+                f,
+                "{}",
+                match self.poll {
+                    Polling::Always => "",
+                    Polling::Adaptive => ", sleeps while nothing happens",
+                }
+            )?;
         }
         Ok(())
     }

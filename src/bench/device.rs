@@ -12,6 +12,7 @@ use super::stats::Counters;
 use super::target::{Info, Keeper, Needs, Pool, Target};
 use crate::config::{ControllerConfig, DeviceConfig, Medium};
 use crate::control::claim;
+use crate::control::device::Interrupts;
 
 /// Opens the controller and a queue pair for each job.
 ///
@@ -32,7 +33,11 @@ pub fn open(config: &DeviceConfig, needs: &Needs) -> anyhow::Result<Box<dyn Targ
                 Medium::Ram { .. } => "model:ram".to_owned(),
                 Medium::File { path, .. } => format!("model:file,path={}", path.display()),
             };
-            open_on(claim::make_model(&config.name, model)?, &medium, needs)
+            open_on(
+                claim::make_model(&config.name, model, Interrupts::Off)?,
+                &medium,
+                needs,
+            )
         }
     }
 }

@@ -25,7 +25,9 @@ use nvme_driver::vfio::pci::PciAddress;
 use values::Kind;
 
 pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
-pub use values::{BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, ValueError};
+pub use values::{
+    BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, Polling, ValueError,
+};
 
 /// Everything `tandem serve` was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub struct Config {
     pub disks: Vec<DiskConfig>,
     /// The cores that busy-poll. Never empty, none twice.
     pub cores: CoreList,
+    /// Whether those cores sleep while nothing happens.
+    pub poll: Polling,
     pub log: LogLevel,
 }
 
@@ -284,6 +288,7 @@ impl Options {
             devices,
             disks,
             cores: self.server.cores.ok_or(ConfigError::NoCores)?,
+            poll: self.server.poll.unwrap_or_default(),
             log: self.server.log.unwrap_or_default(),
         })
     }

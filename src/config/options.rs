@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use super::ConfigError;
 use super::values::{
     BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, OnDeviceLoss, Pci,
-    Serial, SocketPath, Switch, ValueError, Within,
+    Polling, Serial, SocketPath, Switch, ValueError, Within,
 };
 
 /// A configuration as written; [`Options::resolve`] completes and checks it.
@@ -26,11 +26,12 @@ pub struct Options {
     pub blk: Vec<BlkOptions>,
 }
 
-/// `[server]`, or `--cores` and `--log`.
+/// `[server]`, or `--cores`, `--poll` and `--log`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerOptions {
     pub cores: Option<CoreList>,
+    pub poll: Option<Polling>,
     pub log: Option<LogLevel>,
 }
 

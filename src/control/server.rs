@@ -17,16 +17,16 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::claim::open_device;
-use super::device::{Device, DeviceError};
+use super::device::{Device, DeviceError, Interrupts};
 use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, DiskQueue, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
-use crate::config::Socket;
+use crate::config::{Polling, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
-use crate::reactor::{PollerId, Reactor, ReactorError};
+use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
 use crate::stats::{CounterTable, SharedCounters};
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
@@ -70,6 +70,8 @@ pub struct Server {
     models: Vec<(String, ModelHandle)>,
     disks: Vec<Arc<Disk>>,
     reactors: Vec<Reactor>,
+    /// Of each reactor, also after its end.
+    handles: Vec<ReactorHandle>,
     /// Every poller, with the index of its device.
     pollers: Vec<(usize, Place)>,
     /// One for each device.
@@ -123,6 +125,7 @@ impl Server {
             models: Vec::new(),
             disks: Vec::new(),
             reactors: Vec::new(),
+            handles: Vec::new(),
             pollers: Vec::new(),
             keepers: Arc::new([]),
             stop: Arc::new(Stop::new()?),
@@ -140,15 +143,21 @@ impl Server {
     }
 
     fn bring_up(&mut self, plan: &Plan, listeners: Vec<Listener>) -> Result<(), ServerError> {
+        let (mode, interrupts) = match plan.poll {
+            Polling::Always => (Mode::Always, Interrupts::Off),
+            Polling::Adaptive => (Mode::Adaptive, Interrupts::OnRequest),
+        };
         for device in &plan.devices {
-            let (device, handle) = open_device(&device.config, device.virtqueues)?;
+            let (device, handle) = open_device(&device.config, device.virtqueues, interrupts)?;
             self.models
                 .extend(handle.map(|handle| (device.name.clone(), handle)));
             self.devices.push(Arc::new(device));
         }
         for core in &plan.cores {
-            self.reactors.push(Reactor::start(core.id.0)?);
+            self.reactors.push(Reactor::start(core.id.0, mode)?);
         }
+        let handles = self.reactors.iter().map(Reactor::handle);
+        self.handles = handles.cloned().collect();
         for (index, device) in self.devices.clone().iter().enumerate() {
             self.create_disks(plan, index, device)?;
         }
@@ -287,6 +296,9 @@ impl Server {
             }
         }
         let mut report = table.to_string();
+        for handle in &self.handles {
+            report.push_str(&format!("core {}: {}\n", handle.core(), handle.stats()));
+        }
         for (name, keeper) in self.keepers.iter() {
             report.push_str(&match keeper.try_lock() {
                 Ok(keeper) => keeper.report(),

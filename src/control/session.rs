@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,7 +28,7 @@ use super::device::Device;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
 use crate::datapath::{Lane, LaneConfig, LaneId, Signal};
-use crate::reactor::{PollerId, ReactorHandle};
+use crate::reactor::{Mode, PollerId, ReactorHandle};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
@@ -166,6 +167,8 @@ struct Vring {
     running: Option<LaneId>,
     call: Arc<Signal>,
     error: Arc<Signal>,
+    /// For a reactor that sleeps. `None`: the front-end says that the ring is to be polled.
+    kick: Option<OwnedFd>,
 }
 
 impl Vring {
@@ -179,6 +182,7 @@ impl Vring {
             running: None,
             call: Arc::new(Signal::new()?),
             error: Arc::new(Signal::new()?),
+            kick: None,
         })
     }
 }
@@ -349,6 +353,8 @@ impl Session {
         let disk = &self.disk;
         let place = &disk.queues[index];
         let id = next_lane_id();
+        let kick = vring.kick.as_ref().map(OwnedFd::try_clone).transpose();
+        let kick = kick.map_err(VhostError::ReqHandlerError)?;
         let lane = Lane::new(LaneConfig {
             id,
             queue,
@@ -361,6 +367,7 @@ impl Session {
             deallocate: disk.device.can_deallocate(),
             call: Arc::clone(&vring.call),
             error: Arc::clone(&vring.error),
+            kick,
             shared: Arc::clone(&place.counters),
         });
         place.reactor.attach(place.poller, Box::new(lane));
@@ -444,7 +451,7 @@ impl Session {
         self.quiesce()?;
         for vring in &mut self.vrings {
             (vring.size, vring.base, vring.addresses) = (0, 0, None);
-            (vring.kicked, vring.enabled) = (false, false);
+            (vring.kicked, vring.enabled, vring.kick) = (false, false, None);
         }
         self.features = 0;
         self.disk.writeback.store(true, Ordering::Relaxed);
@@ -575,7 +582,17 @@ impl VhostUserBackendReqHandlerMut for Session {
         if let Some(file) = &fd {
             require_eventfd(file).map_err(VhostError::ReqHandlerError)?;
         }
-        // The ring is polled: the descriptor itself is not needed. Its arrival starts the ring, kick or no kick.
+        let queue = &self.disk.queues[index];
+        if queue.reactor.mode() == Mode::Adaptive {
+            let kick = fd.map(OwnedFd::from);
+            if let Some(lane) = self.vrings[index].running {
+                let clone = kick.as_ref().map(OwnedFd::try_clone).transpose();
+                let clone = clone.map_err(VhostError::ReqHandlerError)?;
+                queue.reactor.replace_kick(queue.poller, lane, clone);
+            }
+            self.vrings[index].kick = kick;
+        }
+        // A ring that is always polled needs no descriptor. Its arrival starts the ring, kick or no kick.
         self.vrings[index].kicked = true;
         self.start_queue(index)
     }

@@ -6,10 +6,11 @@
 //! beyond MDTS, data that PRPs cannot describe, several ranges) becomes `Work`: it is issued piece by piece as slots
 //! and bounce buffers come free, and the lane fetches nothing new meanwhile, so that one request at a time is enough.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nvme_driver::spec::{LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry};
-use nvme_driver::transport::{Iova, Transport};
+use nvme_driver::transport::{Armed, Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
 use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
@@ -58,6 +59,8 @@ pub struct LaneConfig {
     pub call: Arc<Signal>,
     /// The error eventfd.
     pub error: Arc<Signal>,
+    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
+    pub kick: Option<OwnedFd>,
     /// Where others read this virtqueue's counters.
     pub shared: Arc<SharedCounters>,
 }
@@ -181,6 +184,7 @@ struct LaneParts {
     deallocate: bool,
     call: Arc<Signal>,
     error: Arc<Signal>,
+    kick: Option<OwnedFd>,
     shared: Arc<SharedCounters>,
 }
 
@@ -226,6 +230,7 @@ impl Lane {
                 deallocate: config.deallocate,
                 call: config.call,
                 error: config.error,
+                kick: config.kick,
                 shared: config.shared,
             },
         }
@@ -269,6 +274,38 @@ impl Lane {
 
     pub(super) fn is_drained(&self) -> bool {
         self.state == State::Draining && self.queue.in_flight() == 0 && self.work.is_none()
+    }
+
+    /// The kick eventfd. Nobody reads it: it is watched edge-triggered.
+    #[must_use]
+    pub fn kick(&self) -> Option<BorrowedFd<'_>> {
+        self.config.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        std::mem::replace(&mut self.config.kick, kick)
+    }
+
+    /// The poller wants to sleep: asks the guest for a kick. What is it that nothing would tell of?
+    pub(super) fn arm(&mut self) -> Armed {
+        // Work that is being issued waits for completions, and so does a lane that fetches nothing.
+        if self.state != State::Running || self.work.is_some() {
+            return Armed::Yes;
+        }
+        match self.queue.request_kicks() {
+            Ok(true) => Armed::Pending,
+            Ok(false) if self.config.kick.is_none() => Armed::Never,
+            Ok(false) => Armed::Yes,
+            Err(error) => {
+                self.break_ring(&error);
+                Armed::Yes
+            }
+        }
+    }
+
+    /// The poller is awake.
+    pub(super) fn disarm(&mut self) {
+        self.queue.suppress_kicks();
     }
 
     pub(super) fn counters_mut(&mut self) -> &mut QueueCounters {

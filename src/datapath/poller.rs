@@ -5,13 +5,14 @@
 //! most one signal each.
 
 use std::any::Any;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_driver::dma::{DmaError, DmaSpace};
 use nvme_driver::spec::{Cid, Status, io_opcode};
-use nvme_driver::transport::Transport;
+use nvme_driver::transport::{Armed, Transport};
 use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
@@ -70,6 +71,24 @@ impl PairHealth {
     }
 }
 
+/// What is at a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Commands submitted so far.
+    pub submitted: u64,
+    /// Those of them that have not completed.
+    pub outstanding: u16,
+}
+
+/// A file that becomes readable when a poller has something to do.
+#[derive(Clone, Copy, Debug)]
+pub enum Waker<'a> {
+    /// A guest's kick.
+    Kick(BorrowedFd<'a>),
+    /// The device's interrupt.
+    Interrupt(BorrowedFd<'a>),
+}
+
 /// What a reactor drives: one turn at a time, whatever the transport. The one virtual call of a turn is here.
 pub trait Poll: Send {
     /// One turn. `true` when there was anything to do.
@@ -84,6 +103,19 @@ pub trait Poll: Send {
     fn lanes(&self) -> usize;
     /// What others may know of its queue pair meanwhile.
     fn health(&self) -> Arc<PairHealth>;
+    /// What is at the device.
+    fn load(&self) -> Load;
+    /// The reactor wants to sleep: asks guests for kicks and the device for an interrupt, and says whether anything has
+    /// happened meanwhile, or would without being told.
+    fn arm(&mut self) -> Armed;
+    /// The reactor is awake: takes back what was asked for.
+    fn disarm(&mut self);
+    /// Every file that [`Poll::arm`] may make use of. Nobody reads them: they are watched edge-triggered.
+    fn wakers(&self, each: &mut dyn FnMut(Waker<'_>));
+    /// Another kick eventfd for a lane. Gives back the one before.
+    fn replace_kick(&mut self, lane: LaneId, kick: Option<OwnedFd>) -> Option<OwnedFd>;
+    /// Shows others how it is: turns do so every so often, and there will be none for a while.
+    fn show(&mut self);
     /// Carries on with what is at the device and takes nothing new, until nothing is there or `deadline` has passed.
     /// `true` when nothing is. For the control thread that has the poller.
     fn settle(&mut self, deadline: Duration) -> bool;
@@ -252,7 +284,7 @@ impl<T: Transport> Poller<T> {
 
     /// Shows others how the lanes and the queue pair are.
     #[cold]
-    fn show(&mut self) {
+    fn show_all(&mut self) {
         self.count_turns();
         if self.era.elapsed() < ERA {
             return;
@@ -326,7 +358,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         }
         self.turns += 1;
         if self.turns.is_multiple_of(PUBLISH_INTERVAL) {
-            self.show();
+            self.show_all();
         }
         self.pair.queue.service();
         let mut wanted = self.pair.queue.has_completion();
@@ -414,6 +446,60 @@ impl<T: Transport + 'static> Poll for Poller<T> {
 
     fn health(&self) -> Arc<PairHealth> {
         Arc::clone(&self.health)
+    }
+
+    fn load(&self) -> Load {
+        Load {
+            submitted: self.pair.queue.counters().commands,
+            outstanding: self.pair.queue.outstanding(),
+        }
+    }
+
+    #[cold]
+    fn arm(&mut self) -> Armed {
+        let mut armed = match self.service {
+            Service::Serve => self.pair.queue.request_interrupt(),
+            Service::Fail => Armed::Yes,
+            // Nothing is taken from the rings. A lane that is asked back has its requests failed in the next turn.
+            Service::Hold if self.draining > 0 => return Armed::Pending,
+            Service::Hold => return Armed::Yes,
+        };
+        // With no room at the device nothing new is taken before a completion.
+        if armed == Armed::Pending || self.pair.queue.room() == 0 {
+            return armed;
+        }
+        for lane in self.lanes.iter_mut().flatten() {
+            armed = match (armed, lane.arm()) {
+                (_, Armed::Pending) => return Armed::Pending,
+                (Armed::Yes, Armed::Yes) => Armed::Yes,
+                _ => Armed::Never,
+            };
+        }
+        armed
+    }
+
+    #[cold]
+    fn disarm(&mut self) {
+        self.pair.queue.suppress_interrupt();
+        for lane in self.lanes.iter_mut().flatten() {
+            lane.disarm();
+        }
+    }
+
+    fn wakers(&self, each: &mut dyn FnMut(Waker<'_>)) {
+        let interrupt = self.pair.queue.interrupt().map(Waker::Interrupt);
+        let lanes = self.lanes.iter().flatten();
+        let kicks = lanes.filter_map(|lane| lane.kick().map(Waker::Kick));
+        interrupt.into_iter().chain(kicks).for_each(each);
+    }
+
+    fn replace_kick(&mut self, id: LaneId, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        let found = self.lanes.iter_mut().flatten().find(|lane| lane.id() == id);
+        found.and_then(|lane| lane.replace_kick(kick))
+    }
+
+    fn show(&mut self) {
+        self.show_all();
     }
 
     #[cold]

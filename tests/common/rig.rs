@@ -164,6 +164,7 @@ impl Rig {
             deallocate: self.device.can_deallocate(),
             call: Arc::new(Signal::new().unwrap()),
             error: Arc::new(Signal::new().unwrap()),
+            kick: None,
             shared: Arc::default(),
         });
         let guest = RigGuest {

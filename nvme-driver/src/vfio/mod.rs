@@ -3,17 +3,18 @@
 //! ```text
 //!  sysfs (pci) --> group viable? --> container + group --> device: command register, reset, BAR0 (bar), event lines
 //!                                         |                                |
-//!                                    Type1Domain (domain)             VfioTransport, VfioPort
+//!                                    Type1Domain (domain)             VfioTransport, VfioPort (msix)
 //! ```
 //! On the kernel's container/group interface. The newer one (IOMMUFD, a file for each device) would replace
 //! `open` and `domain`: nothing else here knows how the device was opened.
 //!
-//! Promises: interrupts stay off; the device masters the bus only while this value lives, and its command register is
+//! Promises: interrupts stay off, but for the MSI-X vectors (msix) of pollers that sleep; the device masters the bus only while this value lives, and its command register is
 //! as before afterwards; a device that vanishes reads as all ones and never ends the process. Start at
 //! [`VfioTransport::claim`].
 
 mod bar;
 mod domain;
+mod msix;
 pub mod pci;
 
 use std::fmt;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
-    VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE,
 };
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -40,6 +41,7 @@ use crate::transport::{DmaDomain, Notice, Transport};
 use bar::Bar;
 pub use bar::VfioPort;
 use domain::Type1Domain;
+use msix::Vectors;
 use pci::{PciAddress, PciFunction, Sysfs, VFIO_DRIVER};
 
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
@@ -157,10 +159,12 @@ pub struct VfioTransport {
     release_requested: EventFd,
     /// The bus has reported an error.
     bus_error: EventFd,
+    /// Interrupts of queue pairs, once they were asked for.
+    vectors: Option<Vectors>,
     /// What the command register was.
     command: u16,
     config_space: ConfigSpace,
-    _device: OpenDevice,
+    device: OpenDevice,
 }
 
 /// The device's configuration space.
@@ -263,9 +267,10 @@ impl VfioTransport {
             quirks,
             release_requested,
             bus_error,
+            vectors: None,
             command,
             config_space,
-            _device: device,
+            device,
         })
     }
 }
@@ -419,7 +424,39 @@ impl Transport for VfioTransport {
 
     fn port(&mut self, queue: QueueId, stride: u32) -> Option<VfioPort> {
         let sq = DOORBELLS + 2 * u64::from(queue.0) * u64::from(stride);
-        VfioPort::new(&self.bar, sq, sq + u64::from(stride))
+        let port = VfioPort::new(&self.bar, sq, sq + u64::from(stride))?;
+        let vector = self.vectors.as_ref().and_then(|all| all.vector(queue.0));
+        Some(match vector {
+            Some(Ok(vector)) => port.with_vector(vector),
+            // Without a file descriptor it is polled.
+            Some(Err(_)) | None => port,
+        })
+    }
+
+    fn enable_interrupts(&mut self, queues: u16) -> bool {
+        if self.vectors.is_none() {
+            let irq = self.device.0.get_irq_info(VFIO_PCI_MSIX_IRQ_INDEX);
+            let most = irq.map_or(0, |irq| u16::try_from(irq.count).unwrap_or(u16::MAX));
+            let wanted = queues.saturating_add(1).min(most);
+            let vectors = match wanted {
+                0 => Err(io::Error::other("the device has no MSI-X")),
+                wanted => self
+                    .device
+                    .file()
+                    .and_then(|file| Vectors::new(file, wanted)),
+            };
+            match vectors {
+                Ok(vectors) => self.vectors = Some(vectors),
+                Err(error) => {
+                    tracing::warn!(device = %self.address, %error, "no interrupts: completions are polled for");
+                }
+            }
+        }
+        self.vectors.is_some()
+    }
+
+    fn vector(&self, queue: QueueId) -> Option<u16> {
+        self.vectors.as_ref()?.of(queue.0)
     }
 
     fn dma_domain(&self) -> Arc<dyn DmaDomain> {

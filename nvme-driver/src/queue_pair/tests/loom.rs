@@ -3,17 +3,18 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
-use loom::sync::atomic::AtomicU32;
+use loom::sync::atomic::{AtomicBool, AtomicU32};
+use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
 use super::{Domain, PortOnly, queue_pair};
 use crate::dma::{DmaAccess, DmaBuffer, Iova};
-use crate::mmio::{AtomicU64, reads, shadow, writes};
+use crate::mmio::{AtomicU64, fence, reads, shadow, writes};
 use crate::queue_pair::{Completion, DataSegment, QueuePair};
 use crate::spec::{LbaRange, Nsid, PAGE_SIZE, Status, SubmissionEntry, io_opcode};
-use crate::transport::QueuePort;
+use crate::transport::{Armed, QueuePort};
 
 const PAGE: u32 = 4096;
 /// The queue pair's identifier.
@@ -26,6 +27,10 @@ const PAGES: u32 = 3;
 struct Doorbells {
     sq_tail: AtomicU32,
     cq_head: AtomicU32,
+    /// The interrupt's vector is on, its eventfd, and who waits for that.
+    armed: AtomicBool,
+    eventfd: Mutex<u32>,
+    raised: Condvar,
 }
 
 #[derive(Debug)]
@@ -38,6 +43,15 @@ impl QueuePort for Port {
 
     fn ring_cq(&mut self, head: u16) {
         self.0.cq_head.store(head.into(), Relaxed);
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.0.armed.store(true, Relaxed);
+        Armed::Yes
+    }
+
+    fn disarm(&mut self) {
+        self.0.armed.store(false, Relaxed);
     }
 }
 
@@ -169,10 +183,18 @@ impl Controller {
             u64::from(self.sq_head) | SQID << 16 | cid << 32 | status << 48,
             Release,
         );
+        let before = self.cq_tail;
         self.cq_tail += 1;
         if self.cq_tail == self.entries {
             self.cq_tail = 0;
             self.phase ^= 1;
+        }
+        // It interrupts when the first entry arrives that the driver has not acknowledged, and not for those after it.
+        fence(SeqCst);
+        let first = self.doorbells.cq_head.load(Relaxed) == before;
+        if first && self.doorbells.armed.load(Relaxed) {
+            *self.doorbells.eventfd.lock().unwrap() += 1;
+            self.doorbells.raised.notify_one();
         }
     }
 }
@@ -235,6 +257,21 @@ fn finish(world: &mut World, block: u64) {
     }
 }
 
+/// The same for a driver that sleeps until it is interrupted.
+fn finish_asleep(world: &mut World, doorbells: &Doorbells, block: u64) {
+    while !world.queue.has_completion() {
+        if world.queue.request_interrupt() != Armed::Pending {
+            let mut interrupts = doorbells.eventfd.lock().unwrap();
+            while *interrupts == 0 {
+                interrupts = doorbells.raised.wait(interrupts).unwrap();
+            }
+            *interrupts = 0;
+        }
+        world.queue.suppress_interrupt();
+    }
+    finish(world, block);
+}
+
 fn end(world: World) {
     assert_eq!(world.queue.counters().anomalies, 0);
     world.queue.retire();
@@ -281,4 +318,34 @@ fn commands_in_flight_together_complete_with_their_own_data() {
         device.join().unwrap();
         end(world);
     });
+}
+
+/// A completion of which no interrupt tells is a deadlock.
+fn sleeping_driver(entries: u16, rounds: &'static [&'static [u64]]) {
+    explore(move || {
+        let (mut world, controller) = world(entries);
+        let doorbells = Arc::clone(&controller.doorbells);
+        let count = rounds.iter().map(|blocks| blocks.len() as u64).sum();
+        let device = thread::spawn(move || controller.run(count));
+        for blocks in rounds {
+            for block in *blocks {
+                submit(&mut world, *block);
+            }
+            for block in *blocks {
+                finish_asleep(&mut world, &doorbells, *block);
+            }
+        }
+        device.join().unwrap();
+        end(world);
+    });
+}
+
+#[test]
+fn sleeping_driver_misses_no_completion_of_one_command_after_the_other() {
+    sleeping_driver(2, &[&[1], &[2], &[3]]);
+}
+
+#[test]
+fn sleeping_driver_misses_no_completion_of_commands_in_flight_together() {
+    sleeping_driver(3, &[&[1, 2]]);
 }
