@@ -216,6 +216,78 @@ fn packed_rings_of_any_kind_lose_nothing() {
     }
 }
 
+/// At most 2 % of a core while guests do nothing, and nothing lost before, meanwhile or after.
+#[test]
+fn server_that_sleeps_leaves_its_core_to_others_while_guests_are_idle() {
+    const IDLE: Duration = Duration::from_secs(10);
+    let lab = Lab::new("adaptive");
+    let server = Server::start(
+        &lab,
+        &[
+            "--poll",
+            "adaptive",
+            "--device",
+            "model:ram,size=256M,name=ram",
+            "--blk",
+            "path=vm0.sock,queues=4,device=ram",
+            "--device",
+            "model:file,path=disk.img,size=256M,name=file",
+            "--blk",
+            "path=vm1.sock,queues=2,device=file",
+        ],
+    );
+    let job = "
+        facts vda
+        facts vdb
+        step 'verify split' fio_verify /dev/vda 4 4m
+        step mkfs mkfs.ext4 -q /dev/vdb
+        step mount mount -t ext4 /dev/vdb /mnt
+        step write sh -c 'mkdir /mnt/f && for i in $(seq 8); do dd if=/dev/urandom of=/mnt/f/$i bs=64k count=$i; done'
+        step sums sh -c 'cd /mnt/f && sha256sum * >/mnt/sums'
+        step umount umount /mnt
+        fact idle yes
+        sleep 14
+        fact awake yes
+        step 'mount again' mount -t ext4 /dev/vdb /mnt
+        step check sh -c 'cd /mnt/f && sha256sum -c /mnt/sums'
+        step 'umount again' umount /mnt
+        step fsck e2fsck -fn /dev/vdb
+        step 'verify split again' fio_verify /dev/vda 4 4m
+        step 'verify packed' fio_verify /dev/vdb 2 2m
+        step 'one by one' sh -c 'for i in $(seq 20); do dd if=/dev/vda of=/dev/null bs=4k count=1 skip=$i iflag=direct; sleep 0.1; done'";
+    let disks = ["vm0.sock,num-queues=4", "vm1.sock,num-queues=2,packed=on"];
+    let mut guest = Guest::boot(&lab, &Setup::new(&disks, job));
+    guest.tells("idle");
+    std::thread::sleep(Duration::from_secs(1));
+    let before = server.cpu_time();
+    std::thread::sleep(IDLE);
+    let used = server.cpu_time() - before;
+    assert!(
+        used <= IDLE / 50,
+        "{used:?} of a core in {IDLE:?} of nothing"
+    );
+    server.report();
+    let idle = server.sleeps();
+    guest.tells("awake");
+    let facts = guest.ends_well();
+    assert!(
+        has_feature(&facts, "vdb", F_RING_PACKED) && !has_feature(&facts, "vda", F_RING_PACKED)
+    );
+    server.report();
+    let sleeps = server.sleeps();
+    // The reads one by one each found it asleep.
+    assert!(
+        sleeps.kicks >= idle.kicks + 20 && sleeps.sleeps >= sleeps.kicks,
+        "{idle:?} {sleeps:?}"
+    );
+    // Those of the image file's workers, and the front-end's comings and goings.
+    assert!(sleeps.interrupts > 0 && sleeps.messages > 0, "{sleeps:?}");
+    let report = server.end_well();
+    assert_eq!(report.queues.len(), 6);
+    let used = |queue: &report::Queue| queue.get("commands") > 0 && queue.get("notifications") > 0;
+    assert!(report.queues.iter().all(used), "{report:?}");
+}
+
 #[test]
 fn slow_controller_with_small_queues_and_commands_loses_nothing() {
     let lab = Lab::new("slow");

@@ -76,6 +76,11 @@ told() {
     grep '^TANDEM ' /tmp/step || true
 }
 
+# cpu NAME: CPU time of a server so far, in centiseconds.
+cpu() {
+    sed 's/.*) //' "/proc/$(cat "/tmp/$1.pid")/stat" | cut -d ' ' -f 12,13 | tr ' ' + | sed 's/^/echo $((/;s/$/))/' | sh
+}
+
 # no_faults: the IOMMU has blocked nothing since the machine started.
 no_faults() {
     ! dmesg | grep 'DMAR:.*fault'

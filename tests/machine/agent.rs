@@ -14,11 +14,12 @@ mod load;
 mod rng;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::iter::Peekable;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use client::{Client, DEADLINE};
+use client::{Client, DEADLINE, publish};
 use load::{Action, Kind, Load, MAX_DATA, Oracle, Plan, SECTOR};
 use nvme_driver::dma::{DmaAccess, DmaBuffer, Iova};
 use nvme_driver::spec::{LbaRange, SubmissionEntry};
@@ -90,7 +91,7 @@ impl Stream {
     }
 
     /// Sends what can be sent. `depth` requests at most are in flight.
-    fn submit(&mut self, queue: &mut SimGuest, depth: usize) {
+    fn submit(&mut self, queue: &mut SimGuest, kick: &File, depth: usize) {
         while self.in_flight.len() < depth {
             let Some(action) = self.held.take().or_else(|| self.plan.next()) else {
                 break;
@@ -109,7 +110,7 @@ impl Stream {
             let reused = self.in_flight.insert(head, action);
             assert!(reused.is_none(), "head {head} is in use");
         }
-        queue.publish();
+        publish(queue, kick);
     }
 
     /// `None` when the ring has no room.
@@ -203,8 +204,9 @@ fn run_load(text: &str, sockets: &[&str], endures: bool) {
     loop {
         let (mut over, mut ended) = (true, 0);
         for (_, client, streams) in &mut clients {
-            for (queue, stream) in client.queues.iter_mut().zip(streams) {
-                stream.submit(queue, DEPTH);
+            let queues = client.queues.iter_mut().zip(&client.kicks);
+            for ((queue, kick), stream) in queues.zip(streams) {
+                stream.submit(queue, kick, DEPTH);
                 while let Some(completion) = queue.poll_used() {
                     stream.end(queue, completion);
                     ended += 1;
@@ -316,7 +318,7 @@ fn survive(seconds: u64, socket: &Path) {
                 }
                 in_flight.insert(head, what);
             }
-            driver.publish();
+            publish(driver, &client.kicks[queue]);
             while let Some(completion) = driver.poll_used() {
                 assert_eq!(completion.status, status::OK);
                 match in_flight.remove(&completion.head).expect("not sent") {
