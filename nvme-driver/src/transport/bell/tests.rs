@@ -1,15 +1,19 @@
-//! Sleepers and those who wake them, under loom: a wake-up that gets lost shows as a deadlock. `scripts/loom-rings` runs
-//! them, and expects each canary to make them fail.
+//! Sleepers and those who wake them, under loom: a wake-up that gets lost shows as a wait without an end.
+//! `scripts/loom-rings` runs them, and expects each canary to make them fail.
 
 use super::Attention;
 use loom::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
+/// Looks after which the sleeper is stuck: each lets it go on until it waits itself.
+const MAX_IDLE: u32 = 100;
+
 /// A mailbox that counts its messages, and the eventfd beside it.
 #[derive(Default)]
 struct Mailbox {
     messages: AtomicU32,
+    seen: AtomicU32,
     attention: Attention,
     eventfd: Mutex<u32>,
     woken: Condvar,
@@ -25,22 +29,34 @@ impl Mailbox {
         }
     }
 
-    /// Until `count` messages have arrived, asleep whenever there is no new one. Says how often it slept.
-    fn receive(&self, count: u32) -> u32 {
-        let (mut seen, mut slept) = (0, 0);
+    /// Until `count` messages have arrived, asleep whenever there is no new one.
+    fn receive(&self, count: u32) {
+        let mut seen = 0;
         while seen < count {
             let new = || self.messages.load(Relaxed) != seen;
-            let waited = self.attention.doze(new, || {
+            self.attention.doze(new, || {
                 let mut counter = self.eventfd.lock().unwrap();
                 while *counter == 0 {
                     counter = self.woken.wait(counter).unwrap();
                 }
                 *counter = 0;
             });
-            slept += u32::from(waited.is_some());
             seen = self.messages.load(Relaxed);
+            self.seen.store(seen, Relaxed);
         }
-        slept
+    }
+
+    /// A sender that looks whether all messages are seen.
+    fn see(&self, count: u32) {
+        let mut idle = 0;
+        while self.seen.load(Relaxed) < count {
+            idle += 1;
+            assert!(
+                idle < MAX_IDLE,
+                "nobody receives: it sleeps, and its wake-up got lost"
+            );
+            thread::yield_now();
+        }
     }
 }
 
@@ -60,6 +76,7 @@ fn sleeper_misses_no_message_of_one_sender() {
         let sender = thread::spawn(move || {
             sender.send();
             sender.send();
+            sender.see(2);
         });
         mailbox.receive(2);
         sender.join().unwrap();
@@ -70,9 +87,14 @@ fn sleeper_misses_no_message_of_one_sender() {
 fn sleeper_misses_no_message_of_two_senders() {
     explore(|| {
         let mailbox = Arc::new(Mailbox::default());
-        let senders = [(); 2].map(|()| {
+        let senders = [true, false].map(|looks| {
             let mailbox = Arc::clone(&mailbox);
-            thread::spawn(move || mailbox.send())
+            thread::spawn(move || {
+                mailbox.send();
+                if looks {
+                    mailbox.see(2);
+                }
+            })
         });
         mailbox.receive(2);
         senders.map(|sender| sender.join().unwrap());
