@@ -9,7 +9,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use nvme_driver::spec::{LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry};
+use nvme_driver::MAX_ENTRIES;
+use nvme_driver::spec::{Cid, LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry};
 use nvme_driver::transport::{Armed, Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
@@ -18,8 +19,8 @@ use super::signal::Signal;
 use crate::block::{BlockOp, BlockRange, BlockStatus, RangeList};
 use crate::stats::{QueueCounters, SharedCounters};
 use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest, HEADER_BYTES};
-use crate::virtio::chain::{Chain, Ends};
-use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
+use crate::virtio::chain::{Chain, Ends, Sole};
+use crate::virtio::memory::{GuestMemory, MainRegion, Segment, StatusByte};
 use crate::virtio::virtqueue::{HeadIndex, RingError, Virtqueue};
 
 /// Requests that one lane takes from its ring in one turn: four cache lines of used elements.
@@ -147,8 +148,19 @@ const _: () = assert!(size_of::<CommandContext>() == 16);
 #[derive(Debug)]
 pub(super) struct Pair<T: Transport> {
     pub(super) queue: QueuePair<T>,
-    pub(super) commands: Box<[CommandContext]>,
+    /// By CID: place for every one that there can be.
+    pub(super) commands: Box<[CommandContext; MAX_ENTRIES as usize]>,
     pub(super) bounce: BouncePool,
+}
+
+impl<T: Transport> Pair<T> {
+    /// What an outstanding command belongs to.
+    #[inline(always)]
+    pub(super) fn context(&mut self, cid: Cid) -> &mut CommandContext {
+        // The modulo changes nothing (the driver's own identifiers) and spares a bounds check.
+        let place = cid.index() % self.commands.len();
+        &mut self.commands[place]
+    }
 }
 
 /// One guest virtqueue in service.
@@ -176,6 +188,8 @@ pub struct Lane {
 struct LaneParts {
     id: LaneId,
     memory: Arc<GuestMemory>,
+    /// Of that memory.
+    main: MainRegion,
     limits: BlkLimits,
     nsid: Nsid,
     serial: [u8; 20],
@@ -221,6 +235,7 @@ impl Lane {
             ranges: RangeList::new(),
             config: LaneParts {
                 id: config.id,
+                main: config.memory.main(),
                 memory: config.memory,
                 limits: config.limits,
                 nsid: config.nsid,
@@ -347,12 +362,19 @@ impl Lane {
         }
         // A request that takes more than one command becomes work, which ends the round.
         for _ in 0..available.min(pair.queue.room()) {
-            let popped = self.queue.pop_framed(&self.config.memory, &mut self.chain);
-            match popped {
-                Ok(Some(ends)) => self.start(pair, ends),
-                Ok(None) => break,
+            if let Some(sole) = self.queue.pop_sole(&self.config.main) {
+                if !self.start_sole(pair, sole) {
+                    break;
+                }
+                continue;
+            }
+            match self.queue.pop(&self.config.memory, &mut self.chain) {
+                Ok(true) => {}
+                Ok(false) => break,
                 Err(error) => return self.break_ring(&error),
             }
+            let ends = self.chain.take_ends();
+            self.start(pair, ends);
             if self.work.is_some() {
                 break;
             }
@@ -360,12 +382,57 @@ impl Lane {
         true
     }
 
-    /// The chain that was just popped becomes a request.
+    /// The request that was just taken, if it is a read or write that one command carries out. `false` when it became
+    /// work.
+    #[inline(always)]
+    fn start_sole<T: Transport>(&mut self, pair: &mut Pair<T>, sole: Sole<HEADER_BYTES>) -> bool {
+        let len = sole.data.len();
+        let Some((write, range)) = blk::parse_sole(&sole, &self.config.limits) else {
+            return self.start_held(pair, sole);
+        };
+        let entry = self.transfer_entry(write, range.lba.get(), range.count.get());
+        let Ok(cid) = pair.queue.submit_short(entry, as_data(&sole.data)) else {
+            return self.start_held(pair, sole);
+        };
+        let (head, status) = (sole.head, sole.status);
+        *pair.context(cid) = CommandContext::Whole {
+            lane: self.slot,
+            head,
+            data_in: if write { 0 } else { len },
+            status,
+        };
+        self.counters.commands = self.counters.commands.wrapping_add(1);
+        self.count_transfer(write, len);
+        true
+    }
+
+    /// What [`Lane::start_sole`] leaves to [`Lane::start`].
+    #[cold]
+    fn start_held<T: Transport>(&mut self, pair: &mut Pair<T>, sole: Sole<HEADER_BYTES>) -> bool {
+        let ends = self.chain.hold(&sole);
+        self.start(pair, ends);
+        self.work.is_none()
+    }
+
     #[inline]
+    fn count_transfer(&mut self, write: bool, len: u32) {
+        let bytes = u64::from(len);
+        let counters = &mut self.counters;
+        if write {
+            counters.writes = counters.writes.wrapping_add(1);
+            counters.bytes_written = counters.bytes_written.wrapping_add(bytes);
+        } else {
+            counters.reads = counters.reads.wrapping_add(1);
+            counters.bytes_read = counters.bytes_read.wrapping_add(bytes);
+        }
+    }
+
+    /// The chain that was just popped becomes a request.
+    #[inline(never)]
     fn start<T: Transport>(&mut self, pair: &mut Pair<T>, ends: Ends<HEADER_BYTES>) {
         let head = self.chain.head();
         let (chain, ranges) = (&mut self.chain, &mut self.ranges);
-        let parsed = blk::parse_framed(ends, chain, ranges, &self.config.limits);
+        let parsed = blk::parse_taken(ends, chain, ranges, &self.config.limits);
         let request = match parsed {
             Ok(request) => request,
             Err(reject) => return self.reject(head, reject),
@@ -375,14 +442,7 @@ impl Lane {
             BlockOp::Write(range) => (true, range),
             _ => return self.start_other(pair, head, request),
         };
-        let bytes = u64::from(request.data_len);
-        if write {
-            self.counters.writes = self.counters.writes.wrapping_add(1);
-            self.counters.bytes_written = self.counters.bytes_written.wrapping_add(bytes);
-        } else {
-            self.counters.reads = self.counters.reads.wrapping_add(1);
-            self.counters.bytes_read = self.counters.bytes_read.wrapping_add(bytes);
-        }
+        self.count_transfer(write, request.data_len);
         let whole = request.data_len <= pair.queue.max_transfer();
         if whole {
             let entry = self.transfer_entry(write, range.lba.get(), range.count.get());
@@ -396,7 +456,7 @@ impl Lane {
                 .submit(entry, segments.iter().map(as_data), request.data_len)
             {
                 Ok(cid) => {
-                    pair.commands[cid.index()] = CommandContext::Whole {
+                    *pair.context(cid) = CommandContext::Whole {
                         lane: self.slot,
                         head,
                         data_in: request.data_in,
@@ -591,7 +651,7 @@ impl Lane {
                     }
                 }
             };
-        pair.commands[cid.index()] = CommandContext::Part {
+        *pair.context(cid) = CommandContext::Part {
             lane: self.slot,
             head: work.head,
             bounce,
@@ -627,7 +687,7 @@ impl Lane {
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
-        pair.commands[cid.index()] = CommandContext::Part {
+        *pair.context(cid) = CommandContext::Part {
             lane: self.slot,
             head: work.head,
             bounce: None,
@@ -661,7 +721,7 @@ impl Lane {
             .submit_deallocate(self.config.nsid, ranges.iter().map(as_wire))
         {
             Ok(cid) => {
-                pair.commands[cid.index()] = CommandContext::Part {
+                *pair.context(cid) = CommandContext::Part {
                     lane: self.slot,
                     head: work.head,
                     bounce: None,
@@ -681,7 +741,7 @@ impl Lane {
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
-        pair.commands[cid.index()] = CommandContext::Part {
+        *pair.context(cid) = CommandContext::Part {
             lane: self.slot,
             head: work.head,
             bounce: None,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use nvme_driver::MAX_ENTRIES;
 use nvme_driver::dma::{DmaError, DmaSpace};
 use nvme_driver::spec::{Cid, Status, io_opcode};
 use nvme_driver::transport::{Armed, Transport};
@@ -157,7 +158,7 @@ impl<T: Transport> Poller<T> {
             head: HeadIndex::default(),
             bounce: None,
         };
-        let commands = vec![idle; usize::from(queue.depth())].into_boxed_slice();
+        let commands = Box::new([idle; MAX_ENTRIES as usize]);
         let bounce = BouncePool::new(space, max_segments(MAX_QUEUE_SIZE))?;
         Ok(Poller {
             pair: Pair {
@@ -236,7 +237,7 @@ impl<T: Transport> Poller<T> {
             lane.is_some_and(&which)
         };
         for cid in (0..self.pair.queue.depth()).map(Cid) {
-            let slot = match self.pair.commands[cid.index()] {
+            let slot = match *self.pair.context(cid) {
                 CommandContext::Whole { lane, .. } | CommandContext::Part { lane, .. } => lane,
             };
             if chosen(&self.lanes, slot) {
@@ -322,7 +323,7 @@ impl<T: Transport> Poller<T> {
     // Always: a second caller, however cold, would cost each request a call.
     #[inline(always)]
     fn complete(&mut self, completion: Completion) {
-        let context = self.pair.commands[completion.cid.index()];
+        let context = *self.pair.context(completion.cid);
         let success = completion.status.is_success();
         // The lane is here: it does not leave before its last command has completed.
         match context {

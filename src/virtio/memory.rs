@@ -232,6 +232,36 @@ pub enum RegionError {
     Overlap(Gpa, Gpa),
 }
 
+/// The largest region of a [`GuestMemory`], where nearly all of a guest's buffers are, for those who hold that memory and
+/// look a buffer up in each turn.
+#[derive(Debug, Clone, Copy)]
+pub struct MainRegion(GuestRegion);
+
+impl MainRegion {
+    /// The whole of `gpa..gpa + len` if it lies in here. `None` for an empty one too. [`GuestMemory::piece`] knows the other
+    /// regions.
+    #[inline(always)]
+    pub(super) fn segment(&self, gpa: Gpa, len: u32) -> Option<Segment> {
+        let region = &self.0;
+        let offset = gpa.0.wrapping_sub(region.gpa.0);
+        // The last byte counts from 0, so that the one of an empty buffer is far outside: it holds nothing, and where it
+        // lies does not matter.
+        let last = u64::from(len).wrapping_sub(1);
+        if offset >= region.len || last >= region.len - offset {
+            return None;
+        }
+        // The cast cannot truncate: `offset < region.len <= isize::MAX` (checked in `GuestMemory::new`).
+        #[allow(clippy::cast_possible_truncation)]
+        let bytes = offset as usize;
+        Some(Segment {
+            // SAFETY: less than the length of the mapping that starts at `hva` (contract of `GuestMemory::new`).
+            hva: unsafe { region.hva.add(bytes) },
+            dma: region.dma.wrapping_add(offset),
+            len,
+        })
+    }
+}
+
 /// The guest's memory: immutable regions, sorted by guest address, and whatever keeps them mapped.
 pub struct GuestMemory {
     /// The largest region once more: where nearly all of a guest's buffers are.
@@ -305,27 +335,9 @@ impl GuestMemory {
         &self.regions
     }
 
-    /// The whole of `gpa..gpa + len` if it lies in the largest region, where nearly all buffers are. `None` for an
-    /// empty one too. [`Self::piece`] knows the other regions.
-    #[inline]
-    pub fn segment(&self, gpa: Gpa, len: u32) -> Option<Segment> {
-        let region = &self.largest;
-        let offset = gpa.0.wrapping_sub(region.gpa.0);
-        // The last byte counts from 0, so that the one of an empty buffer is far outside: it holds nothing, and where it
-        // lies does not matter.
-        let last = u64::from(len).wrapping_sub(1);
-        if offset >= region.len || last >= region.len - offset {
-            return None;
-        }
-        // The cast cannot truncate: `offset < region.len <= isize::MAX` (checked in `GuestMemory::new`).
-        #[allow(clippy::cast_possible_truncation)]
-        let bytes = offset as usize;
-        Some(Segment {
-            // SAFETY: less than the length of the mapping that starts at `hva` (contract of `GuestMemory::new`).
-            hva: unsafe { region.hva.add(bytes) },
-            dma: region.dma.wrapping_add(offset),
-            len,
-        })
+    /// The largest region once more.
+    pub fn main(&self) -> MainRegion {
+        MainRegion(self.largest)
     }
 
     /// The longest piece of `gpa..gpa + len` that starts at `gpa` and lies in one region; `None` when `gpa` lies

@@ -15,7 +15,11 @@ use crate::spec::{CompletionEntry, SubmissionEntry};
 #[inline]
 fn following(index: u16, entries: u16) -> u16 {
     let next = index.wrapping_add(1);
-    if next == entries { 0 } else { next }
+    if next == entries {
+        std::hint::cold_path();
+        return 0;
+    }
+    next
 }
 
 /// Our side of a submission queue.
@@ -98,14 +102,14 @@ impl SubmissionRing {
 
     /// Stores an entry at the tail. The caller saw `room() > 0`.
     #[inline]
-    pub(crate) fn push(&mut self, entry: &SubmissionEntry) {
+    pub(crate) fn push(&mut self, entry: [u64; 8]) {
         debug_assert!(self.room() > 0);
         // SAFETY: `tail < entries` always holds (below), and the buffer holds `entries` entries (`new`). The slot is
         // ours: SQHD passed it (`room`), and the controller does not look before the doorbell (I4).
         unsafe {
-            let slot = self.base.add(usize::from(self.tail));
+            let slot = self.base.add(usize::from(self.tail)).cast();
             writes(slot.cast().as_ptr(), size_of::<SubmissionEntry>());
-            slot.write(*entry);
+            slot.write(entry);
         }
         // Neither wraps: both stay below `entries` (the caller saw room; the comparison below).
         self.used = self.used.wrapping_add(1);
@@ -203,6 +207,12 @@ impl CompletionRing {
         high.load(Ordering::Relaxed) & PHASE == self.phase
     }
 
+    #[cold]
+    fn next_lap(&mut self) {
+        self.head = 0;
+        self.phase ^= PHASE;
+    }
+
     /// The next entry that the controller has completed, copied once (I6).
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<CompletionEntry> {
@@ -218,9 +228,9 @@ impl CompletionRing {
         dma_rmb(); // pairs with the controller writing the phase tag last
         reads(std::ptr::from_ref(low).cast(), size_of::<CompletionEntry>());
         let words = [low.load(Ordering::Relaxed), high.load(Ordering::Relaxed)];
-        self.head = following(self.head, self.entries);
-        if self.head == 0 {
-            self.phase ^= PHASE;
+        self.head = self.head.wrapping_add(1);
+        if self.head == self.entries {
+            self.next_lap();
         }
         Some(zerocopy::transmute!(words.map(u64::to_le)))
     }

@@ -111,6 +111,26 @@ pub struct LbaRange {
 }
 
 impl SubmissionEntry {
+    /// The entry in whole words, as it lies in memory.
+    #[inline]
+    #[must_use]
+    pub fn words(self) -> [u64; 8] {
+        let pair = |low: U32, high: U32| u64::from(low.get()) | u64::from(high.get()) << 32;
+        let first =
+            u32::from(self.opcode) | u32::from(self.flags) << 8 | u32::from(self.cid.get()) << 16;
+        [
+            pair(U32::new(first), self.nsid),
+            pair(self.cdw2, self.cdw3),
+            self.mptr.get(),
+            self.prp1.get(),
+            self.prp2.get(),
+            pair(self.cdw10, self.cdw11),
+            pair(self.cdw12, self.cdw13),
+            pair(self.cdw14, self.cdw15),
+        ]
+        .map(u64::to_le)
+    }
+
     /// A command with this opcode, of an admin or an I/O command set, and zeroes elsewhere: the fields are public.
     #[must_use]
     pub fn new(opcode: u8, nsid: Nsid) -> SubmissionEntry {
