@@ -633,23 +633,30 @@ fn sigterm_with_a_busy_guest_ends_within_a_second_and_removes_the_sockets() {
 
 #[test]
 fn idle_guest_goes_on_after_a_crash_and_restart_of_the_server() {
-    idle_guest_goes_on_after_a_crash("reconnect", "");
+    idle_guest_goes_on_after_a_crash("reconnect", "", "always");
 }
 
 #[test]
 fn idle_guest_with_packed_rings_goes_on_after_a_crash_and_restart_of_the_server() {
-    idle_guest_goes_on_after_a_crash("packed-reconnect", ",packed=on");
+    idle_guest_goes_on_after_a_crash("packed-reconnect", ",packed=on", "always");
+}
+
+#[test]
+fn idle_guest_with_packed_rings_goes_on_after_its_server_crashed_asleep() {
+    idle_guest_goes_on_after_a_crash("asleep-reconnect", ",packed=on", "adaptive");
 }
 
 #[test]
 fn idle_guest_with_chains_in_packed_rings_goes_on_after_a_crash_and_restart_of_the_server() {
     let properties = ",packed=on,indirect_desc=off";
-    idle_guest_goes_on_after_a_crash("packed-direct-reconnect", properties);
+    idle_guest_goes_on_after_a_crash("packed-direct-reconnect", properties, "always");
 }
 
-fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str) {
+fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str, poll: &str) {
     let lab = Lab::new(name);
     let arguments = [
+        "--poll",
+        poll,
         "--device",
         "model:file,path=disk.img,size=256M",
         "--blk",
@@ -679,6 +686,9 @@ fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str) {
     };
     let mut guest = Guest::boot(&lab, &setup);
     guest.tells("idle");
+    if poll == "adaptive" {
+        std::thread::sleep(Duration::from_secs(1));
+    }
     server.crash();
     let server = Server::start(&lab, &arguments);
     guest.ends_well();

@@ -60,17 +60,17 @@ impl Mailbox {
     }
 }
 
-fn explore(run: impl Fn() + Send + Sync + 'static) {
+fn explore(preemptions: usize, run: impl Fn() + Send + Sync + 'static) {
     let mut model = loom::model::Builder::new();
     model.max_threads = 3;
     model.max_branches = 10_000;
-    model.preemption_bound = model.preemption_bound.or(Some(4));
+    model.preemption_bound = model.preemption_bound.or(Some(preemptions));
     model.check(run);
 }
 
 #[test]
 fn sleeper_misses_no_message_of_one_sender() {
-    explore(|| {
+    explore(3, || {
         let mailbox = Arc::new(Mailbox::default());
         let sender = Arc::clone(&mailbox);
         let sender = thread::spawn(move || {
@@ -85,7 +85,7 @@ fn sleeper_misses_no_message_of_one_sender() {
 
 #[test]
 fn sleeper_misses_no_message_of_two_senders() {
-    explore(|| {
+    explore(2, || {
         let mailbox = Arc::new(Mailbox::default());
         let senders = [true, false].map(|looks| {
             let mailbox = Arc::clone(&mailbox);
