@@ -97,6 +97,8 @@ fn sleeper_misses_no_message_of_two_senders() {
             })
         });
         mailbox.receive(2);
-        senders.map(|sender| sender.join().unwrap());
+        for sender in senders {
+            sender.join().unwrap();
+        }
     });
 }
