@@ -6,7 +6,10 @@
 //! - a pin: the pages are registered as buffers of an io_uring that does nothing else. A pinned page does not migrate,
 //!   and one that its file gives up (a front-end punches a hole in guest memory) is nobody else's while it is pinned;
 //! - `/proc/self/pagemap`, read after the pin. Only a page fault of this process could put another page in the place of
-//!   one that was pinned, and nobody touches the memory before [`PhysicalMemory::pin`] has returned.
+//!   one that was pinned, and nobody touches the memory before [`PhysicalMemory::pin`] has returned. One thing is left:
+//!   whole GiB of hugetlb memory may have their page tables in common with the process that shares it, whose faults
+//!   count too then. One that exchanged pages in that very moment could be given a page that is not pinned: without an
+//!   IOMMU a front-end's process (not its guest) is trusted that far.
 //!
 //! What an address means is the machine's affair: here a physical address is a bus address, as on every PC.
 
