@@ -36,7 +36,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
-use crate::config::ControllerConfig;
+use crate::config::{ControllerConfig, DeviceOptions};
 use args::{BenchArgs, Job, JobOptions, OutputFormat};
 use ring::Wishes;
 use session::{Results, Session};
@@ -144,9 +144,13 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
     if args.interrupts.is_on() && !args.device.is_empty() {
         bail!("--interrupts on: a --device is only polled; leave one of the two out");
     }
+    let mut devices = args.device.clone();
+    if args.unsafe_noiommu {
+        DeviceOptions::allow_noiommu(&mut devices)?;
+    }
     let mut configs = Vec::new();
-    for options in &args.device {
-        let config = options.clone().resolve_alone()?;
+    for options in devices {
+        let config = options.resolve_alone()?;
         if let (ControllerConfig::Pci(target), Some(job), false) =
             (&config.controller, changes, args.overwrite_data)
         {
