@@ -143,6 +143,24 @@ fn closed_loop_on_the_driver_keeps_its_depth_in_flight() {
 }
 
 #[test]
+fn null_medium_of_any_size_is_measured_and_refuses_to_be_verified() {
+    let null = ["--device", "model:null,size=1T", "--iodepth", "4"];
+    let result = measured(&[&null[..], &["--rw", "randrw"], &SHORT].concat());
+    let target = result.pointer("/tandem/targets/0").unwrap();
+    assert_eq!(target["name"], "model:null");
+    assert_eq!(
+        number(target, "/capacity_bytes"),
+        f64::from(1 << 20) * f64::from(1 << 20)
+    );
+    let verify = ["--verify", "crc32c", "--size", "1M"];
+    refused(
+        &[&null[..], &verify].concat(),
+        2,
+        &["--verify", "model:null keeps nothing"],
+    );
+}
+
+#[test]
 fn latency_of_the_model_is_found_in_what_is_measured() {
     let slow = [
         "--device",

@@ -156,6 +156,7 @@ fn polls(file: &File, bs: u32) -> anyhow::Result<bool> {
         writes: false,
         flushes: false,
         trims: false,
+        verify: false,
         reach: None,
     };
     let Ok(mut queue) = FileQueue::new(file, true, false, &needs, 0) else {

@@ -135,6 +135,7 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
         writes: jobs.iter().any(|job| job.rw.writes()),
         flushes: jobs.iter().any(|job| job.fsync > 0),
         trims: jobs.iter().any(|job| job.rw.trims()),
+        verify: jobs.iter().any(|job| job.verify),
         reach: jobs
             .iter()
             .map(|job| job.size.map(|size| size.saturating_add(job.offset)))

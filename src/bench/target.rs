@@ -21,6 +21,8 @@ pub struct Needs {
     pub writes: bool,
     pub flushes: bool,
     pub trims: bool,
+    /// What is read is compared with what was written.
+    pub verify: bool,
     /// Bytes up to the end of the work, if that was said.
     pub reach: Option<u64>,
 }

@@ -368,6 +368,7 @@ mod tests {
         writes: false,
         flushes: false,
         trims: false,
+        verify: false,
         reach: None,
     };
 

@@ -62,6 +62,7 @@ pub struct DeviceOptions {
 pub enum MediumKind {
     Ram,
     File,
+    Null,
 }
 
 impl fmt::Display for MediumKind {
@@ -69,6 +70,7 @@ impl fmt::Display for MediumKind {
         f.write_str(match self {
             Self::Ram => "model:ram",
             Self::File => "model:file",
+            Self::Null => "model:null",
         })
     }
 }
