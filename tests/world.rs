@@ -595,6 +595,6 @@ fn bounced_read_of_a_device_that_returns_nothing_gives_zeroes_and_no_other_guest
     assert_eq!((completion.head, completion.status), (head, status::OK));
     let mut bytes = [1; 4096];
     other.driver.read_data(head, &mut bytes);
-    assert_eq!(bytes, [0; 4096]);
+    assert!(bytes.iter().all(|byte| *byte == 0), "{:?}", &bytes[..8]);
     rig.finish();
 }

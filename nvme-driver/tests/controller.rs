@@ -539,7 +539,7 @@ fn memory_of_someone_else_is_reached_through_a_mapping_and_only_while_it_lives()
     // SAFETY: 8 bytes of the mapping, which `mapping` keeps alive.
     unsafe { base.as_ptr().add(4096 - 4).write_bytes(0x77, 8) };
     let data = std::iter::once(DataSegment {
-        iova: nvme_driver::dma::Iova(mapping.iova().0 + 4096 - 512),
+        iova: Iova(mapping.iova().0 + 4096 - 512),
         len: 1024,
     });
     let two = LbaRange { slba: 4, blocks: 2 };

@@ -114,6 +114,7 @@ where
         capacity: namespace.blocks * u64::from(namespace.block_size),
         block: namespace.block_size,
         server: None,
+        ring: None,
         doorbells: "doorbells",
     };
     Ok(Box::new(Pool {

@@ -88,6 +88,7 @@ fn open_rings(
         capacity,
         block,
         server: None,
+        ring: None,
         doorbells: "io_uring_enter",
     };
     Ok(Box::new(Pool {

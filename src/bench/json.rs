@@ -55,6 +55,7 @@ fn document(results: &Results, bins: bool) -> Value {
                 "capacity_bytes": info.capacity,
                 "block_bytes": info.block,
                 "server_pid": info.server,
+                "ring": info.ring.map(|ring| ring.to_string()),
             })).collect::<Vec<_>>(),
             "cases": results.cases.iter().map(case).collect::<Vec<_>>(),
             "knees": results.knees().iter().map(|knee| json!({

@@ -19,14 +19,18 @@ mod file;
 mod io;
 mod job_file;
 mod json;
+mod packed;
 mod pingpong;
 mod plot;
 mod report;
-mod ring;
 mod session;
+mod slots;
+mod spec;
+mod split;
 mod stats;
 mod target;
 mod terse;
+mod turns;
 mod verify;
 mod vhost_user;
 
@@ -38,9 +42,11 @@ use anyhow::{Context, bail};
 
 use crate::config::ControllerConfig;
 use args::{BenchArgs, Job, JobOptions, OutputFormat};
-use ring::Wishes;
 use session::{Results, Session};
+use slots::Wishes;
+use spec::ServerSpec;
 use target::{Needs, Target};
+use turns::{Parking, Reopened};
 
 /// Measures, and says what was found. The exit code: 0, or 1 when it failed while measuring.
 ///
@@ -57,8 +63,9 @@ fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         targets: Vec::new(),
         rounds: args.rounds,
         load_curve: args.load_curve,
+        parking: None,
     };
-    let opened = open(args, &jobs, &mut session.targets);
+    let opened = open(args, &jobs, &mut session);
     // What cannot be written is found out before an hour of measuring.
     let files = opened.and_then(|()| {
         Ok((
@@ -125,7 +132,8 @@ fn job(args: &BenchArgs, name: &str, section: &JobOptions) -> anyhow::Result<Job
     options.resolve(name)
 }
 
-fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> anyhow::Result<()> {
+fn open(args: &BenchArgs, jobs: &[Job], session: &mut Session) -> anyhow::Result<()> {
+    let targets = &mut session.targets;
     let most = |of: fn(&Job) -> u32| jobs.iter().map(of).max().unwrap_or(1);
     let changes = jobs.iter().find(|job| job.rw.writes() || job.rw.trims());
     let needs = Needs {
@@ -165,24 +173,48 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
         targets.push(device::open(config, &needs)?);
     }
     let wishes = Wishes {
+        ring: args.ring,
         indirect: args.indirect.is_on(),
         event_idx: args.event_idx.is_on(),
         interrupts: args.interrupts.is_on(),
         hugepages: args.hugepages,
     };
-    for path in &args.vhost_user {
-        targets.push(vhost_user::open(path, wishes, &needs)?);
+    for spec in &args.vhost_user {
+        targets.push(open_server(spec, &args.vhost_user, wishes, needs)?);
     }
     for path in &args.file {
         let interrupts = args.interrupts.is_on();
         targets.push(file::open(path, interrupts, args.overwrite_data, &needs)?);
     }
-    for target in targets {
+    for target in targets.iter() {
         for job in jobs {
             Session::region(target.info(), job)?;
         }
     }
+    if args.park {
+        session.parking = Some(Parking::of(targets.iter().map(|target| target.info()))?);
+    }
     Ok(())
+}
+
+/// A server takes one front-end at a time: a socket that is named twice is connected to in turn.
+fn open_server(
+    spec: &ServerSpec,
+    all: &[ServerSpec],
+    wishes: Wishes,
+    needs: Needs,
+) -> anyhow::Result<Box<dyn Target>> {
+    if all
+        .iter()
+        .filter(|other| other.is_same_socket(spec))
+        .count()
+        < 2
+    {
+        return vhost_user::open(spec, wishes, &needs);
+    }
+    let spec = spec.clone();
+    let open = Box::new(move || vhost_user::open(&spec, wishes, &needs));
+    Ok(Box::new(Reopened::new(open)?))
 }
 
 fn render(format: OutputFormat, results: &Results) -> String {

@@ -19,6 +19,7 @@ use super::io::Region;
 use super::pingpong;
 use super::stats::{Outcome, median};
 use super::target::{Info, Measured, Target};
+use super::turns::Parking;
 
 /// Rounds when nothing is said: a band needs several.
 const ROUNDS_OF_SEVERAL: u32 = 5;
@@ -210,6 +211,8 @@ pub struct Session {
     pub targets: Vec<Box<dyn Target>>,
     pub rounds: Option<u32>,
     pub load_curve: Option<LoadCurve>,
+    /// Targets whose servers stand still while others are measured.
+    pub parking: Option<Parking>,
 }
 
 impl Session {
@@ -366,6 +369,9 @@ impl Session {
                 });
             }
         }
+        if let Some(parking) = &mut self.parking {
+            parking.admit(None)?;
+        }
         let ping = || cpus.and_then(pingpong::round_trip);
         let mut pings = vec![ping()];
         for round in 0..rounds {
@@ -379,11 +385,17 @@ impl Session {
                     rate: series.rate,
                     region: Session::region(target.info(), &case.job)?,
                 };
+                if let Some(parking) = &mut self.parking {
+                    parking.admit(target.info().server)?;
+                }
                 let mut progress = Progress::new(&case, &series.label, (round + 1, rounds));
                 let measured =
                     target.measure(&shot, &mut |elapsed, live| progress.show(elapsed, live));
                 progress.clear();
                 series.rounds.push(measured?);
+            }
+            if let Some(parking) = &mut self.parking {
+                parking.admit(None)?;
             }
             pings.push(ping());
         }
@@ -398,7 +410,9 @@ impl Session {
     ///
     /// # Errors
     /// The first that did not end well.
-    pub fn close(self) -> anyhow::Result<()> {
+    pub fn close(mut self) -> anyhow::Result<()> {
+        // They have to answer.
+        self.parking = None;
         let ends: Vec<_> = self.targets.into_iter().map(Target::close).collect();
         ends.into_iter().collect()
     }
@@ -603,6 +617,7 @@ mod tests {
             capacity: 1 << 20,
             block: 512,
             server: None,
+            ring: None,
             doorbells: "doorbells",
         };
         let job = |text: [&str; 2]| {

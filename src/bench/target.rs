@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 
+use super::args::RingKind;
 use super::engine::{Live, Queue, Shot, drive};
 use super::stats::{Outcome, Usage};
 
@@ -39,6 +40,8 @@ pub struct Info {
     pub block: u32,
     /// The process behind it, if it is on this machine and not ours.
     pub server: Option<u32>,
+    /// The layout of its virtqueues, if it has any.
+    pub ring: Option<RingKind>,
     /// What [`super::stats::Counters::doorbells`] counts.
     pub doorbells: &'static str,
 }

@@ -24,6 +24,7 @@ use nvme_driver::vfio::pci::PciAddress;
 
 use values::Kind;
 
+pub(crate) use options::split_at_commas;
 pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
 pub use values::{BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, ValueError};
 

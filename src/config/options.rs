@@ -191,7 +191,7 @@ fn insert_pairs(table: &mut toml::Table, spec: &str) -> Result<(), SpecError> {
 }
 
 /// Splits as QEMU does: `,` separates, `,,` is a comma within a value.
-fn split_at_commas(spec: &str) -> Vec<String> {
+pub(crate) fn split_at_commas(spec: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = spec.chars().peekable();
     while let Some(char) = chars.next() {
