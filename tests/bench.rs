@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// A folder of its own for each test, removed at the end.
@@ -659,6 +660,47 @@ fn job_file_is_measured_section_by_section() {
     assert_eq!(number(&jobs[0], "/write/io_bytes"), 8192.0 * writes);
     assert_eq!(jobs[1]["job options"]["iodepth"], "4");
     assert_eq!(number(&jobs[1], "/write/total_ios"), 0.0);
+}
+
+#[test]
+fn interrupted_measurement_reports_what_there_is_and_exits_as_fio_does() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tandem"))
+        .args([
+            "bench",
+            "--device",
+            RAM,
+            "--iodepth",
+            "1,4",
+            "--rounds",
+            "9",
+        ])
+        .args([
+            "--runtime",
+            "1000",
+            "--ramp_time",
+            "0",
+            "--output-format",
+            "json",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    std::thread::sleep(Duration::from_secs(2));
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::INT).unwrap();
+    let mut json = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut json).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128));
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let result = checked(&json);
+    assert_eq!(result.pointer("/tandem/interrupted").unwrap(), true);
+    // One depth of two, one round of nine.
+    let jobs = result["jobs"].as_array().unwrap();
+    assert_eq!(jobs.len(), 1);
+    assert_eq!(jobs[0]["tandem"]["rounds"].as_array().unwrap().len(), 1);
+    obeys_littles_law(&jobs[0], 1.0);
+    assert!(number(&jobs[0], "/read/total_ios") > 0.0);
 }
 
 #[test]

@@ -113,7 +113,8 @@ another one made the socket. A socket that is named twice is connected to anew
 for each measurement. If this is killed (SIGKILL), servers that it parked stand
 still until SIGCONT.
 Exit code 1: it failed while measuring, or --verify found something.
-2: nothing was measured.
+2: nothing was measured. 128: it was interrupted (Ctrl-C), and what was measured
+until then is the result; a second Ctrl-C ends it at once.
 
   tandem bench --device model:ram,size=1G --bs 4k --iodepth 1,4,16,64
   tandem bench --vhost-user vm0.sock --vhost-user other.sock --iodepth 32

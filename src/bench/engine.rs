@@ -97,6 +97,8 @@ pub struct Shot<'a> {
     /// Open loop: arrivals a second and queue.
     pub rate: Option<f64>,
     pub region: Region,
+    /// Ctrl-C: what was measured so far is the result.
+    pub interrupted: &'a AtomicBool,
 }
 
 /// What is seen from outside while it runs.
@@ -248,7 +250,10 @@ pub fn drive<Q: Queue>(
     let result = pinned.and_then(|()| {
         drive.run(shot)?;
         drive.drain()?;
-        drive.read_back()
+        match shot.interrupted.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => drive.read_back(),
+        }
     });
     if result.is_err() {
         live.stop.store(true, Ordering::Relaxed);

@@ -48,6 +48,7 @@ fn document(results: &Results, bins: bool) -> Value {
             "version": results.environment.version,
             "environment": results.environment,
             "rounds": results.rounds,
+            "interrupted": results.interrupted,
             "ping_pong_cpus": results.cpus.map(|(from, to)| [from, to]),
             "targets": results.infos.iter().map(|info| json!({
                 "name": info.name,

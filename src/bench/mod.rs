@@ -37,8 +37,12 @@ mod vhost_user;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
 use crate::config::ControllerConfig;
 use args::{BenchArgs, Job, JobOptions, OutputFormat};
@@ -48,7 +52,10 @@ use spec::ServerSpec;
 use target::{Needs, Target};
 use turns::{Parking, Reopened};
 
-/// Measures, and says what was found. The exit code: 0, or 1 when it failed while measuring.
+/// The exit code after Ctrl-C, as fio has it.
+const INTERRUPTED: u8 = 128;
+
+/// Measures, and says what was found. The exit code: 0, 1 when it failed while measuring, 128 when it was interrupted.
 ///
 /// # Errors
 /// Why nothing was measured.
@@ -59,7 +66,15 @@ pub fn run_here(args: &BenchArgs) -> anyhow::Result<u8> {
 
 fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let jobs = jobs(args)?;
+    // A second Ctrl-C ends it at once.
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        let exit = INTERRUPTED.into();
+        flag::register_conditional_shutdown(signal, exit, Arc::clone(&interrupted))?;
+        flag::register(signal, Arc::clone(&interrupted))?;
+    }
     let mut session = Session {
+        interrupted: Arc::clone(&interrupted),
         targets: Vec::new(),
         rounds: args.rounds,
         load_curve: args.load_curve,
@@ -94,10 +109,14 @@ fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         closed
     });
     match written {
+        Ok(()) if interrupted.load(Ordering::Relaxed) => Ok(INTERRUPTED),
         Ok(()) => Ok(0),
         Err(error) => {
             let _ = writeln!(std::io::stderr().lock(), "tandem: {error:#}");
-            Ok(1)
+            Ok(match interrupted.load(Ordering::Relaxed) {
+                true => INTERRUPTED,
+                false => 1,
+            })
         }
     }
 }

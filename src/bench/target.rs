@@ -134,9 +134,9 @@ impl<Q: Queue, K: Keeper<Q>> Target for Pool<Q, K> {
             barrier.wait();
             let start = Instant::now();
             let (ramp, end) = (shot.job.ramp_time, shot.job.ramp_time + shot.job.runtime);
-            watch_until(ramp, start, &live, watch);
+            watch_until(ramp, start, shot, &live, watch);
             let before = look();
-            watch_until(end, start, &live, watch);
+            watch_until(end, start, shot, &live, watch);
             let after = look();
             let results: Vec<_> = threads
                 .into_iter()
@@ -175,10 +175,19 @@ impl<Q: Queue, K: Keeper<Q>> Target for Pool<Q, K> {
     }
 }
 
-/// Looks in now and then, and leaves early when a queue failed.
-fn watch_until(end: Duration, start: Instant, live: &Live, watch: &mut dyn FnMut(Duration, &Live)) {
-    const STEP: Duration = Duration::from_millis(250);
+/// Looks in now and then, and leaves early when a queue failed or the user has seen enough.
+fn watch_until(
+    end: Duration,
+    start: Instant,
+    shot: &Shot<'_>,
+    live: &Live,
+    watch: &mut dyn FnMut(Duration, &Live),
+) {
+    const STEP: Duration = Duration::from_millis(100);
     loop {
+        if shot.interrupted.load(Ordering::Relaxed) {
+            live.stop.store(true, Ordering::Relaxed);
+        }
         let elapsed = start.elapsed();
         let left = end.saturating_sub(elapsed);
         if left.is_zero() || live.stop.load(Ordering::Relaxed) {
