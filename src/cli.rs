@@ -42,7 +42,7 @@ pub struct ServeArgs {
     /// TOML file; flags come on top of it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// An NVMe controller: pci:0000:5e:00.0, model:ram,size=1G or model:file,path=disk.img (repeatable)
+    /// An NVMe controller: pci:0000:5e:00.0, model:ram,size=1G, model:file,path=disk.img or model:null,size=1T (repeatable)
     #[arg(long, value_name = "SPEC")]
     pub device: Vec<DeviceOptions>,
     /// A vhost-user-blk disk: path=/run/tandem/vm0.sock,queues=4 (repeatable)
@@ -65,7 +65,7 @@ pub struct ServeArgs {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = DEVICE_HELP)]
 pub struct IdentifyArgs {
-    /// An NVMe controller: pci:0000:5e:00.0, model:ram,size=1G or model:file,path=disk.img
+    /// An NVMe controller: pci:0000:5e:00.0, model:ram,size=1G, model:file,path=disk.img or model:null,size=1T
     #[arg(long, value_name = "SPEC")]
     pub device: DeviceOptions,
     /// Also without an IOMMU: any fault of the SSD may then change all memory of this machine
@@ -108,7 +108,8 @@ impl ServeArgs {
 macro_rules! device_help {
     () => {
         "\
-A --device is pci:0000:5e:00.0 (or 5e:00.0), pci:serial=TEXT, model:ram or model:file.
+A --device is pci:0000:5e:00.0 (or 5e:00.0), pci:serial=TEXT, model:ram, model:file
+or model:null, which keeps nothing and moves no data: for measuring the rest.
 Keys of each (a comma within a value is written ,,):
   name=d0           what disks call it                        [d0, d1, ... in order]
   on_device_loss=error|hold

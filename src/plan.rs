@@ -246,6 +246,10 @@ fn fmt_device(device: &DevicePlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             write!(f, "image {}", path.display())?;
             *size
         }
+        Medium::Null { size } => {
+            write!(f, "null: data written is lost")?;
+            Some(*size)
+        }
     };
     match size {
         Some(size) => write!(f, ", {}", ByteSize(size))?,

@@ -55,7 +55,9 @@ fn device_keys(device: &DeviceConfig) -> Vec<(&'static str, String)> {
     let model = model_of(device);
     let mut keys = vec![("name", device.name.clone())];
     match &model.medium {
-        Medium::Ram { size } => keys.push(("size", ByteSize(*size).to_string())),
+        Medium::Ram { size } | Medium::Null { size } => {
+            keys.push(("size", ByteSize(*size).to_string()));
+        }
         Medium::File { path, size } => {
             keys.push(("path", path.to_str().expect("generated as text").to_owned()));
             keys.extend(size.map(|size| ("size", ByteSize(size).to_string())));
@@ -115,6 +117,7 @@ fn medium_name(device: &DeviceConfig) -> &'static str {
     match model_of(device).medium {
         Medium::Ram { .. } => "ram",
         Medium::File { .. } => "file",
+        Medium::Null { .. } => "null",
     }
 }
 
@@ -191,7 +194,7 @@ const ODD_TEXT: &str = "[a-z0-9,=\"'\\\\ .#-]{1,20}";
 
 prop_compose! {
     fn any_device()(
-        file in any::<bool>(),
+        medium in 0..3u8,
         path in ODD_TEXT,
         sized in any::<bool>(),
         units in 1..(1u64 << 30),
@@ -208,9 +211,10 @@ prop_compose! {
         let block_size = if big_blocks { BlockSize::B4096 } else { BlockSize::B512 };
         let size = units * u64::from(namespaces) * u64::from(block_size.bytes());
         ModelConfig {
-            medium: match file {
-                true => Medium::File { path: PathBuf::from(path), size: sized.then_some(size) },
-                false => Medium::Ram { size },
+            medium: match medium {
+                0 => Medium::File { path: PathBuf::from(path), size: sized.then_some(size) },
+                1 => Medium::Ram { size },
+                _ => Medium::Null { size },
             },
             block_size,
             namespaces,
@@ -683,7 +687,7 @@ fn pci_device_refusals_say_what_to_write() {
     assert_eq!(refusal(&file("kind = \"pci\"", &["path = \"a\""])), choice);
     assert_eq!(
         refusal(&file("kind = \"model\"", &["path = \"a\""])),
-        "device d0: the embedded controller needs medium = \"ram\" or \"file\""
+        "device d0: the embedded controller needs medium = \"ram\", \"file\" or \"null\""
     );
     let pci = "kind = \"pci\"\naddress = \"5e:00.0\"\n";
     let twice = format!("{pci}[[device]]\n{pci}name = \"b\"\n");
@@ -774,19 +778,19 @@ fn device_spec_refusals_name_the_key() {
     for (spec, reason) in [
         (
             "model",
-            "`medium`: unknown variant ``, expected `ram` or `file`",
+            "`medium`: unknown variant ``, expected one of `ram`, `file`, `null`",
         ),
         (
             "model:rom",
-            "`medium`: unknown variant `rom`, expected `ram` or `file`",
+            "`medium`: unknown variant `rom`, expected one of `ram`, `file`, `null`",
         ),
         (
             "",
-            "`` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file",
+            "`` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram, model:file and model:null",
         ),
         (
             "nvme:ram",
-            "`nvme` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file",
+            "`nvme` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram, model:file and model:null",
         ),
         ("model:ram,size=1G,size=2G", "key `size` is given twice"),
         ("model:ram,medium=file", "key `medium` is given twice"),
@@ -853,7 +857,15 @@ fn device_that_contradicts_itself_is_refused() {
         ),
         (
             "kind = \"model\"\nmedium = \"ram\"\npath = \"x\"\nsize = \"1G\"",
-            "device d0: a ram medium has no path (got x): drop it, or use the file medium",
+            "device d0: model:ram has no path (got x): drop it, or use model:file",
+        ),
+        (
+            "kind = \"model\"\nmedium = \"null\"",
+            "device d0: model:null needs size=..., for example size=1T",
+        ),
+        (
+            "kind = \"model\"\nmedium = \"null\"\npath = \"x\"\nsize = \"1G\"",
+            "device d0: model:null has no path (got x): drop it, or use model:file",
         ),
         (
             "kind = \"model\"\nmedium = \"ram\"\nsize = 6144\nblock = 4096",

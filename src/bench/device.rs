@@ -31,8 +31,14 @@ pub fn open(config: &DeviceConfig, needs: &Needs) -> anyhow::Result<Box<dyn Targ
             let medium = match &model.medium {
                 Medium::Ram { .. } => "model:ram".to_owned(),
                 Medium::File { path, .. } => format!("model:file,path={}", path.display()),
+                Medium::Null { .. } => "model:null".to_owned(),
             };
-            open_on(claim::make_model(&config.name, model)?, &medium, needs)
+            let target = open_on(claim::make_model(&config.name, model)?, &medium, needs)?;
+            if needs.verify && !model.medium.keeps_data() {
+                let _ = target.close();
+                bail!("--verify: {medium} keeps nothing that could be verified: use model:ram");
+            }
+            Ok(target)
         }
     }
 }
@@ -108,6 +114,7 @@ where
         capacity: namespace.blocks * u64::from(namespace.block_size),
         block: namespace.block_size,
         server: None,
+        ring: None,
         doorbells: "doorbells",
     };
     Ok(Box::new(Pool {

@@ -25,6 +25,7 @@ use nvme_driver::vfio::pci::PciAddress;
 use values::{Kind, Switch};
 
 pub use nvme_driver::vfio::Isolation;
+pub(crate) use options::split_at_commas;
 pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
 pub use values::{BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, ValueError};
 
@@ -106,6 +107,16 @@ pub enum Medium {
     Ram { size: u64 },
     /// An image file. With `size` it is created when absent and extended when shorter; without, it must exist.
     File { path: PathBuf, size: Option<u64> },
+    /// Nothing is kept, and no data is moved: for measuring everything else.
+    Null { size: u64 },
+}
+
+impl Medium {
+    /// Whether what is written can be read back.
+    #[must_use]
+    pub fn keeps_data(&self) -> bool {
+        !matches!(self, Self::Null { .. })
+    }
 }
 
 /// One vhost-user-blk disk: a socket, and the namespace behind it.
@@ -202,7 +213,9 @@ pub enum ConfigError {
         "device {device}: say which SSD it is with address=0000:5e:00.0 (tandem list shows them) or serial=..., one of both"
     )]
     PciChoice { device: String },
-    #[error("device {device}: the embedded controller needs medium = \"ram\" or \"file\"")]
+    #[error(
+        "device {device}: the embedded controller needs medium = \"ram\", \"file\" or \"null\""
+    )]
     NoMedium { device: String },
     #[error("device {device}: {medium} needs {key}=..., for example {example}")]
     MissingKey {
@@ -211,8 +224,12 @@ pub enum ConfigError {
         key: &'static str,
         example: &'static str,
     },
-    #[error("device {device}: a ram medium has no path (got {}): drop it, or use the file medium", path.display())]
-    PathOfRam { device: String, path: PathBuf },
+    #[error("device {device}: {medium} has no path (got {}): drop it, or use model:file", path.display())]
+    StrayPath {
+        device: String,
+        medium: MediumKind,
+        path: PathBuf,
+    },
     #[error("devices {first} and {second} would both write image {}: give each its own file", path.display())]
     SharedImage {
         first: String,
@@ -434,9 +451,13 @@ fn resolve_model(options: DeviceOptions, name: &str) -> Result<ModelConfig, Conf
         (MediumKind::Ram, None) => Medium::Ram {
             size: options.size.ok_or_else(|| missing("size", "size=1G"))?.0,
         },
-        (MediumKind::Ram, Some(path)) => {
-            return Err(ConfigError::PathOfRam {
+        (MediumKind::Null, None) => Medium::Null {
+            size: options.size.ok_or_else(|| missing("size", "size=1T"))?.0,
+        },
+        (MediumKind::Ram | MediumKind::Null, Some(path)) => {
+            return Err(ConfigError::StrayPath {
                 device: name,
+                medium: kind,
                 path: path.0,
             });
         }

@@ -63,6 +63,7 @@ pub struct DeviceOptions {
 pub enum MediumKind {
     Ram,
     File,
+    Null,
 }
 
 impl fmt::Display for MediumKind {
@@ -70,6 +71,7 @@ impl fmt::Display for MediumKind {
         f.write_str(match self {
             Self::Ram => "model:ram",
             Self::File => "model:file",
+            Self::Null => "model:null",
         })
     }
 }
@@ -208,7 +210,7 @@ fn insert_pairs(table: &mut toml::Table, spec: &str) -> Result<(), SpecError> {
 }
 
 /// Splits as QEMU does: `,` separates, `,,` is a comma within a value.
-fn split_at_commas(spec: &str) -> Vec<String> {
+pub(crate) fn split_at_commas(spec: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = spec.chars().peekable();
     while let Some(char) = chars.next() {

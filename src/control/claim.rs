@@ -30,11 +30,12 @@ pub fn open_device(
         ControllerConfig::Model(model) => {
             let transport = make_model(&config.name, model)?;
             let handle = transport.handle();
-            // Only one whose reset failed is given up. What memory held is gone with it; an image file is still there.
+            // Only one whose reset failed is given up. What memory held is gone with it; an image file is still there,
+            // and where nothing was kept nothing is missing.
             let (name, model) = (config.name.clone(), model.clone());
             let again = Box::new(move || match model.medium {
                 Medium::Ram { .. } => Err(DeviceError::Lost { name: name.clone() }),
-                Medium::File { .. } => make_model(&name, &model),
+                Medium::File { .. } | Medium::Null { .. } => make_model(&name, &model),
             });
             let device = Device::open(&config.name, transport, wanted, again)?;
             Ok((device, Some(handle)))
@@ -112,6 +113,7 @@ pub fn make_model(name: &str, model: &ModelConfig) -> Result<Model, DeviceError>
     let (medium, size) = match &model.medium {
         Medium::Ram { size } => (nvme_model::Medium::Ram, Some(*size)),
         Medium::File { path, size } => (nvme_model::Medium::File { path: path.clone() }, *size),
+        Medium::Null { size } => (nvme_model::Medium::Null, Some(*size)),
     };
     Model::new(nvme_model::ModelConfig {
         name: name.to_owned(),
