@@ -14,8 +14,8 @@
 use std::fmt;
 
 use crate::config::{
-    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Medium,
-    Polling, Socket,
+    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Isolation,
+    Medium, Polling, Socket,
 };
 
 /// What the machine has.
@@ -225,13 +225,18 @@ fn fmt_device(device: &DevicePlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         name,
         controller,
         on_device_loss,
+        isolation,
     } = &device.config;
     let model = match controller {
         ControllerConfig::Model(model) => model,
         ControllerConfig::Pci(target) => {
+            let how = match isolation {
+                Isolation::Iommu => "",
+                Isolation::UnsafeNone => ", UNSAFE: also without an IOMMU",
+            };
             writeln!(
                 f,
-                "device  {name}  {target} through VFIO; if it is lost: {on_device_loss}"
+                "device  {name}  {target} through VFIO{how}; if it is lost: {on_device_loss}"
             )?;
             return writeln!(
                 f,
@@ -249,6 +254,10 @@ fn fmt_device(device: &DevicePlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Medium::File { path, size } => {
             write!(f, "image {}", path.display())?;
             *size
+        }
+        Medium::Null { size } => {
+            write!(f, "null: data written is lost")?;
+            Some(*size)
         }
     };
     match size {

@@ -4,14 +4,15 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// A folder of its own for each test, removed at the end.
@@ -143,6 +144,24 @@ fn closed_loop_on_the_driver_keeps_its_depth_in_flight() {
 }
 
 #[test]
+fn null_medium_of_any_size_is_measured_and_refuses_to_be_verified() {
+    let null = ["--device", "model:null,size=1T", "--iodepth", "4"];
+    let result = measured(&[&null[..], &["--rw", "randrw"], &SHORT].concat());
+    let target = result.pointer("/tandem/targets/0").unwrap();
+    assert_eq!(target["name"], "model:null");
+    assert_eq!(
+        number(target, "/capacity_bytes"),
+        f64::from(1 << 20) * f64::from(1 << 20)
+    );
+    let verify = ["--verify", "crc32c", "--size", "1M"];
+    refused(
+        &[&null[..], &verify].concat(),
+        2,
+        &["--verify", "model:null keeps nothing"],
+    );
+}
+
+#[test]
 fn latency_of_the_model_is_found_in_what_is_measured() {
     let slow = [
         "--device",
@@ -213,23 +232,29 @@ fn server_is_measured_in_every_way_of_its_rings() {
     let socket = folder.path("disk.sock");
     let server = Server::tandem(&socket);
     for ways in [
-        ["on", "off", "on"],
-        ["off", "off", "off"],
-        ["on", "on", "on"],
-        ["off", "on", "off"],
+        ["split", "on", "off", "on"],
+        ["split", "off", "off", "off"],
+        ["split", "on", "on", "on"],
+        ["split", "off", "on", "off"],
+        ["packed", "on", "off", "on"],
+        ["packed", "off", "off", "off"],
+        ["packed", "on", "on", "off"],
+        ["packed", "off", "on", "on"],
     ] {
-        let [indirect, interrupts, event_idx] = ways;
+        let [ring, indirect, interrupts, event_idx] = ways;
         let result = measured(
             &[
                 &["--vhost-user", &socket, "--iodepth", "8"][..],
                 &["--indirect", indirect, "--interrupts", interrupts],
-                &["--event-idx", event_idx],
+                &["--event-idx", event_idx, "--ring", ring],
                 &SHORT,
             ]
             .concat(),
         );
         let job = &result["jobs"][0];
         obeys_littles_law(job, 8.0);
+        let target = result.pointer("/tandem/targets/0").unwrap();
+        assert_eq!(target["ring"], ring);
         assert_eq!(
             number(&result, "/tandem/targets/0/server_pid"),
             f64::from(server.0.id())
@@ -250,18 +275,26 @@ fn mixed_load_on_two_queues_of_a_server_reads_what_it_wrote() {
     let folder = Folder::of_sockets();
     let socket = folder.path("disk.sock");
     let _server = Server::tandem(&socket);
-    let load = [
-        ["--vhost-user", &socket],
-        ["--rw", "randrw"],
-        ["--rwmixread", "30"],
-        ["--fsync", "16"],
-        ["--verify", "crc32c"],
-        ["--size", "1M"],
-        ["--numjobs", "2"],
-        ["--iodepth", "8"],
-    ];
-    let result = measured(&[load.as_flattened(), &SHORT].concat());
-    let job = &result["jobs"][0];
+    // On a ring of either kind, where flushes take fewer descriptors than the others, and laps differ.
+    for ways in ["ring=split", "ring=packed", "ring=packed,indirect=off"] {
+        let target = format!("{socket},{ways}");
+        let load = [
+            ["--vhost-user", &target],
+            ["--rw", "randrw"],
+            ["--rwmixread", "30"],
+            ["--fsync", "16"],
+            ["--verify", "crc32c"],
+            ["--size", "1M"],
+            ["--numjobs", "2"],
+            ["--iodepth", "8"],
+        ];
+        let result = measured(&[load.as_flattened(), &SHORT].concat());
+        is_mixed_and_verified(&result["jobs"][0]);
+    }
+}
+
+#[track_caller]
+fn is_mixed_and_verified(job: &Value) {
     let [reads, writes, syncs] =
         ["read", "write", "sync"].map(|op| number(job, &format!("/{op}/total_ios")));
     assert!(
@@ -275,6 +308,74 @@ fn mixed_load_on_two_queues_of_a_server_reads_what_it_wrote() {
     );
     assert!(number(job, "/tandem/verified_reads") > 0.0);
     assert_eq!(job["tandem"]["queues"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn socket_named_twice_is_measured_with_rings_of_both_kinds_in_turn() {
+    let _turn = turn_of_servers();
+    let folder = Folder::of_sockets();
+    let socket = folder.path("disk.sock");
+    let server = Server::tandem(&socket);
+    let packed = format!("{socket},ring=packed");
+    let targets = ["--vhost-user", &socket, "--vhost-user", &packed];
+    let load = ["--iodepth", "4", "--rounds", "2"];
+    let result = measured(&[&targets[..], &load, &SHORT].concat());
+    let of = |key: &str| -> Vec<Value> {
+        let targets = result.pointer("/tandem/targets").unwrap();
+        let targets = targets.as_array().unwrap().iter();
+        targets.map(|target| target[key].clone()).collect()
+    };
+    assert_eq!(of("name"), [Value::from(socket), Value::from(packed)]);
+    assert_eq!(of("ring"), ["split", "packed"]);
+    assert_eq!(of("server_pid"), [server.0.id(), server.0.id()]);
+    for job in result["jobs"].as_array().unwrap() {
+        obeys_littles_law(job, 4.0);
+    }
+}
+
+#[test]
+fn parked_server_stands_still_while_another_is_measured_and_serves_afterwards() {
+    let _turn = turn_of_servers();
+    let folder = Folder::of_sockets();
+    let sockets = ["a.sock", "b.sock"].map(|name| folder.path(name));
+    let [a, b] = &sockets;
+    // Both on one core, which each would have all of.
+    let servers = (Server::tandem(a), Server::tandem(b));
+    let targets = ["--vhost-user", a, "--vhost-user", b, "--park"];
+    let load = ["--rounds", "1", "--runtime", "1", "--ramp_time", "100ms"];
+    let pids = [servers.0.0.id(), servers.1.0.id()];
+    let stands_still = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.rsplit_once(") ").unwrap().1.starts_with('T')
+    };
+    let over = AtomicBool::new(false);
+    let (result, seen) = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut seen = [false; 2];
+            while !over.load(Ordering::Relaxed) {
+                for (seen, pid) in seen.iter_mut().zip(&pids) {
+                    *seen |= stands_still(pid);
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            seen
+        });
+        let result = measured(&[&targets[..], &load].concat());
+        over.store(true, Ordering::Relaxed);
+        (result, watcher.join().unwrap())
+    });
+    assert_eq!(seen, [true, true]);
+    for (index, pid) in pids.iter().enumerate() {
+        let path = format!("/tandem/targets/{index}/server_pid");
+        assert_eq!(number(&result, &path), f64::from(*pid));
+        assert!(!stands_still(pid));
+        // It goes on: it answers.
+        measured(&[&["--vhost-user", &sockets[index]][..], &SHORT].concat());
+    }
+    // A file has no server that could be parked.
+    let file = folder.path("file");
+    let targets = ["--vhost-user", a, "--file", &file, "--size", "1M", "--park"];
+    refused(&targets, 2, &["--park", "file"]);
 }
 
 #[test]
@@ -562,6 +663,47 @@ fn job_file_is_measured_section_by_section() {
 }
 
 #[test]
+fn interrupted_measurement_reports_what_there_is_and_exits_as_fio_does() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tandem"))
+        .args([
+            "bench",
+            "--device",
+            RAM,
+            "--iodepth",
+            "1,4",
+            "--rounds",
+            "9",
+        ])
+        .args([
+            "--runtime",
+            "1000",
+            "--ramp_time",
+            "0",
+            "--output-format",
+            "json",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    std::thread::sleep(Duration::from_secs(2));
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::INT).unwrap();
+    let mut json = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut json).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128));
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let result = checked(&json);
+    assert_eq!(result.pointer("/tandem/interrupted").unwrap(), true);
+    // One depth of two, one round of nine.
+    let jobs = result["jobs"].as_array().unwrap();
+    assert_eq!(jobs.len(), 1);
+    assert_eq!(jobs[0]["tandem"]["rounds"].as_array().unwrap().len(), 1);
+    obeys_littles_law(&jobs[0], 1.0);
+    assert!(number(&jobs[0], "/read/total_ios") > 0.0);
+}
+
+#[test]
 fn trims_are_counted_apart() {
     let load = ["--device", RAM, "--rw", "randtrim", "--iodepth", "4"];
     let result = measured(&[&load[..], &SHORT].concat());
@@ -607,6 +749,8 @@ fn what_makes_no_sense_is_refused_with_2_before_anything_is_measured() {
             &["no room"],
         ),
         (&["--interrupts", "on"], &["a --device is only polled"]),
+        (&["--park"], &["--park", "model:ram"]),
+        (&["--vhost-user", "x,ring=round"], &["ring: `round`"]),
         (
             &["--verify", "crc32c", "--size", "64K", "--iodepth", "16"],
             &["twice as many blocks"],

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use tandem::cli::{Cli, Command};
 use tandem::config::{
     BlkOptions, BlockSize, ByteSize, Config, ConfigError, ControllerConfig, CoreId, CoreList,
-    DeviceConfig, DeviceOptions, DiskConfig, LogLevel, MAX_DEVICE_NAME, Medium, ModelConfig,
-    OnDeviceLoss, Options, PciTarget, Polling, Socket,
+    DeviceConfig, DeviceOptions, DiskConfig, Isolation, LogLevel, MAX_DEVICE_NAME, Medium,
+    ModelConfig, OnDeviceLoss, Options, PciTarget, Polling, Socket,
 };
 use tandem::plan::{Topology, plan};
 
@@ -55,7 +55,9 @@ fn device_keys(device: &DeviceConfig) -> Vec<(&'static str, String)> {
     let model = model_of(device);
     let mut keys = vec![("name", device.name.clone())];
     match &model.medium {
-        Medium::Ram { size } => keys.push(("size", ByteSize(*size).to_string())),
+        Medium::Ram { size } | Medium::Null { size } => {
+            keys.push(("size", ByteSize(*size).to_string()));
+        }
         Medium::File { path, size } => {
             keys.push(("path", path.to_str().expect("generated as text").to_owned()));
             keys.extend(size.map(|size| ("size", ByteSize(size).to_string())));
@@ -115,6 +117,7 @@ fn medium_name(device: &DeviceConfig) -> &'static str {
     match model_of(device).medium {
         Medium::Ram { .. } => "ram",
         Medium::File { .. } => "file",
+        Medium::Null { .. } => "null",
     }
 }
 
@@ -193,7 +196,7 @@ const ODD_TEXT: &str = "[a-z0-9,=\"'\\\\ .#-]{1,20}";
 
 prop_compose! {
     fn any_device()(
-        file in any::<bool>(),
+        medium in 0..3u8,
         path in ODD_TEXT,
         sized in any::<bool>(),
         units in 1..(1u64 << 30),
@@ -210,9 +213,10 @@ prop_compose! {
         let block_size = if big_blocks { BlockSize::B4096 } else { BlockSize::B512 };
         let size = units * u64::from(namespaces) * u64::from(block_size.bytes());
         ModelConfig {
-            medium: match file {
-                true => Medium::File { path: PathBuf::from(path), size: sized.then_some(size) },
-                false => Medium::Ram { size },
+            medium: match medium {
+                0 => Medium::File { path: PathBuf::from(path), size: sized.then_some(size) },
+                1 => Medium::Ram { size },
+                _ => Medium::Null { size },
             },
             block_size,
             namespaces,
@@ -257,7 +261,7 @@ prop_compose! {
                 }
                 let on_device_loss = if index.is_multiple_of(2) { OnDeviceLoss::Error } else { OnDeviceLoss::Hold };
                 let name = format!("ssd.{index}");
-                DeviceConfig { name, controller: ControllerConfig::Model(model), on_device_loss }
+                DeviceConfig { name, controller: ControllerConfig::Model(model), on_device_loss, isolation: Isolation::Iommu }
             })
             .collect();
         let disks = disks
@@ -339,6 +343,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
         devices: vec![DeviceConfig {
             name: "d0".to_owned(),
             on_device_loss: OnDeviceLoss::Error,
+            isolation: Isolation::Iommu,
             controller: ControllerConfig::Model(ModelConfig {
                 medium: Medium::Ram { size: 1 << 30 },
                 block_size: BlockSize::B512,
@@ -595,9 +600,38 @@ fn pci_device_in_every_form_names_its_ssd() {
     ))
     .unwrap();
     assert_eq!(config.devices[0].controller, ControllerConfig::Pci(address));
+    assert_eq!(config.devices[0].isolation, Isolation::Iommu);
     assert_eq!(
         config.disks[0].nsid, 700,
         "which namespaces there are shows when it is claimed"
+    );
+}
+
+#[test]
+fn device_without_an_iommu_is_asked_for_by_key_alone() {
+    for (spec, isolation) in [
+        ("pci:5e:00.0", Isolation::Iommu),
+        ("pci:5e:00.0,unsafe_noiommu=off", Isolation::Iommu),
+        ("pci:5e:00.0,unsafe_noiommu=on", Isolation::UnsafeNone),
+    ] {
+        let device: DeviceOptions = spec.parse().unwrap();
+        assert_eq!(
+            device.resolve_alone().unwrap().isolation,
+            isolation,
+            "{spec}"
+        );
+    }
+    let config = from_toml(&file(
+        "kind = \"pci\"\naddress = \"5e:00.0\"\nunsafe_noiommu = true\n",
+        &["path = \"a\""],
+    ))
+    .unwrap();
+    assert_eq!(config.devices[0].isolation, Isolation::UnsafeNone);
+    let plan = plan(&config, &Topology::from_online_cores([CoreId(0)]));
+    let text = plan.unwrap().to_string();
+    assert!(
+        text.starts_with("device  d0  pci:0000:5e:00.0 through VFIO, UNSAFE: also without an IOMMU; if it is lost: error\n"),
+        "{text}"
     );
 }
 
@@ -611,6 +645,10 @@ fn pci_device_refusals_say_what_to_write() {
         (
             "pci:5e.0",
             "`address`: `5e.0` is not a PCI address: write it as lspci does, 0000:5e:00.0 or 5e:00.0",
+        ),
+        (
+            "pci:5e:00.0,unsafe_noiommu=yes",
+            "`unsafe_noiommu`: `yes` is neither on nor off",
         ),
         (
             "pci:5e:00.0,on_device_loss=wait",
@@ -635,6 +673,11 @@ fn pci_device_refusals_say_what_to_write() {
             "device d0: queues=... means nothing for a real SSD, which says this itself: drop it",
         ),
         (
+            "model:ram,size=1G,unsafe_noiommu=off",
+            "device d0: unsafe_noiommu=... means nothing for the embedded controller, which checks every address itself: \
+             drop it",
+        ),
+        (
             "model:ram,size=1G,address=5e:00.0",
             "device d0: address=... means nothing for the embedded controller, which is on no bus: drop it",
         ),
@@ -649,7 +692,7 @@ fn pci_device_refusals_say_what_to_write() {
     assert_eq!(refusal(&file("kind = \"pci\"", &["path = \"a\""])), choice);
     assert_eq!(
         refusal(&file("kind = \"model\"", &["path = \"a\""])),
-        "device d0: the embedded controller needs medium = \"ram\" or \"file\""
+        "device d0: the embedded controller needs medium = \"ram\", \"file\" or \"null\""
     );
     let pci = "kind = \"pci\"\naddress = \"5e:00.0\"\n";
     let twice = format!("{pci}[[device]]\n{pci}name = \"b\"\n");
@@ -740,19 +783,19 @@ fn device_spec_refusals_name_the_key() {
     for (spec, reason) in [
         (
             "model",
-            "`medium`: unknown variant ``, expected `ram` or `file`",
+            "`medium`: unknown variant ``, expected one of `ram`, `file`, `null`",
         ),
         (
             "model:rom",
-            "`medium`: unknown variant `rom`, expected `ram` or `file`",
+            "`medium`: unknown variant `rom`, expected one of `ram`, `file`, `null`",
         ),
         (
             "",
-            "`` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file",
+            "`` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram, model:file and model:null",
         ),
         (
             "nvme:ram",
-            "`nvme` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file",
+            "`nvme` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram, model:file and model:null",
         ),
         ("model:ram,size=1G,size=2G", "key `size` is given twice"),
         ("model:ram,medium=file", "key `medium` is given twice"),
@@ -819,7 +862,15 @@ fn device_that_contradicts_itself_is_refused() {
         ),
         (
             "kind = \"model\"\nmedium = \"ram\"\npath = \"x\"\nsize = \"1G\"",
-            "device d0: a ram medium has no path (got x): drop it, or use the file medium",
+            "device d0: model:ram has no path (got x): drop it, or use model:file",
+        ),
+        (
+            "kind = \"model\"\nmedium = \"null\"",
+            "device d0: model:null needs size=..., for example size=1T",
+        ),
+        (
+            "kind = \"model\"\nmedium = \"null\"\npath = \"x\"\nsize = \"1G\"",
+            "device d0: model:null has no path (got x): drop it, or use model:file",
         ),
         (
             "kind = \"model\"\nmedium = \"ram\"\nsize = 6144\nblock = 4096",

@@ -84,9 +84,14 @@ fn short_way(guest: &SimGuest, queue: &mut Virtqueue) -> (Result<Option<Seen>, R
     if let Err(error) = queue.available() {
         return (Err(error), false);
     }
-    match queue.pop_sole(&guest.memory().main()) {
+    let main = guest.memory().main();
+    let sole = match queue.layout() {
+        RingLayout::Split => queue.pop_sole::<_, false>(&main),
+        RingLayout::Packed => queue.pop_sole::<_, true>(&main),
+    };
+    match sole {
         Some(sole) => {
-            let ends = chain.hold(&sole);
+            let ends = chain.hold(&sole, &main);
             assert_eq!(chain.head(), sole.head);
             (Ok(Some(seen(ends, &chain))), true)
         }

@@ -544,8 +544,13 @@ fn through(
         };
         b.guest.publish();
         assert!(b.queue.available().unwrap() > 0);
-        let mut ends: Ends<HEADER_BYTES> = match b.queue.pop_sole(&b.memory.main()) {
-            Some(sole) => b.chain.hold(&sole),
+        let main = b.memory.main();
+        let sole = match layout {
+            RingLayout::Split => b.queue.pop_sole::<_, false>(&main),
+            RingLayout::Packed => b.queue.pop_sole::<_, true>(&main),
+        };
+        let mut ends: Ends<HEADER_BYTES> = match sole {
+            Some(sole) => b.chain.hold(&sole, &main),
             None => {
                 assert!(b.queue.pop(&b.memory, &mut b.chain).unwrap(), "a request");
                 b.chain.take_ends()

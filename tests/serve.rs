@@ -291,6 +291,35 @@ fn dry_run_prints_the_plan_and_touches_nothing() {
 }
 
 #[test]
+fn null_device_is_served_with_a_warning_that_data_written_is_lost() {
+    let folder = Folder::new();
+    let blk = folder.blk("a", "");
+    let args = [
+        "--device",
+        "model:null,size=1T",
+        "--blk",
+        &blk,
+        "--cores",
+        "0",
+    ];
+    let plan = serve(&[&args[..], &["--dry-run"]].concat())
+        .output()
+        .unwrap();
+    let plan = String::from_utf8(plan.stdout).unwrap();
+    assert!(plan.contains("null: data written is lost, 1T"), "{plan}");
+    let mut server = Serving::start(serve(&args).stderr(Stdio::piped()));
+    drop(attach(&folder.0.join("a")));
+    let mut errors = server.0.stderr.take().unwrap();
+    assert_eq!(server.end().1, Some(0));
+    let mut log = String::new();
+    errors.read_to_string(&mut log).unwrap();
+    let warns = |line: &str| line.contains("WARN") && line.contains("data written is lost");
+    assert!(log.lines().any(warns), "{log}");
+    let text = identify("model:null,size=1T", &[]);
+    assert!(text.contains("Tandem null (keeps no data)"), "{text}");
+}
+
+#[test]
 fn sigusr1_prints_the_counters_and_sigterm_ends_within_a_second_with_a_client_attached() {
     let folder = Folder::new();
     let blk = folder.blk("a", ",queues=3");

@@ -14,7 +14,7 @@ use std::time::Duration;
 use common::rig::{GuestSetup, Rig, RigGuest};
 use common::rng::Rng;
 use nvme_driver::spec::{Status, io_opcode};
-use nvme_model::{Clock, ModelConfig};
+use nvme_model::{Clock, Medium, ModelConfig};
 use tandem::control::device::{DeviceControl, DeviceError, Pollers};
 use tandem::datapath::Service;
 use tandem::sim::{Framing, SimRequest};
@@ -562,5 +562,41 @@ fn command_that_the_device_fails_ends_its_request_with_ioerr_and_no_other() {
             assert_eq!(completion.used_len, used, "type {kind} length {len}");
         }
     }
+    rig.finish();
+}
+
+#[test]
+fn bounced_read_of_a_device_that_returns_nothing_gives_zeroes_and_no_other_guests_bytes() {
+    let mut rig = Rig::new(ModelConfig {
+        medium: Medium::Null,
+        size: DISK_BYTES,
+        queues: 1,
+        ..ModelConfig::default()
+    });
+    // Both ride on one queue pair, whose bounce buffers they share.
+    let mut victim = rig.add_guest(&GuestSetup::default());
+    let mut other = rig.add_guest(&GuestSetup::default());
+    let mut request = SimRequest::new(request_type::OUT, 0, 4096, false);
+    request.data_offset = 3;
+    for _ in 0..20 {
+        victim.driver.submit(&request, &[0x5e; 4096]).unwrap();
+        victim.driver.publish();
+        while victim.driver.poll_used().is_none() {
+            rig.turn();
+        }
+    }
+    (request.request_type, request.data_writable) = (request_type::IN, true);
+    let head = other.driver.submit(&request, &[]).unwrap();
+    other.driver.publish();
+    let completion = loop {
+        rig.turn();
+        if let Some(completion) = other.driver.poll_used() {
+            break completion;
+        }
+    };
+    assert_eq!((completion.head, completion.status), (head, status::OK));
+    let mut bytes = [1; 4096];
+    other.driver.read_data(head, &mut bytes);
+    assert!(bytes.iter().all(|byte| *byte == 0), "{:?}", &bytes[..8]);
     rig.finish();
 }

@@ -8,7 +8,7 @@ use nvme_driver::spec::{
     Cns, FeatureId, LbaRange, LogId, Nsid, PAGE_SIZE, Status, SubmissionEntry, ascii_field,
     io_opcode, offset, oncs,
 };
-use nvme_driver::transport::Transport;
+use nvme_driver::transport::{Iova, Transport};
 use nvme_driver::{Controller, DataSegment, Enabled, Error, QueuePair, SubmitError};
 use nvme_model::{Clock, Model, ModelConfig, ModelHandle};
 
@@ -539,7 +539,7 @@ fn memory_of_someone_else_is_reached_through_a_mapping_and_only_while_it_lives()
     // SAFETY: 8 bytes of the mapping, which `mapping` keeps alive.
     unsafe { base.as_ptr().add(4096 - 4).write_bytes(0x77, 8) };
     let data = std::iter::once(DataSegment {
-        iova: nvme_driver::dma::Iova(mapping.iova().0 + 4096 - 512),
+        iova: Iova(mapping.iova().0 + 4096 - 512),
         len: 1024,
     });
     let two = LbaRange { slba: 4, blocks: 2 };
@@ -683,4 +683,86 @@ fn identify_of_something_unknown_is_an_error_with_its_name() {
     let (mut controller, _) = enable(ModelConfig::default(), 1);
     let error = controller.namespace(Nsid(7)).unwrap_err().to_string();
     assert!(error.contains("Invalid Namespace or Format"), "{error}");
+}
+
+#[test]
+fn null_medium_checks_everything_moves_nothing_and_says_so() {
+    let config = ModelConfig {
+        medium: nvme_model::Medium::Null,
+        // As large as anything: nothing is allocated by it.
+        size: 1 << 50,
+        ..ModelConfig::default()
+    };
+    let (mut controller, handle) = enable(config, 1);
+    let identity = controller.identity();
+    assert!(identity.mn.starts_with(b"Tandem null (keeps no data) "));
+    assert!(!identity.supports(oncs::COMPARE));
+    let blocks = controller.namespace(Nsid(1)).unwrap().blocks;
+    assert_eq!(blocks, 1 << 41);
+    let mut queue = controller.create_queue_pair(16).unwrap();
+    let space = controller.dma_space().clone();
+    let mut buffer = DmaBuffer::new(&space, 16 << 10, DmaAccess::Both).unwrap();
+    buffer.write_bytes(0, &[0xa5; 16 << 10]);
+    let last = LbaRange {
+        slba: blocks - 32,
+        blocks: 32,
+    };
+    // Four pages each: a PRP list.
+    for entry in [
+        SubmissionEntry::write(Nsid(1), last, true),
+        SubmissionEntry::read(Nsid(1), last),
+    ] {
+        queue
+            .submit(entry, whole(&buffer, 16 << 10), 16 << 10)
+            .unwrap();
+        assert_eq!(finish(&mut queue), Status::SUCCESS);
+    }
+    for entry in [
+        SubmissionEntry::flush(Nsid(1)),
+        SubmissionEntry::write_zeroes(Nsid(1), last, true, false),
+    ] {
+        queue.submit_without_data(entry).unwrap();
+        assert_eq!(finish(&mut queue), Status::SUCCESS);
+    }
+    queue
+        .submit_deallocate(Nsid(1), std::iter::once(last))
+        .unwrap();
+    assert_eq!(finish(&mut queue), Status::SUCCESS);
+    let mut bytes = vec![0; 16 << 10];
+    buffer.read_bytes(0, &mut bytes);
+    assert!(bytes.iter().all(|byte| *byte == 0xa5));
+    let beyond = LbaRange {
+        slba: blocks - 31,
+        blocks: 32,
+    };
+    let entry = SubmissionEntry::read(Nsid(1), beyond);
+    queue
+        .submit(entry, whole(&buffer, 16 << 10), 16 << 10)
+        .unwrap();
+    assert_eq!(finish(&mut queue), Status::LBA_OUT_OF_RANGE.with_dnr());
+    assert_clean(&handle);
+    // The last page of a list is looked up as the first is.
+    let outside = [
+        buffer.iova(0),
+        buffer.iova(4096),
+        buffer.iova(8192),
+        Iova(1 << 38),
+    ];
+    for entry in [
+        SubmissionEntry::read(Nsid(1), last),
+        SubmissionEntry::write(Nsid(1), last, false),
+    ] {
+        let pages = outside.map(|iova| DataSegment { iova, len: 4096 });
+        queue.submit(entry, pages.into_iter(), 16 << 10).unwrap();
+        assert_eq!(finish(&mut queue), Status::DATA_TRANSFER_ERROR.with_dnr());
+    }
+    assert_eq!(handle.iommu_violations(), 2);
+    let counters = handle.io_counters();
+    assert_eq!(
+        (counters.reads, counters.writes, counters.errors),
+        (1, 1, 3)
+    );
+    controller.delete_queue_pair(queue).unwrap();
+    drop(buffer);
+    controller.shutdown().map_err(|(_, error)| error).unwrap();
 }

@@ -13,6 +13,7 @@ use clap::{Args, ValueEnum};
 use crate::config::{ByteSize, CoreList, DeviceOptions};
 
 use super::io::Pattern;
+use super::spec::ServerSpec;
 
 /// The largest block: what one descriptor, one command of most SSDs and one io_uring entry carry without being split.
 const MAX_BLOCK: u64 = 1 << 20;
@@ -31,15 +32,26 @@ pub struct BenchArgs {
     /// An NVMe controller, without a server between: as for serve (repeatable)
     #[arg(long, value_name = "SPEC", help_heading = "Targets")]
     pub device: Vec<DeviceOptions>,
-    /// The socket of any vhost-user-blk server (repeatable)
-    #[arg(long, value_name = "SOCKET", help_heading = "Targets")]
-    pub vhost_user: Vec<PathBuf>,
+    /// The socket of any vhost-user-blk server (repeatable); what holds for it alone follows: vm0.sock,ring=packed
+    #[arg(long, value_name = "SOCKET[,KEY=VALUE]", help_heading = "Targets")]
+    pub vhost_user: Vec<ServerSpec>,
     /// A file or block device, through the kernel's io_uring (repeatable)
     #[arg(long, value_name = "PATH", help_heading = "Targets")]
     pub file: Vec<PathBuf>,
     /// Writes and trims may replace what is on an SSD (pci:...) or on a block device
     #[arg(long, help_heading = "Targets")]
     pub overwrite_data: bool,
+    /// Real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
+    #[arg(long, help_heading = "Targets")]
+    pub unsafe_noiommu: bool,
+    /// vhost-user: split or packed virtqueues
+    #[arg(
+        long,
+        value_name = "KIND",
+        default_value = "split",
+        help_heading = "Targets"
+    )]
+    pub ring: RingKind,
     /// vhost-user: one descriptor that names a table, or three in the ring
     #[arg(
         long,
@@ -67,6 +79,9 @@ pub struct BenchArgs {
     /// vhost-user: take the memory that is shared from huge pages of 2 MiB
     #[arg(long, help_heading = "Targets")]
     pub hugepages: bool,
+    /// vhost-user: stop each server (SIGSTOP) while another target is measured, so that servers that poll share a core
+    #[arg(long, help_heading = "Targets")]
+    pub park: bool,
     #[command(flatten)]
     pub job: JobOptions,
     /// Times that each target is measured, in turn: A A' B A A' B [default: 1, with several targets 5]
@@ -95,11 +110,18 @@ const HELP: &str = "\
 Targets are compared with the first one: devices come before sockets, sockets
 before files. With several, the first is measured twice a round; how far these
 two differ is the noise that a difference must exceed.
+Keys of a --vhost-user socket, before the flags of the same names: ring,
+indirect, event_idx, interrupts, hugepages; and pid=N, the server's process if
+another one made the socket. A socket that is named twice is connected to anew
+for each measurement. If this is killed (SIGKILL), servers that it parked stand
+still until SIGCONT.
 Exit code 1: it failed while measuring, or --verify found something.
-2: nothing was measured.
+2: nothing was measured. 128: it was interrupted (Ctrl-C), and what was measured
+until then is the result; a second Ctrl-C ends it at once.
 
   tandem bench --device model:ram,size=1G --bs 4k --iodepth 1,4,16,64
   tandem bench --vhost-user vm0.sock --vhost-user other.sock --iodepth 32
+  tandem bench --vhost-user vm0.sock --vhost-user vm0.sock,ring=packed
   tandem bench --file /dev/nvme0n1 --rw randread --rate_iops 20000
   tandem bench --device pci:5e:00.0 --rw randwrite --overwrite-data \\
     --load-curve 10..95% --plot load.svg";
@@ -254,6 +276,22 @@ impl Job {
     #[must_use]
     pub fn most_depth(&self) -> u32 {
         self.depths.iter().copied().max().unwrap_or(1)
+    }
+}
+
+/// The layouts of a virtqueue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RingKind {
+    Split,
+    Packed,
+}
+
+impl fmt::Display for RingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Split => "split",
+            Self::Packed => "packed",
+        })
     }
 }
 

@@ -1,9 +1,10 @@
 //! One thread that keeps one queue busy and takes the time.
 //!
 //! ```text
-//!  round:  poll -> clock -> record what came back -> send while there is a place (closed loop)
-//!                                                    or an arrival is due (open loop) -> doorbell -> clock
+//!  round:  poll -> clock -> send while there is a place (closed loop)
+//!                           or an arrival is due (open loop) -> doorbell -> clock -> record what came back
 //! ```
+//! What came back is recorded while the target is busy with what was sent for it: the target does not wait for that.
 //! The clock is read once a poll and once more after something was sent, never once an I/O. A latency ends when the poll
 //! that found its completion has returned; it begins when its place was free (closed loop) or when it was due (open
 //! loop, whether or not a place was free: no coordinated omission). So it is never too short, and too long by a poll.
@@ -24,6 +25,9 @@ use super::stats::{Counters, Outcome, Usage, whole};
 pub const DEADLINE: Duration = Duration::from_secs(30);
 /// A poll that comes this much after the one before is late: a loop that is not interrupted takes a fraction of it.
 pub const LATE: u64 = 20_000;
+/// Looks at a ring between two readings of the clock, when nothing but an answer is waited for. A look is a load from
+/// this core's cache until the server writes there; a reading of the clock costs as much as dozens of them.
+pub const SPINS: u32 = 64;
 /// How often the live figures are renewed.
 const LIVE_EVERY: u64 = 200_000_000;
 
@@ -55,6 +59,14 @@ pub trait Queue: Send {
     /// When the target is gone or broke its rules.
     fn poll(&mut self, done: &mut Vec<Done>) -> anyhow::Result<()>;
 
+    /// As [`Queue::poll`], when there is nothing else to do: may look more than once.
+    ///
+    /// # Errors
+    /// As there.
+    fn spin(&mut self, done: &mut Vec<Done>) -> anyhow::Result<()> {
+        self.poll(done)
+    }
+
     /// Sleeps until something comes back or `timeout` is over. A queue that only polls returns at once, with false.
     ///
     /// # Errors
@@ -85,6 +97,8 @@ pub struct Shot<'a> {
     /// Open loop: arrivals a second and queue.
     pub rate: Option<f64>,
     pub region: Region,
+    /// Ctrl-C: what was measured so far is the result.
+    pub interrupted: &'a AtomicBool,
 }
 
 /// What is seen from outside while it runs.
@@ -102,6 +116,15 @@ pub struct Live {
 #[derive(Clone, Copy)]
 struct Slot {
     io: Io,
+    intended: u64,
+    handed: u64,
+}
+
+/// What is recorded of an I/O once its place is another's.
+#[derive(Clone, Copy)]
+struct Returned {
+    op: Op,
+    len: u32,
     intended: u64,
     handed: u64,
 }
@@ -165,6 +188,7 @@ struct Drive<'a, Q> {
     free: Vec<u32>,
     sent: Vec<u32>,
     done: Vec<Done>,
+    returned: Vec<Returned>,
     in_flight: u32,
     out: Outcome,
     measuring: bool,
@@ -213,6 +237,7 @@ pub fn drive<Q: Queue>(
         free: (0..shot.depth).rev().collect(),
         sent: Vec::with_capacity(depth),
         done: Vec::with_capacity(depth),
+        returned: Vec::with_capacity(depth),
         in_flight: 0,
         out: Outcome::default(),
         measuring: false,
@@ -225,7 +250,10 @@ pub fn drive<Q: Queue>(
     let result = pinned.and_then(|()| {
         drive.run(shot)?;
         drive.drain()?;
-        drive.read_back()
+        match shot.interrupted.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => drive.read_back(),
+        }
     });
     if result.is_err() {
         live.stop.store(true, Ordering::Relaxed);
@@ -279,7 +307,11 @@ impl<Q: Queue> Drive<'_, Q> {
         }
         loop {
             self.done.clear();
-            self.queue.poll(&mut self.done)?;
+            if self.arrivals.is_none() && self.free.is_empty() {
+                self.queue.spin(&mut self.done)?;
+            } else {
+                self.queue.poll(&mut self.done)?;
+            }
             let now = self.now();
             let gap = now - last;
             let found = self.done.len() as u64;
@@ -299,15 +331,17 @@ impl<Q: Queue> Drive<'_, Q> {
                 }
             } else {
                 last_completion = now;
-                self.record(now)?;
+                self.collect()?;
             }
             if now >= end || self.live.stop.load(Ordering::Relaxed) {
+                self.record(now);
                 self.finish(now, measured_from);
                 self.out.usage = Usage::of_this_thread().since(usage);
                 self.out.counters = self.queue.counters().since(counters);
                 return Ok(());
             }
             if !self.measuring && now >= begin {
+                self.record(now);
                 self.measuring = true;
                 self.out = Outcome::default();
                 measured_from = now;
@@ -334,28 +368,26 @@ impl<Q: Queue> Drive<'_, Q> {
                     last = self.now();
                 }
             }
+            self.record(now);
         }
     }
 
-    /// What came back at `now`. All of it, even if something of it failed: nothing that has come back is in flight.
+    /// Takes what came back. All of it, even if something of it failed: nothing that has come back is in flight.
     #[inline]
-    fn record(&mut self, now: u64) -> anyhow::Result<()> {
+    fn collect(&mut self) -> anyhow::Result<()> {
         let mut result = Ok(());
         for index in 0..self.done.len() {
             let done = self.done[index];
             self.free.push(done.slot);
             self.in_flight -= 1;
-            let recorded = self.record_one(now, done);
-            result = result.and(recorded);
+            let taken = self.take(done);
+            result = result.and(taken);
         }
-        self.live
-            .ios
-            .fetch_add(self.done.len() as u64, Ordering::Relaxed);
         result
     }
 
     #[inline]
-    fn record_one(&mut self, now: u64, Done { slot, failure }: Done) -> anyhow::Result<()> {
+    fn take(&mut self, Done { slot, failure }: Done) -> anyhow::Result<()> {
         let Slot {
             io,
             intended,
@@ -374,17 +406,36 @@ impl<Q: Queue> Drive<'_, Q> {
             let queue = &self.queue;
             verifier.finish(io, |bytes| queue.read_data(slot, bytes))?;
         }
-        if self.measuring {
-            let latency = now.saturating_sub(intended);
-            let stats = self.out.op_mut(io.op);
-            stats.lat.record(latency);
-            stats.clat.record(now.saturating_sub(handed));
-            stats.bytes += u64::from(io.len);
-        }
-        if self.watched {
-            self.recent.record(now.saturating_sub(intended));
+        if self.measuring || self.watched {
+            self.returned.push(Returned {
+                op: io.op,
+                len: io.len,
+                intended,
+                handed,
+            });
         }
         Ok(())
+    }
+
+    /// Records what came back at `now`.
+    #[inline]
+    fn record(&mut self, now: u64) {
+        if self.returned.is_empty() {
+            return;
+        }
+        for returned in self.returned.drain(..) {
+            let latency = now.saturating_sub(returned.intended);
+            if self.measuring {
+                let stats = self.out.op_mut(returned.op);
+                stats.lat.record(latency);
+                stats.clat.record(now.saturating_sub(returned.handed));
+                stats.bytes += u64::from(returned.len);
+            }
+            if self.watched {
+                self.recent.record(latency);
+                self.live.ios.fetch_add(1, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Sends what may be sent now.
@@ -479,7 +530,9 @@ impl<Q: Queue> Drive<'_, Q> {
             }
             self.queue.sleep(Duration::from_millis(100))?;
         }
-        self.record(self.now())
+        self.collect()?;
+        self.record(self.now());
+        Ok(())
     }
 
     /// Reads all that was written, to be checked.

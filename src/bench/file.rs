@@ -88,6 +88,7 @@ fn open_rings(
         capacity,
         block,
         server: None,
+        ring: None,
         doorbells: "io_uring_enter",
     };
     Ok(Box::new(Pool {
@@ -156,6 +157,7 @@ fn polls(file: &File, bs: u32) -> anyhow::Result<bool> {
         writes: false,
         flushes: false,
         trims: false,
+        verify: false,
         reach: None,
     };
     let Ok(mut queue) = FileQueue::new(file, true, false, &needs, 0) else {

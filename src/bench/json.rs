@@ -48,6 +48,7 @@ fn document(results: &Results, bins: bool) -> Value {
             "version": results.environment.version,
             "environment": results.environment,
             "rounds": results.rounds,
+            "interrupted": results.interrupted,
             "ping_pong_cpus": results.cpus.map(|(from, to)| [from, to]),
             "targets": results.infos.iter().map(|info| json!({
                 "name": info.name,
@@ -55,6 +56,7 @@ fn document(results: &Results, bins: bool) -> Value {
                 "capacity_bytes": info.capacity,
                 "block_bytes": info.block,
                 "server_pid": info.server,
+                "ring": info.ring.map(|ring| ring.to_string()),
             })).collect::<Vec<_>>(),
             "cases": results.cases.iter().map(case).collect::<Vec<_>>(),
             "knees": results.knees().iter().map(|knee| json!({

@@ -19,30 +19,43 @@ mod file;
 mod io;
 mod job_file;
 mod json;
+mod packed;
 mod pingpong;
 mod plot;
 mod report;
-mod ring;
 mod session;
+mod slots;
+mod spec;
+mod split;
 mod stats;
 mod target;
 mod terse;
+mod turns;
 mod verify;
 mod vhost_user;
 
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
-use crate::config::ControllerConfig;
+use crate::config::{ControllerConfig, DeviceOptions};
 use args::{BenchArgs, Job, JobOptions, OutputFormat};
-use ring::Wishes;
 use session::{Results, Session};
+use slots::Wishes;
+use spec::ServerSpec;
 use target::{Needs, Target};
+use turns::{Parking, Reopened};
 
-/// Measures, and says what was found. The exit code: 0, or 1 when it failed while measuring.
+/// The exit code after Ctrl-C, as fio has it.
+const INTERRUPTED: u8 = 128;
+
+/// Measures, and says what was found. The exit code: 0, 1 when it failed while measuring, 128 when it was interrupted.
 ///
 /// # Errors
 /// Why nothing was measured.
@@ -53,12 +66,21 @@ pub fn run_here(args: &BenchArgs) -> anyhow::Result<u8> {
 
 fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let jobs = jobs(args)?;
+    // A second Ctrl-C ends it at once.
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        let exit = INTERRUPTED.into();
+        flag::register_conditional_shutdown(signal, exit, Arc::clone(&interrupted))?;
+        flag::register(signal, Arc::clone(&interrupted))?;
+    }
     let mut session = Session {
+        interrupted: Arc::clone(&interrupted),
         targets: Vec::new(),
         rounds: args.rounds,
         load_curve: args.load_curve,
+        parking: None,
     };
-    let opened = open(args, &jobs, &mut session.targets);
+    let opened = open(args, &jobs, &mut session);
     // What cannot be written is found out before an hour of measuring.
     let files = opened.and_then(|()| {
         Ok((
@@ -87,10 +109,14 @@ fn run(args: &BenchArgs) -> anyhow::Result<u8> {
         closed
     });
     match written {
+        Ok(()) if interrupted.load(Ordering::Relaxed) => Ok(INTERRUPTED),
         Ok(()) => Ok(0),
         Err(error) => {
             let _ = writeln!(std::io::stderr().lock(), "tandem: {error:#}");
-            Ok(1)
+            Ok(match interrupted.load(Ordering::Relaxed) {
+                true => INTERRUPTED,
+                false => 1,
+            })
         }
     }
 }
@@ -125,7 +151,8 @@ fn job(args: &BenchArgs, name: &str, section: &JobOptions) -> anyhow::Result<Job
     options.resolve(name)
 }
 
-fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> anyhow::Result<()> {
+fn open(args: &BenchArgs, jobs: &[Job], session: &mut Session) -> anyhow::Result<()> {
+    let targets = &mut session.targets;
     let most = |of: fn(&Job) -> u32| jobs.iter().map(of).max().unwrap_or(1);
     let changes = jobs.iter().find(|job| job.rw.writes() || job.rw.trims());
     let needs = Needs {
@@ -135,6 +162,7 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
         writes: jobs.iter().any(|job| job.rw.writes()),
         flushes: jobs.iter().any(|job| job.fsync > 0),
         trims: jobs.iter().any(|job| job.rw.trims()),
+        verify: jobs.iter().any(|job| job.verify),
         reach: jobs
             .iter()
             .map(|job| job.size.map(|size| size.saturating_add(job.offset)))
@@ -144,9 +172,13 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
     if args.interrupts.is_on() && !args.device.is_empty() {
         bail!("--interrupts on: a --device is only polled; leave one of the two out");
     }
+    let mut devices = args.device.clone();
+    if args.unsafe_noiommu {
+        DeviceOptions::allow_noiommu(&mut devices)?;
+    }
     let mut configs = Vec::new();
-    for options in &args.device {
-        let config = options.clone().resolve_alone()?;
+    for options in devices {
+        let config = options.resolve_alone()?;
         if let (ControllerConfig::Pci(target), Some(job), false) =
             (&config.controller, changes, args.overwrite_data)
         {
@@ -164,24 +196,48 @@ fn open(args: &BenchArgs, jobs: &[Job], targets: &mut Vec<Box<dyn Target>>) -> a
         targets.push(device::open(config, &needs)?);
     }
     let wishes = Wishes {
+        ring: args.ring,
         indirect: args.indirect.is_on(),
         event_idx: args.event_idx.is_on(),
         interrupts: args.interrupts.is_on(),
         hugepages: args.hugepages,
     };
-    for path in &args.vhost_user {
-        targets.push(vhost_user::open(path, wishes, &needs)?);
+    for spec in &args.vhost_user {
+        targets.push(open_server(spec, &args.vhost_user, wishes, needs)?);
     }
     for path in &args.file {
         let interrupts = args.interrupts.is_on();
         targets.push(file::open(path, interrupts, args.overwrite_data, &needs)?);
     }
-    for target in targets {
+    for target in targets.iter() {
         for job in jobs {
             Session::region(target.info(), job)?;
         }
     }
+    if args.park {
+        session.parking = Some(Parking::of(targets.iter().map(|target| target.info()))?);
+    }
     Ok(())
+}
+
+/// A server takes one front-end at a time: a socket that is named twice is connected to in turn.
+fn open_server(
+    spec: &ServerSpec,
+    all: &[ServerSpec],
+    wishes: Wishes,
+    needs: Needs,
+) -> anyhow::Result<Box<dyn Target>> {
+    if all
+        .iter()
+        .filter(|other| other.is_same_socket(spec))
+        .count()
+        < 2
+    {
+        return vhost_user::open(spec, wishes, &needs);
+    }
+    let spec = spec.clone();
+    let open = Box::new(move || vhost_user::open(&spec, wishes, &needs));
+    Ok(Box::new(Reopened::new(open)?))
 }
 
 fn render(format: OutputFormat, results: &Results) -> String {

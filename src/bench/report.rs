@@ -14,6 +14,9 @@ pub fn normal(results: &Results) -> String {
     for case in &results.cases {
         one_case(&mut out, results, case);
     }
+    if results.interrupted {
+        out.push_str("\ninterrupted: this is what was measured until then\n");
+    }
     let knees = results.knees();
     if !knees.is_empty() {
         out.push('\n');

@@ -8,6 +8,8 @@
 //! this hour. A ratio is the median over the rounds of (B of this round) / (A of this round).
 
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::bail;
@@ -19,6 +21,7 @@ use super::io::Region;
 use super::pingpong;
 use super::stats::{Outcome, median};
 use super::target::{Info, Measured, Target};
+use super::turns::Parking;
 
 /// Rounds when nothing is said: a band needs several.
 const ROUNDS_OF_SEVERAL: u32 = 5;
@@ -159,9 +162,19 @@ pub struct Results {
     pub environment: Environment,
     pub started: SystemTime,
     pub cpus: Option<(usize, usize)>,
+    /// It was to be more.
+    pub interrupted: bool,
 }
 
 impl Results {
+    /// Of a case that was interrupted, what there is.
+    fn keep(&mut self, mut result: CaseResult) {
+        result.series.retain(|series| !series.rounds.is_empty());
+        if !result.series.is_empty() {
+            self.cases.push(result);
+        }
+    }
+
     /// One for each target that has a load curve.
     #[must_use]
     pub fn knees(&self) -> Vec<Knee> {
@@ -210,6 +223,10 @@ pub struct Session {
     pub targets: Vec<Box<dyn Target>>,
     pub rounds: Option<u32>,
     pub load_curve: Option<LoadCurve>,
+    /// Targets whose servers stand still while others are measured.
+    pub parking: Option<Parking>,
+    /// Ctrl-C.
+    pub interrupted: Arc<AtomicBool>,
 }
 
 impl Session {
@@ -295,9 +312,13 @@ impl Session {
             environment: Environment::of_this_machine(),
             started: SystemTime::now(),
             cpus: pingpong::two_cpus(first_cpu),
+            interrupted: false,
         };
-        for job in jobs {
+        'all: for job in jobs {
             for case in self.cases(job) {
+                if self.is_interrupted() {
+                    break 'all;
+                }
                 let rates = vec![job.rate_iops; self.targets.len()];
                 let result = self.measure(case, &rates, rounds, results.cpus)?;
                 let most: Vec<f64> = result
@@ -308,11 +329,14 @@ impl Session {
                 let targets: Vec<usize> =
                     result.series.iter().map(|series| series.target).collect();
                 let depth = result.case.depth;
-                results.cases.push(result);
+                results.keep(result);
                 let Some(curve) = self.load_curve else {
                     continue;
                 };
                 for percent in curve.percents() {
+                    if self.is_interrupted() {
+                        break 'all;
+                    }
                     // Where a target was measured twice, its second figure is as good as the first.
                     let mut rates = vec![None; self.targets.len()];
                     for (target, most) in targets.iter().zip(&most) {
@@ -324,13 +348,19 @@ impl Session {
                         depth,
                         share: Some(percent),
                     };
-                    results
-                        .cases
-                        .push(self.measure(case, &rates, rounds, results.cpus)?);
+                    results.keep(self.measure(case, &rates, rounds, results.cpus)?);
                 }
             }
         }
+        results.interrupted = self.is_interrupted();
+        if results.cases.is_empty() {
+            bail!("interrupted before anything was measured");
+        }
         Ok(results)
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
     }
 
     fn cases(&self, job: &Job) -> Vec<Case> {
@@ -366,9 +396,12 @@ impl Session {
                 });
             }
         }
+        if let Some(parking) = &mut self.parking {
+            parking.admit(None)?;
+        }
         let ping = || cpus.and_then(pingpong::round_trip);
         let mut pings = vec![ping()];
-        for round in 0..rounds {
+        'rounds: for round in 0..rounds {
             for series in &mut series {
                 let Some(target) = self.targets.get_mut(series.target) else {
                     continue;
@@ -378,12 +411,28 @@ impl Session {
                     depth: case.depth,
                     rate: series.rate,
                     region: Session::region(target.info(), &case.job)?,
+                    interrupted: &self.interrupted,
                 };
+                if let Some(parking) = &mut self.parking {
+                    parking.admit(target.info().server)?;
+                }
                 let mut progress = Progress::new(&case, &series.label, (round + 1, rounds));
                 let measured =
                     target.measure(&shot, &mut |elapsed, live| progress.show(elapsed, live));
                 progress.clear();
-                series.rounds.push(measured?);
+                let measured = measured?;
+                // One that ended in its warm-up says nothing.
+                let interrupted = self.interrupted.load(Ordering::Relaxed);
+                if !interrupted || measured.total().all().count() > 0 {
+                    series.rounds.push(measured);
+                }
+                if interrupted {
+                    pings.push(ping());
+                    break 'rounds;
+                }
+            }
+            if let Some(parking) = &mut self.parking {
+                parking.admit(None)?;
             }
             pings.push(ping());
         }
@@ -398,7 +447,9 @@ impl Session {
     ///
     /// # Errors
     /// The first that did not end well.
-    pub fn close(self) -> anyhow::Result<()> {
+    pub fn close(mut self) -> anyhow::Result<()> {
+        // They have to answer.
+        self.parking = None;
         let ends: Vec<_> = self.targets.into_iter().map(Target::close).collect();
         ends.into_iter().collect()
     }
@@ -566,6 +617,7 @@ mod tests {
             environment: Environment::of_this_machine(),
             started: SystemTime::now(),
             cpus: None,
+            interrupted: false,
         };
         let knees = results.knees();
         let found: Vec<_> = knees.iter().map(|knee| (knee.share, knee.bends)).collect();
@@ -603,6 +655,7 @@ mod tests {
             capacity: 1 << 20,
             block: 512,
             server: None,
+            ring: None,
             doorbells: "doorbells",
         };
         let job = |text: [&str; 2]| {

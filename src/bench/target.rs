@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 
+use super::args::RingKind;
 use super::engine::{Live, Queue, Shot, drive};
 use super::stats::{Outcome, Usage};
 
@@ -21,6 +22,8 @@ pub struct Needs {
     pub writes: bool,
     pub flushes: bool,
     pub trims: bool,
+    /// What is read is compared with what was written.
+    pub verify: bool,
     /// Bytes up to the end of the work, if that was said.
     pub reach: Option<u64>,
 }
@@ -37,6 +40,8 @@ pub struct Info {
     pub block: u32,
     /// The process behind it, if it is on this machine and not ours.
     pub server: Option<u32>,
+    /// The layout of its virtqueues, if it has any.
+    pub ring: Option<RingKind>,
     /// What [`super::stats::Counters::doorbells`] counts.
     pub doorbells: &'static str,
 }
@@ -129,9 +134,9 @@ impl<Q: Queue, K: Keeper<Q>> Target for Pool<Q, K> {
             barrier.wait();
             let start = Instant::now();
             let (ramp, end) = (shot.job.ramp_time, shot.job.ramp_time + shot.job.runtime);
-            watch_until(ramp, start, &live, watch);
+            watch_until(ramp, start, shot, &live, watch);
             let before = look();
-            watch_until(end, start, &live, watch);
+            watch_until(end, start, shot, &live, watch);
             let after = look();
             let results: Vec<_> = threads
                 .into_iter()
@@ -170,10 +175,19 @@ impl<Q: Queue, K: Keeper<Q>> Target for Pool<Q, K> {
     }
 }
 
-/// Looks in now and then, and leaves early when a queue failed.
-fn watch_until(end: Duration, start: Instant, live: &Live, watch: &mut dyn FnMut(Duration, &Live)) {
-    const STEP: Duration = Duration::from_millis(250);
+/// Looks in now and then, and leaves early when a queue failed or the user has seen enough.
+fn watch_until(
+    end: Duration,
+    start: Instant,
+    shot: &Shot<'_>,
+    live: &Live,
+    watch: &mut dyn FnMut(Duration, &Live),
+) {
+    const STEP: Duration = Duration::from_millis(100);
     loop {
+        if shot.interrupted.load(Ordering::Relaxed) {
+            live.stop.store(true, Ordering::Relaxed);
+        }
         let elapsed = start.elapsed();
         let left = end.saturating_sub(elapsed);
         if left.is_zero() || live.stop.load(Ordering::Relaxed) {

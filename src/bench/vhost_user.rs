@@ -1,20 +1,24 @@
 //! `--vhost-user`: a front-end of any vhost-user-blk server, with one virtqueue for each job.
 //!
 //! Promises that nothing the server answers makes us panic or read outside our memory: every answer has a deadline, and
-//! what is impossible is an error with the server's name. Start at [`open`]; the queue's side is in [`super::ring`].
+//! what is impossible is an error with the server's name. Start at [`open`]; the queues' sides are in [`super::split`]
+//! and [`super::packed`].
 
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use rustix::event::EventfdFlags;
 
-use super::ring::{Memory, Ring, RingConfig, Wishes};
+use super::args::RingKind;
+use super::packed::PackedRing;
+use super::slots::{DriverRing, Memory, RingConfig, Signals, Wishes};
+use super::spec::ServerSpec;
+use super::split::SplitRing;
 use super::target::{Info, Keeper, Needs, Pool, Target};
 use crate::sim::FrontEnd;
 use crate::sim::front_end::{
@@ -42,17 +46,29 @@ const PROTOCOL_CONFIG: u64 = 1 << 9;
 ///
 /// # Errors
 /// When nobody listens, or the server cannot do what is needed of it.
-pub fn open(path: &Path, wishes: Wishes, needs: &Needs) -> anyhow::Result<Box<dyn Target>> {
-    let target = connect(path, wishes, needs);
-    target.with_context(|| format!("vhost-user server {}", path.display()))
+pub fn open(spec: &ServerSpec, all: Wishes, needs: &Needs) -> anyhow::Result<Box<dyn Target>> {
+    let wishes = spec.wishes(all);
+    let target = match wishes.ring {
+        RingKind::Split => connect::<SplitRing>(spec, wishes, needs),
+        RingKind::Packed => connect::<PackedRing>(spec, wishes, needs),
+    };
+    target.with_context(|| format!("vhost-user server {}", spec.text))
 }
 
-fn connect(path: &Path, wishes: Wishes, needs: &Needs) -> anyhow::Result<Box<dyn Target>> {
-    let wire = Wire::connect(path)?;
+fn connect<R: DriverRing + 'static>(
+    spec: &ServerSpec,
+    wishes: Wishes,
+    needs: &Needs,
+) -> anyhow::Result<Box<dyn Target>> {
+    let wire = Wire::connect(&spec.path)?;
     let offered = wire.ask_u64(request::GET_FEATURES)?;
     ensure!(
         offered & feature::F_VERSION_1 != 0,
         "it does not offer VIRTIO_F_VERSION_1, without which its rings are another format"
+    );
+    ensure!(
+        wishes.ring == RingKind::Split || offered & feature::F_RING_PACKED != 0,
+        "it does not offer VIRTIO_F_RING_PACKED: use ring=split"
     );
     let mut wire = wire;
     if offered & feature::F_PROTOCOL != 0 {
@@ -78,9 +94,12 @@ fn connect(path: &Path, wishes: Wishes, needs: &Needs) -> anyhow::Result<Box<dyn
     let disk = Disk::parse(offered, &wire.config()?)?;
     disk.check(needs)?;
     let features = choose(offered, wishes, needs);
-    let indirect = features & feature::F_INDIRECT != 0;
-    let event_idx = features & feature::F_EVENT_IDX != 0;
-    let config = RingConfig::new(needs, indirect, event_idx, wishes.interrupts)?;
+    let granted = Wishes {
+        indirect: features & feature::F_INDIRECT != 0,
+        event_idx: features & feature::F_EVENT_IDX != 0,
+        ..wishes
+    };
+    let config = RingConfig::new(needs, granted)?;
     let memory = Arc::new(Memory::new(
         config.bytes() * u64::from(needs.queues),
         wishes.hugepages,
@@ -96,27 +115,29 @@ fn connect(path: &Path, wishes: Wishes, needs: &Needs) -> anyhow::Result<Box<dyn
     wire.confirmed(request::SET_MEM_TABLE, &table, &[memory.file().as_fd()])?;
     let mut queues = Vec::new();
     for index in 0..needs.queues {
-        queues.push(wire.start(index, features, config, &memory)?);
+        queues.push(wire.start::<R>(index, features, config, &memory)?);
     }
-    let server = wire.server();
+    let server = spec.pid.or_else(|| wire.server());
     let switch = |on: bool| if on { "on" } else { "off" };
     let info = Info {
-        name: path.display().to_string(),
+        name: spec.text.clone(),
         description: format!(
-            "vhost-user-blk{}, {} bytes in blocks of {}, {} of {most} virtqueue(s) of {} entries, indirect {}, event_idx {}, interrupts {}{}",
+            "vhost-user-blk{}, {} bytes in blocks of {}, {} of {most} {} virtqueue(s) of {} entries, indirect {}, event_idx {}, interrupts {}{}",
             server.map_or_else(String::new, |pid| format!(" of {}", process_name(pid))),
             disk.capacity,
             disk.block,
             needs.queues,
-            config.size(),
-            switch(indirect),
-            switch(event_idx),
+            config.ring,
+            config.size,
+            switch(config.indirect),
+            switch(config.event_idx),
             switch(wishes.interrupts),
             if wishes.hugepages { ", huge pages" } else { "" },
         ),
         capacity: disk.capacity,
         block: disk.block,
         server,
+        ring: Some(config.ring),
         doorbells: "kicks",
     };
     Ok(Box::new(Pool {
@@ -136,6 +157,7 @@ fn choose(offered: u64, wishes: Wishes, needs: &Needs) -> u64 {
         (blk::feature::DISCARD, needs.trims),
         (feature::F_INDIRECT, wishes.indirect),
         (feature::F_EVENT_IDX, wishes.event_idx),
+        (feature::F_RING_PACKED, wishes.ring == RingKind::Packed),
     ];
     let wanted = wanted.iter().filter(|(_, wanted)| *wanted);
     wanted.fold(0, |bits, (bit, _)| bits | bit) & offered
@@ -200,7 +222,7 @@ struct Wire {
 }
 
 impl Wire {
-    fn connect(path: &Path) -> anyhow::Result<Wire> {
+    fn connect(path: &std::path::Path) -> anyhow::Result<Wire> {
         let start = Instant::now();
         let socket = loop {
             match UnixStream::connect(path) {
@@ -295,31 +317,26 @@ impl Wire {
     }
 
     /// Starts one virtqueue, in the order of QEMU.
-    fn start(
+    fn start<R: DriverRing>(
         &self,
         index: u32,
         features: u64,
         config: RingConfig,
         memory: &Arc<Memory>,
-    ) -> anyhow::Result<Ring> {
+    ) -> anyhow::Result<R> {
         let (kick, call) = (eventfd()?, eventfd()?);
         let base = config.bytes() * u64::from(index);
         let at = config.addresses(base);
         let [descriptors, avail, used] = at.map(|gpa| USER_BASE + gpa);
-        let size = vring_state(index, config.size().into());
+        let size = vring_state(index, config.size.into());
         self.send(request::SET_VRING_NUM, &size, &[])?;
-        self.send(request::SET_VRING_BASE, &vring_state(index, 0), &[])?;
+        self.send(request::SET_VRING_BASE, &vring_state(index, R::START), &[])?;
         let addresses = vring_addr(index, descriptors, used, avail);
         self.send(request::SET_VRING_ADDR, &addresses, &[])?;
         let which = u64::from(index).to_le_bytes();
         // The ring says whether signals are wanted before the server may look.
-        let ring = Ring::new(
-            Arc::clone(memory),
-            base,
-            config,
-            kick.try_clone()?,
-            call.try_clone()?,
-        );
+        let signals = Signals::new(kick.try_clone()?, call.try_clone()?);
+        let ring = R::new(Arc::clone(memory), base, config, signals);
         self.send(request::SET_VRING_CALL, &which, &[call.as_fd()])?;
         self.send(request::SET_VRING_KICK, &which, &[kick.as_fd()])?;
         if features & feature::F_PROTOCOL != 0 {
@@ -346,9 +363,9 @@ fn eventfd() -> anyhow::Result<File> {
     Ok(File::from(rustix::event::eventfd(0, flags)?))
 }
 
-impl Keeper<Ring> for Wire {
+impl<R: DriverRing> Keeper<R> for Wire {
     /// Stops every virtqueue; the server has let go of it when it answers.
-    fn close(self, queues: Vec<Ring>) -> anyhow::Result<()> {
+    fn close(self, queues: Vec<R>) -> anyhow::Result<()> {
         for index in 0..u32::try_from(queues.len()).unwrap_or(0) {
             self.send(request::GET_VRING_BASE, &vring_state(index, 0), &[])?;
             self.receive(request::GET_VRING_BASE)?;
@@ -368,6 +385,7 @@ mod tests {
         writes: false,
         flushes: false,
         trims: false,
+        verify: false,
         reach: None,
     };
 
@@ -389,12 +407,14 @@ mod tests {
             let _ = socket.read_to_end(&mut Vec::new());
         });
         let wishes = Wishes {
+            ring: RingKind::Split,
             indirect: true,
             event_idx: true,
             interrupts: false,
             hugepages: false,
         };
-        let error = match open(&path, wishes, &NEEDS) {
+        let spec = path.to_str().unwrap().parse().unwrap();
+        let error = match open(&spec, wishes, &NEEDS) {
             Ok(_) => panic!("it was opened"),
             Err(error) => format!("{error:#}"),
         };

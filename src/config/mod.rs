@@ -22,8 +22,10 @@ use std::time::Duration;
 
 use nvme_driver::vfio::pci::PciAddress;
 
-use values::Kind;
+use values::{Kind, Switch};
 
+pub use nvme_driver::vfio::Isolation;
+pub(crate) use options::split_at_commas;
 pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
 pub use values::{
     BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, Polling, ValueError,
@@ -50,6 +52,8 @@ pub struct DeviceConfig {
     pub name: String,
     pub controller: ControllerConfig,
     pub on_device_loss: OnDeviceLoss,
+    /// What must stand between a real SSD and memory.
+    pub isolation: Isolation,
 }
 
 /// Where a controller comes from.
@@ -107,6 +111,16 @@ pub enum Medium {
     Ram { size: u64 },
     /// An image file. With `size` it is created when absent and extended when shorter; without, it must exist.
     File { path: PathBuf, size: Option<u64> },
+    /// Nothing is kept, and no data is moved: for measuring everything else.
+    Null { size: u64 },
+}
+
+impl Medium {
+    /// Whether what is written can be read back.
+    #[must_use]
+    pub fn keeps_data(&self) -> bool {
+        !matches!(self, Self::Null { .. })
+    }
 }
 
 /// One vhost-user-blk disk: a socket, and the namespace behind it.
@@ -196,10 +210,16 @@ pub enum ConfigError {
         place: &'static str,
     },
     #[error(
+        "--unsafe-noiommu lets real SSDs do without an IOMMU, and there is no --device pci:...: drop it"
+    )]
+    NothingUnsafe,
+    #[error(
         "device {device}: say which SSD it is with address=0000:5e:00.0 (tandem list shows them) or serial=..., one of both"
     )]
     PciChoice { device: String },
-    #[error("device {device}: the embedded controller needs medium = \"ram\" or \"file\"")]
+    #[error(
+        "device {device}: the embedded controller needs medium = \"ram\", \"file\" or \"null\""
+    )]
     NoMedium { device: String },
     #[error("device {device}: {medium} needs {key}=..., for example {example}")]
     MissingKey {
@@ -208,8 +228,12 @@ pub enum ConfigError {
         key: &'static str,
         example: &'static str,
     },
-    #[error("device {device}: a ram medium has no path (got {}): drop it, or use the file medium", path.display())]
-    PathOfRam { device: String, path: PathBuf },
+    #[error("device {device}: {medium} has no path (got {}): drop it, or use model:file", path.display())]
+    StrayPath {
+        device: String,
+        medium: MediumKind,
+        path: PathBuf,
+    },
     #[error("devices {first} and {second} would both write image {}: give each its own file", path.display())]
     SharedImage {
         first: String,
@@ -352,6 +376,10 @@ fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, 
         .clone()
         .map_or_else(|| format!("d{index}"), |name| name.0);
     let on_device_loss = options.on_device_loss.unwrap_or_default();
+    let isolation = match options.unsafe_noiommu {
+        Some(Switch(true)) => Isolation::UnsafeNone,
+        _ => Isolation::Iommu,
+    };
     let controller = match options.kind {
         Kind::Pci => ControllerConfig::Pci(resolve_pci(options, &name)?),
         Kind::Model => ControllerConfig::Model(resolve_model(options, &name)?),
@@ -360,6 +388,7 @@ fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, 
         name,
         controller,
         on_device_loss,
+        isolation,
     })
 }
 
@@ -404,6 +433,14 @@ fn resolve_model(options: DeviceOptions, name: &str) -> Result<ModelConfig, Conf
             place,
         });
     }
+    if options.unsafe_noiommu.is_some() {
+        let place = "for the embedded controller, which checks every address itself";
+        return Err(ConfigError::StrayKey {
+            device: name,
+            key: "unsafe_noiommu",
+            place,
+        });
+    }
     let kind = options.medium.ok_or_else(|| ConfigError::NoMedium {
         device: name.clone(),
     })?;
@@ -419,9 +456,13 @@ fn resolve_model(options: DeviceOptions, name: &str) -> Result<ModelConfig, Conf
         (MediumKind::Ram, None) => Medium::Ram {
             size: options.size.ok_or_else(|| missing("size", "size=1G"))?.0,
         },
-        (MediumKind::Ram, Some(path)) => {
-            return Err(ConfigError::PathOfRam {
+        (MediumKind::Null, None) => Medium::Null {
+            size: options.size.ok_or_else(|| missing("size", "size=1T"))?.0,
+        },
+        (MediumKind::Ram | MediumKind::Null, Some(path)) => {
+            return Err(ConfigError::StrayPath {
                 device: name,
+                medium: kind,
                 path: path.0,
             });
         }

@@ -55,6 +55,7 @@ pub struct DeviceOptions {
     pub(super) jitter: Option<Delay>,
     pub(super) serial: Option<Serial>,
     pub(super) on_device_loss: Option<OnDeviceLoss>,
+    pub(super) unsafe_noiommu: Option<Switch>,
 }
 
 /// Where the embedded controller keeps its blocks.
@@ -63,6 +64,7 @@ pub struct DeviceOptions {
 pub enum MediumKind {
     Ram,
     File,
+    Null,
 }
 
 impl fmt::Display for MediumKind {
@@ -70,6 +72,7 @@ impl fmt::Display for MediumKind {
         f.write_str(match self {
             Self::Ram => "model:ram",
             Self::File => "model:file",
+            Self::Null => "model:null",
         })
     }
 }
@@ -86,6 +89,24 @@ pub struct BlkOptions {
     pub(super) ns: Option<Within<u32, 1, { super::MAX_NAMESPACES as u64 }>>,
     pub(super) readonly: Option<Switch>,
     pub(super) serial: Option<Serial>,
+}
+
+impl DeviceOptions {
+    /// As `unsafe_noiommu=on` of each device that is real, `--unsafe-noiommu` of them all.
+    ///
+    /// # Errors
+    /// When none of them is.
+    pub fn allow_noiommu(devices: &mut [DeviceOptions]) -> Result<(), ConfigError> {
+        let mut any = false;
+        for device in devices.iter_mut().filter(|device| device.kind == Kind::Pci) {
+            device.unsafe_noiommu = Some(Switch(true));
+            any = true;
+        }
+        if any {
+            return Ok(());
+        }
+        Err(ConfigError::NothingUnsafe)
+    }
 }
 
 impl Options {
@@ -190,7 +211,7 @@ fn insert_pairs(table: &mut toml::Table, spec: &str) -> Result<(), SpecError> {
 }
 
 /// Splits as QEMU does: `,` separates, `,,` is a comma within a value.
-fn split_at_commas(spec: &str) -> Vec<String> {
+pub(crate) fn split_at_commas(spec: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = spec.chars().peekable();
     while let Some(char) = chars.next() {

@@ -321,7 +321,7 @@ impl FromStr for Kind {
             "model" => Ok(Self::Model),
             "pci" => Ok(Self::Pci),
             _ => refuse(format!(
-                "`{text}` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram and model:file"
+                "`{text}` is not a kind of device: there are pci:ADDRESS, pci:serial=TEXT, model:ram, model:file and model:null"
             )),
         }
     }

@@ -23,21 +23,22 @@ pub fn open_device(
     let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
     match &config.controller {
         ControllerConfig::Pci(PciTarget::Address(address)) => {
-            let device = claim_pci(&config.name, *address, wanted, interrupts)?;
+            let device = claim_pci(config, *address, wanted, interrupts)?;
             Ok((device, None))
         }
         ControllerConfig::Pci(PciTarget::Serial(serial)) => {
-            let (_, device) = find_by_serial(&config.name, serial, wanted, interrupts)?;
+            let (_, device) = find_by_serial(config, serial, wanted, interrupts)?;
             Ok((device, None))
         }
         ControllerConfig::Model(model) => {
             let transport = make_model(&config.name, model, interrupts)?;
             let handle = transport.handle();
-            // Only one whose reset failed is given up. What memory held is gone with it; an image file is still there.
+            // Only one whose reset failed is given up. What memory held is gone with it; an image file is still there,
+            // and where nothing was kept nothing is missing.
             let (name, model) = (config.name.clone(), model.clone());
             let again = Box::new(move || match model.medium {
                 Medium::Ram { .. } => Err(DeviceError::Lost { name: name.clone() }),
-                Medium::File { .. } => make_model(&name, &model, interrupts),
+                Medium::File { .. } | Medium::Null { .. } => make_model(&name, &model, interrupts),
             });
             let name = &config.name;
             let device = Device::open_with(name, transport, wanted, interrupts, again)?;
@@ -49,7 +50,7 @@ pub fn open_device(
 /// The SSD with this serial number, among those that vfio-pci has: nothing but the controller itself knows it, so each
 /// is asked, in the order of addresses. One that another process has is passed over.
 fn find_by_serial(
-    name: &str,
+    config: &DeviceConfig,
     serial: &str,
     wanted: u16,
     interrupts: Interrupts,
@@ -61,7 +62,7 @@ fn find_by_serial(
             continue;
         }
         let address = function.address;
-        match claim_pci(name, address, wanted, interrupts) {
+        match claim_pci(config, address, wanted, interrupts) {
             Ok(device) if ascii_field(&device.identity.sn) == serial => {
                 return Ok((address, device));
             }
@@ -73,7 +74,7 @@ fn find_by_serial(
         }
     }
     Err(DeviceError::NoSuchSerial {
-        name: name.to_owned(),
+        name: config.name.clone(),
         serial: serial.to_owned(),
         others: if others.is_empty() {
             "vfio-pci has no NVMe controller".to_owned()
@@ -87,11 +88,11 @@ fn find_by_serial(
 ///
 /// # Errors
 /// When it is not there.
-pub fn locate(name: &str, target: &PciTarget) -> Result<PciAddress, DeviceError> {
+pub fn locate(config: &DeviceConfig, target: &PciTarget) -> Result<PciAddress, DeviceError> {
     match target {
         PciTarget::Address(address) => Ok(*address),
         PciTarget::Serial(serial) => {
-            let (address, device) = find_by_serial(name, serial, 1, Interrupts::Off)?;
+            let (address, device) = find_by_serial(config, serial, 1, Interrupts::Off)?;
             device.shutdown()?;
             Ok(address)
         }
@@ -99,13 +100,14 @@ pub fn locate(name: &str, target: &PciTarget) -> Result<PciAddress, DeviceError>
 }
 
 fn claim_pci(
-    name: &str,
+    config: &DeviceConfig,
     address: PciAddress,
     wanted: u16,
     interrupts: Interrupts,
 ) -> Result<Device, DeviceError> {
-    let claim = move || Ok(VfioTransport::claim(address)?);
-    Device::open_with(name, claim()?, wanted, interrupts, Box::new(claim))
+    let isolation = config.isolation;
+    let claim = move || Ok(VfioTransport::claim_with(address, isolation)?);
+    Device::open_with(&config.name, claim()?, wanted, interrupts, Box::new(claim))
 }
 
 /// An embedded controller.
@@ -121,6 +123,7 @@ pub fn make_model(
     let (medium, size) = match &model.medium {
         Medium::Ram { size } => (nvme_model::Medium::Ram, Some(*size)),
         Medium::File { path, size } => (nvme_model::Medium::File { path: path.clone() }, *size),
+        Medium::Null { size } => (nvme_model::Medium::Null, Some(*size)),
     };
     Model::new(nvme_model::ModelConfig {
         name: name.to_owned(),

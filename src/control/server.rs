@@ -23,7 +23,7 @@ use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, DiskQueue, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
-use crate::config::{Polling, Socket};
+use crate::config::{ControllerConfig, Polling, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
@@ -148,6 +148,14 @@ impl Server {
             Polling::Adaptive => (Mode::Adaptive, Interrupts::OnRequest),
         };
         for device in &plan.devices {
+            if let ControllerConfig::Model(model) = &device.config.controller
+                && !model.medium.keeps_data()
+            {
+                tracing::warn!(
+                    device = %device.config.name,
+                    "the medium is null: data written is lost, and reads return whatever is in the guest's buffer"
+                );
+            }
             let (device, handle) = open_device(&device.config, device.virtqueues, interrupts)?;
             self.models
                 .extend(handle.map(|handle| (device.name.clone(), handle)));

@@ -77,11 +77,16 @@ impl BouncePool {
         });
     }
 
-    /// Remembers where a chunk's bytes go when its read completes.
+    /// Remembers where a chunk's bytes go when its read completes. They are zeroes until the device writes there: one
+    /// that says it has read and has not must not pass on what another guest wrote.
     pub fn remember(&mut self, chunk: ChunkId, segments: impl Iterator<Item = Segment>) {
         let scatter = &mut self.scatter[usize::from(chunk.0)];
         scatter.clear();
         scatter.extend(segments);
+        let bytes: usize = scatter.iter().map(|segment| segment.len() as usize).sum();
+        let base = self.memory.pointer(self.offset(chunk));
+        // SAFETY: within the chunk, which is CHUNK_SIZE bytes of ours and not at the device yet.
+        unsafe { base.write_bytes(0, bytes.min(CHUNK_SIZE as usize)) };
     }
 
     /// Copies a chunk's bytes to where [`BouncePool::remember`] said, after a read.

@@ -295,13 +295,14 @@ pub fn parse(
 #[inline(always)]
 pub fn parse_sole(sole: &Sole<HEADER_BYTES>, limits: &BlkLimits) -> Option<(bool, BlockRange)> {
     let header: RequestHeader = zerocopy::transmute!(sole.header);
-    let write = match header.request_type.get() {
-        request_type::IN if sole.writable => false,
-        request_type::OUT if !sole.writable && !limits.geometry.read_only() => true,
-        _ => return None,
-    };
-    let (sector, len) = (header.sector.get(), sole.data.len());
     let geometry = &limits.geometry;
+    // IN is 0 and its buffer writable, OUT is 1 and its buffer is not: one differs from the other, and both are bits.
+    let kind = header.request_type.get();
+    let write = kind == request_type::OUT;
+    if kind ^ u32::from(sole.writable) != 1 || (write && geometry.read_only()) {
+        return None;
+    }
+    let (sector, len) = (header.sector.get(), sole.len);
     let (sector_mask, byte_mask) = geometry.part_masks();
     if sector & sector_mask | u64::from(len & byte_mask) != 0 {
         return None;

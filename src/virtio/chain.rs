@@ -9,7 +9,7 @@
 //! There is one walk for both kinds of ring, in the words of the split one: NEXT, WRITE, INDIRECT, `next`. What an entry
 //! of the other kind means in them is a `Layout`'s to say.
 
-use super::memory::{Gpa, GuestMemory, MainRegion, Segment, StatusByte};
+use super::memory::{Gpa, GuestMemory, MainRegion, SOLE_TABLE_BYTES, Segment, StatusByte};
 #[cfg(not(all(test, loom)))]
 use super::shared::AtomicU32;
 use super::shared::AtomicU64;
@@ -70,8 +70,10 @@ pub struct Sole<const N: usize> {
     pub head: HeadIndex,
     /// The header, copied once (I6).
     pub header: [u8; N],
-    /// The buffer: not empty, and short enough that its length and the ends' fit 32 bits together.
-    pub data: Segment,
+    /// Where the device sees the buffer.
+    pub dma: u64,
+    /// Its length: not 0, and short enough that it and the ends' fit 32 bits together.
+    pub len: u32,
     /// The device fills the buffer.
     pub writable: bool,
     /// Where the status goes.
@@ -101,7 +103,7 @@ impl SoleEntries {
     pub(super) fn resolve<const N: usize>(
         self,
         head: HeadIndex,
-        memory: &MainRegion,
+        memory: &MainRegion<N>,
     ) -> Option<Sole<N>> {
         let Self {
             header,
@@ -113,20 +115,21 @@ impl SoleEntries {
             return None;
         }
         // The ends and the data fit the 32 bits of a used length together.
-        if data.len > u32::MAX - 1 - N as u32 {
+        if u64::from(data.len) + N as u64 + 1 > u64::from(u32::MAX) {
             return None;
         }
-        let header = memory.segment(header.gpa, N as u32)?;
-        let data = memory.segment(data.gpa, data.len)?;
-        let status = memory.segment(status.gpa, 1)?;
+        let header = memory.header(header.gpa)?;
+        let dma = memory.data(data.gpa, data.len)?;
+        let status = memory.status(status.gpa)?;
         let mut bytes = [0; N];
         header.read_once(&mut bytes);
         Some(Sole {
             head,
             header: bytes,
-            data,
+            dma,
+            len: data.len,
             writable,
-            status: status.last_byte()?,
+            status,
         })
     }
 }
@@ -205,17 +208,18 @@ impl DescriptorTable {
     /// The three entries of the indirect table that `pointer` names, each word read once (I6), if it has so many and lies
     /// aligned in the largest region: what drivers make of a request with one buffer.
     #[inline(always)]
-    pub(super) fn three_of(pointer: Entry, memory: &MainRegion) -> Option<[Entry; 3]> {
-        const BYTES: u32 = 3 * DESCRIPTOR_BYTES;
-        if pointer.len != BYTES {
+    pub(super) fn three_of<const N: usize>(
+        pointer: Entry,
+        memory: &MainRegion<N>,
+    ) -> Option<[Entry; 3]> {
+        if pointer.len as usize != SOLE_TABLE_BYTES {
             return None;
         }
-        let place = memory.segment(pointer.gpa, BYTES)?;
-        let place = place.hva().cast::<AtomicU64>();
+        let place = memory.table(pointer.gpa)?.cast::<AtomicU64>();
         if !place.is_aligned() {
             return None;
         }
-        // SAFETY: three entries of one mapped region (`segment`), aligned, read at once.
+        // SAFETY: three entries of one mapped region (`table`), aligned, read at once.
         let table = unsafe { DescriptorTable::new(place, 3) };
         Some([table.entry(0)?, table.entry(1)?, table.entry(2)?])
     }
@@ -450,16 +454,16 @@ impl Chain {
     }
 
     /// Makes a request that was taken off the ring the short way the chain that the long way makes of it, its ends taken
-    /// off.
+    /// off. `memory` is what it was found in.
     #[cold]
-    pub fn hold<const N: usize>(&mut self, sole: &Sole<N>) -> Ends<N> {
+    pub fn hold<const N: usize>(&mut self, sole: &Sole<N>, memory: &MainRegion<N>) -> Ends<N> {
         self.front = 0;
         self.end = 0;
         if let Some(slot) = self.segments.first_mut() {
-            *slot = sole.data;
+            *slot = memory.segment(sole.dma, sole.len);
             self.end = 1;
         }
-        let len = u64::from(sole.data.len());
+        let len = u64::from(sole.len);
         (self.split, self.readable_len, self.writable_len) = match sole.writable {
             true => (0, 0, len),
             false => (self.end, len, 0),

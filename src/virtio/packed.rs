@@ -300,13 +300,18 @@ impl Ring for PackedRing {
         self.descriptors
     }
 
+    #[inline(always)]
+    fn has_request(&self) -> bool {
+        // Relaxed: a hint. `first` reads it again.
+        let word = self.descriptors.control_word(self.avail.index);
+        self.avail
+            .is_available(flags_of(u64::from_le(word.load(Relaxed))))
+    }
+
     /// Only whether there is one is known: how many descriptors each has, the walks find out.
     #[inline]
     fn available(&mut self) -> Result<u16, RingError> {
-        // Relaxed: a hint. `first` reads it again.
-        let word = self.descriptors.control_word(self.avail.index);
-        let flags = flags_of(u64::from_le(word.load(Relaxed)));
-        Ok(match self.avail.is_available(flags) {
+        Ok(match self.has_request() {
             true => self.size() - self.out,
             false => 0,
         })
@@ -334,7 +339,7 @@ impl Ring for PackedRing {
         &mut self,
         indirect: bool,
         heads: &mut Heads,
-        memory: &MainRegion,
+        memory: &MainRegion<N>,
     ) -> Option<Sole<N>> {
         let index = self.avail.index;
         // As in `first`.

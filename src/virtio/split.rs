@@ -180,6 +180,12 @@ impl Ring for SplitRing {
         self.descriptors
     }
 
+    #[inline(always)]
+    fn has_request(&self) -> bool {
+        // Relaxed: a hint. `available` reads it again.
+        u16::from_le(self.avail_word(1).load(Relaxed)) != self.next_avail
+    }
+
     #[inline]
     fn available(&mut self) -> Result<u16, RingError> {
         // Acquire pairs with the guest's release of avail.idx: the entries, descriptors and buffers behind it
@@ -224,7 +230,7 @@ impl Ring for SplitRing {
         &mut self,
         indirect: bool,
         heads: &mut Heads,
-        memory: &MainRegion,
+        memory: &MainRegion<N>,
     ) -> Option<Sole<N>> {
         if self.next_avail == self.seen_avail {
             return None;

@@ -274,6 +274,8 @@ pub(super) trait Ring {
     fn in_flight(&self) -> u16;
     /// Where descriptors are read.
     fn table(&self) -> DescriptorTable;
+    /// Whether any can be taken.
+    fn has_request(&self) -> bool;
     /// How many requests can be taken, at most.
     fn available(&mut self) -> Result<u16, RingError>;
     /// Where the next chain starts, and its first descriptor.
@@ -284,7 +286,7 @@ pub(super) trait Ring {
         &mut self,
         indirect: bool,
         heads: &mut Heads,
-        memory: &MainRegion,
+        memory: &MainRegion<N>,
     ) -> Option<Sole<N>>;
     /// Steps over the chain that started at `first` and puts its head in flight: the head, checked. Of a ring that has
     /// heads at the end of chains, the chain was walked before.
@@ -410,6 +412,12 @@ impl Virtqueue {
         on_ring!(&self.ring, ring => ring.in_flight())
     }
 
+    /// Whether [`Self::available`] would find anything: one load, and nothing is checked.
+    #[inline(always)]
+    pub fn has_request(&self) -> bool {
+        on_ring!(&self.ring, ring => ring.has_request())
+    }
+
     /// How many requests can be taken now; of a packed ring, 0 if there is none, else at most so many. Once per turn: it is
     /// the load that ping-pongs with the guest's core.
     ///
@@ -433,12 +441,29 @@ impl Virtqueue {
         on_ring!(&mut self.ring, ring => pop(ring, heads, indirect, memory, chain))
     }
 
-    /// [`Self::pop`] in short for a request as drivers build most. `None` for any other, for one with anything amiss, and
-    /// when there is none: nothing has changed then, [`Self::pop`] reads it anew, and only what that reads counts (I6).
+    /// Which layout the ring has.
     #[inline(always)]
-    pub fn pop_sole<const N: usize>(&mut self, memory: &MainRegion) -> Option<Sole<N>> {
+    pub fn layout(&self) -> RingLayout {
+        match self.ring {
+            AnyRing::Split(_) => RingLayout::Split,
+            AnyRing::Packed(_) => RingLayout::Packed,
+        }
+    }
+
+    /// [`Self::pop`] in short for a request as drivers build most, from a ring that is known to be `PACKED` or not: whoever
+    /// takes several asks once. `None` for any other request or ring, for a request with anything amiss, and when there is
+    /// none: nothing has changed then, [`Self::pop`] reads it anew, and only what that reads counts (I6).
+    #[inline(always)]
+    pub fn pop_sole<const N: usize, const PACKED: bool>(
+        &mut self,
+        memory: &MainRegion<N>,
+    ) -> Option<Sole<N>> {
         let (indirect, heads) = (self.indirect, &mut self.heads);
-        on_ring!(&mut self.ring, ring => ring.sole(indirect, heads, memory))
+        match (&mut self.ring, PACKED) {
+            (AnyRing::Split(ring), false) => ring.sole(indirect, heads, memory),
+            (AnyRing::Packed(ring), true) => ring.sole(indirect, heads, memory),
+            _ => None,
+        }
     }
 
     /// Gives `head` back with `len` bytes written into its writable buffers. The guest sees it after the next

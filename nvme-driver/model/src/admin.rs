@@ -17,7 +17,7 @@ use crate::io::copy_out;
 use crate::iommu::Dma;
 use crate::queue::{DeviceQueue, IoCounters, Slot};
 use crate::shared::Shared;
-use crate::{MODEL_NUMBER, VERSION};
+use crate::{MODEL_NUMBER, Medium, NULL_MODEL_NUMBER, VERSION};
 
 /// Asynchronous Event Requests that may be outstanding (AERL, zero-based on the wire).
 const EVENT_REQUESTS: u8 = 4;
@@ -368,7 +368,12 @@ fn identify_controller(shared: &Shared) -> Box<IdentifyController> {
         .map(|n| u128::from(n.blocks) << n.block_shift);
     let mut id = Box::new(IdentifyController::zeroed());
     id.sn = ascii(&config.serial);
-    id.mn = ascii(MODEL_NUMBER);
+    let null = config.medium == Medium::Null;
+    id.mn = ascii(if null {
+        NULL_MODEL_NUMBER
+    } else {
+        MODEL_NUMBER
+    });
     id.fr = ascii(env!("CARGO_PKG_VERSION"));
     id.rab = 6;
     // A power of two of pages: checked when the controller was made.
@@ -390,9 +395,9 @@ fn identify_controller(shared: &Shared) -> Box<IdentifyController> {
     id.sqes = 0x66;
     id.cqes = 0x44;
     id.nn = shared.max_namespaces().into();
+    let compare = if null { 0 } else { oncs::COMPARE };
     id.oncs =
-        (oncs::COMPARE | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES | oncs::SAVE_AND_SELECT)
-            .into();
+        (compare | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES | oncs::SAVE_AND_SELECT).into();
     id.vwc = 0b110 | u8::from(config.vwc); // Flush knows the broadcast NSID
     let uuid = shared
         .namespaces
@@ -422,7 +427,12 @@ fn identify_namespace(shared: &Shared, nsid: Nsid) -> Result<Box<IdentifyNamespa
         namespace.blocks.into(),
         namespace.blocks.into(),
     );
-    id.dlfeat = 0b1001; // deallocated blocks read zero; Write Zeroes honours DEAC
+    // Deallocated blocks read zero; Write Zeroes honours DEAC. Where nothing is kept, what they read is not reported.
+    id.dlfeat = if shared.config.medium == Medium::Null {
+        0
+    } else {
+        0b1001
+    };
     id.nvmcap = (u128::from(namespace.blocks) << namespace.block_shift).to_le_bytes();
     id.nguid = namespace.nguid;
     id.eui64 = namespace.eui64;

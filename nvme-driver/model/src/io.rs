@@ -1,7 +1,7 @@
 //! The NVM command set: Read, Write, Flush, Write Zeroes, Dataset Management, Compare. NVM Command Set 1.0.
 //!
-//! On memory a command is carried out inline by the core that services its queue; on an image file, and where memory
-//! is to be given back to the system, by a worker. What is checked is the same on both ways.
+//! On memory, and where nothing is kept, a command is carried out inline by the core that services its queue; on an image
+//! file, and where memory is to be given back to the system, by a worker. What is checked is the same on all ways.
 
 use std::sync::atomic::Ordering;
 
@@ -95,15 +95,17 @@ fn is_durable(shared: &Shared, entry: &SubmissionEntry) -> bool {
     is_fua(entry) || !shared.write_cache.load(Ordering::Relaxed)
 }
 
-/// Carries out a command on memory, or says that it needs a worker.
+/// Carries out a command without waiting for anything, or says that it needs a worker.
 #[inline]
 pub(crate) fn execute_inline(
     shared: &Shared,
     dma: &mut Dma<'_>,
     entry: &SubmissionEntry,
 ) -> Inline {
-    let Media::Ram(ram) = &shared.media else {
-        return Inline::NeedsWorker;
+    let ram = match &shared.media {
+        Media::Ram(ram) => ram,
+        Media::Null => return execute_null(shared, dma, entry).into(),
+        Media::File(_) => return Inline::NeedsWorker,
     };
     let result = match entry.opcode {
         io_opcode::READ => transfer(shared, entry).and_then(|(extent, len)| {
@@ -128,6 +130,34 @@ pub(crate) fn execute_inline(
         _ => return execute_other(shared, ram, dma, entry),
     };
     Inline::Done(result.err().unwrap_or(Status::SUCCESS))
+}
+
+/// Everything that a command on memory goes through, each page of its data looked up and checked, but the copy.
+#[inline]
+fn execute_null(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> Status {
+    let result = match entry.opcode {
+        io_opcode::READ => transfer(shared, entry)
+            .and_then(|(_, len)| dma.pages(entry, len, Direction::Write, |_, _, _| Ok(()))),
+        io_opcode::WRITE => transfer(shared, entry)
+            .and_then(|(_, len)| dma.pages(entry, len, Direction::Read, |_, _, _| Ok(()))),
+        _ => execute_other_null(shared, dma, entry),
+    };
+    result.err().unwrap_or(Status::SUCCESS)
+}
+
+#[cold]
+fn execute_other_null(
+    shared: &Shared,
+    dma: &mut Dma<'_>,
+    entry: &SubmissionEntry,
+) -> Result<(), Status> {
+    match entry.opcode {
+        io_opcode::FLUSH => flush_target(shared, entry),
+        io_opcode::WRITE_ZEROES => target(shared, entry).map(drop),
+        io_opcode::DATASET_MANAGEMENT => ranges(shared, dma, entry).map(drop),
+        // Compare among them: there is nothing to compare with, as ONCS says.
+        _ => Err(Status::INVALID_OPCODE.with_dnr()),
+    }
 }
 
 #[cold]
@@ -287,6 +317,8 @@ pub(crate) fn execute_slowly(
     let result = match &shared.media {
         Media::Ram(ram) => zero_memory(shared, ram, entry, scratch),
         Media::File(image) => execute_on_file(shared, image, entry, scratch),
+        // It never is too long for the core.
+        Media::Null => Err(Status::INTERNAL_ERROR),
     };
     result.err().unwrap_or(Status::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! Where the blocks of all namespaces are kept: memory, or an image file.
+//! Where the blocks of all namespaces are kept: memory, an image file, or nowhere.
 //!
 //! Memory is reached inline by whichever queue's core asks. A file is reached by worker threads alone, so that no core
 //! that polls ever waits for a disk, and a full disk or a failing one is a command's status, never a signal.
@@ -22,6 +22,7 @@ const PAGE: u64 = 4096;
 pub(crate) enum Media {
     Ram(Ram),
     File(Image),
+    Null,
 }
 
 impl Media {
@@ -33,6 +34,7 @@ impl Media {
                 let (image, size) = Image::open(path, size)?;
                 Ok((Media::File(image), size))
             }
+            Medium::Null => Ok((Media::Null, size)),
         }
     }
 
@@ -41,6 +43,7 @@ impl Media {
         match self {
             Media::Ram(ram) => ram.read(offset, bytes),
             Media::File(image) => image.file.read_exact_at(bytes, offset)?,
+            Media::Null => return Err(io::Error::other("nothing is kept")),
         }
         Ok(())
     }
@@ -48,7 +51,7 @@ impl Media {
     /// Makes everything written so far durable. May take long.
     pub(crate) fn sync(&self) -> io::Result<()> {
         match self {
-            Media::Ram(_) => Ok(()),
+            Media::Ram(_) | Media::Null => Ok(()),
             Media::File(image) => image.sync(),
         }
     }

@@ -23,7 +23,8 @@ use zerocopy::little_endian::{U16, U64};
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
 use crate::mmio::{AtomicU64, fence};
 use crate::spec::{
-    Cid, DsmRange, LbaRange, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status, SubmissionEntry,
+    Cid, DsmRange, LbaRange, MAX_BLOCKS, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status,
+    SubmissionEntry, Transfer,
 };
 use crate::transport::{Armed, Iova, QueuePort, Transport};
 use doorbells::Doorbells;
@@ -172,22 +173,22 @@ impl<T: Transport> QueuePair<T> {
         (self.sq.iova(), self.cq.iova())
     }
 
-    /// [`QueuePair::submit`] in short, of a command that moves one segment of at most two pages.
+    /// [`QueuePair::submit`] in short, of a read or write that moves one segment of at most two pages.
     ///
     /// # Errors
     /// As of [`QueuePair::submit`]; [`PrpError::TooLong`] also for a segment that only that takes.
     #[inline(always)]
     pub fn submit_short(
         &mut self,
-        mut entry: SubmissionEntry,
+        transfer: Transfer,
+        range: LbaRange,
         segment: DataSegment,
     ) -> Result<Cid, SubmitError> {
+        debug_assert!((1..=MAX_BLOCKS).contains(&range.blocks));
         let pointer = prp::short(segment).filter(|_| segment.len <= self.max_transfer);
         let pointer = pointer.ok_or(SubmitError::Prp(PrpError::TooLong))?;
         let cid = self.take_cid()?;
-        entry.prp1 = U64::new(pointer.prp1);
-        entry.prp2 = U64::new(pointer.prp2);
-        self.push(entry, cid);
+        self.push(transfer.words(cid, range, pointer.prp1, pointer.prp2), cid);
         Ok(cid)
     }
 
@@ -221,7 +222,7 @@ impl<T: Transport> QueuePair<T> {
         .map_err(|error| self.refuse(cid, error))?;
         entry.prp1 = U64::new(pointer.prp1);
         entry.prp2 = U64::new(pointer.prp2);
-        self.push(entry, cid);
+        self.push_entry(entry, cid);
         Ok(cid)
     }
 
@@ -247,7 +248,7 @@ impl<T: Transport> QueuePair<T> {
     #[inline]
     pub fn submit_raw(&mut self, entry: SubmissionEntry) -> Result<Cid, SubmitError> {
         let cid = self.take_cid()?;
-        self.push(entry, cid);
+        self.push_entry(entry, cid);
         Ok(cid)
     }
 
@@ -279,7 +280,7 @@ impl<T: Transport> QueuePair<T> {
         let count = u16::try_from(count).unwrap_or(256);
         let mut entry = SubmissionEntry::deallocate(nsid, count);
         entry.prp1 = U64::new(self.lists.iova(offset).0);
-        self.push(entry, cid);
+        self.push_entry(entry, cid);
         Ok(cid)
     }
 
@@ -302,15 +303,19 @@ impl<T: Transport> QueuePair<T> {
     }
 
     #[inline]
-    fn push(&mut self, entry: SubmissionEntry, cid: Cid) {
+    fn push_entry(&mut self, entry: SubmissionEntry, cid: Cid) {
         let entry = SubmissionEntry {
             cid: U16::new(cid.0),
             ..entry
         };
-        // In whole words: they are stored twice.
-        let words = entry.words();
-        self.sent[cid.index() % self.sent.len()] = words;
-        self.sq.push(words);
+        self.push(entry.words(), cid);
+    }
+
+    /// In whole words: they are stored twice.
+    #[inline]
+    fn push(&mut self, entry: [u64; 8], cid: Cid) {
+        self.sent[cid.index() % self.sent.len()] = entry;
+        self.sq.push(entry);
         self.counters.commands = self.counters.commands.wrapping_add(1);
     }
 

@@ -14,9 +14,10 @@ use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX,
     VFIO_TYPE,
 };
-use vmm_sys_util::ioctl::ioctl_with_ptr;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
+ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE.into(), VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE.into(), VFIO_BASE + 10);
 
 /// An eventfd that is none: the vector is off.
@@ -33,10 +34,13 @@ pub(super) struct Vectors {
 }
 
 impl Vectors {
-    /// Makes `wanted` vectors, or as many as the kernel has, all of them off.
+    /// Makes `wanted` vectors, or as many as the device and the kernel have, all of them off.
     pub(super) fn new(device: File, wanted: u16) -> io::Result<Vectors> {
         let device = Arc::new(device);
-        let mut count = wanted;
+        let mut count = wanted.min(vectors_of(&device)?);
+        if count == 0 {
+            return Err(io::Error::other("the device has no MSI-X"));
+        }
         loop {
             let off = vec![OFF; count.into()];
             match set(&device, 0, &off)? {
@@ -111,10 +115,21 @@ impl Drop for Vector {
     }
 }
 
+/// VFIO_DEVICE_GET_IRQ_INFO: how many vectors the device has.
+fn vectors_of(device: &File) -> io::Result<u16> {
+    // `argsz`, `flags`, `index` and `count` of `struct vfio_irq_info`.
+    let mut info = [16_u32, 0, VFIO_PCI_MSIX_IRQ_INDEX, 0];
+    // SAFETY: the kernel reads and writes the 16 bytes that `argsz` says.
+    if unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_IRQ_INFO(), &mut info) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u16::try_from(info[3]).unwrap_or(u16::MAX))
+}
+
 /// VFIO_DEVICE_SET_IRQS: connects vectors from `start` on to eventfds. A positive answer says how many there could be.
 fn set(device: &File, start: u32, events: &[RawFd]) -> io::Result<i32> {
     let count = u32::try_from(events.len()).map_err(io::Error::other)?;
-    let bytes = 4 * (HEADER_WORDS as u32 + count);
+    let bytes = u32::try_from(4 * (HEADER_WORDS + events.len())).map_err(io::Error::other)?;
     let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
     // All fields of the structure have 32 bits, and so have the eventfds behind it. One vector needs no allocation: a
     // reactor sets one at a time.
