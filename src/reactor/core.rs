@@ -218,7 +218,7 @@ impl<R: Rest> Core<R> {
     fn note_load(&mut self, at: usize) {
         let resident = &mut self.residents[at];
         let load = resident.poller.load();
-        let completed = load.submitted - u64::from(load.outstanding);
+        let completed = load.submitted.wrapping_sub(load.outstanding.into());
         match resident.probe {
             Some((sent, before)) if completed != before => {
                 let took = self.rest.now().saturating_sub(sent);
