@@ -92,6 +92,41 @@ apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1 </dev/null
 }
 
+# The package that linux-image-cloud-amd64 stands for today, such as linux-image-6.1.0-56-cloud-amd64.
+guest_kernel() {
+    local name
+    for _ in 1 2; do
+        name=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null \
+            | sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p' | head -n 1)
+        if [[ -n $name ]]; then
+            say "$name"
+            return
+        fi
+        can_install || break
+        update_package_lists >&2
+    done
+    die "Debian's package linux-image-cloud-amd64 is not in the package lists (apt-get update, as root)"
+}
+
+# unpack_package NAME[=VERSION] FOLDER: downloads it and unpacks it there; nothing is installed. A child, so `run` it from
+# a script that ends its children.
+unpack_package() {
+    local folder=$2-package
+    local -a archive
+    mkdir "$folder"
+    cd "$folder" || die "cannot enter $folder"
+    if ! run apt-get download -qq "$1" >log 2>&1; then
+        # The lists may name a version that the archive no longer has.
+        can_install || die "cannot download $1: $(tail -n 1 log)"
+        update_package_lists
+        run apt-get download -qq "$1" >log 2>&1 || die "cannot download $1: $(tail -n 1 log)"
+    fi
+    archive=(./*.deb)
+    run dpkg-deb -x "${archive[0]}" "$2"
+    cd "$root" || die "cannot enter $root"
+    rm -rf "$folder"
+}
+
 # ---- children ----
 
 # Process groups of the children that run; see `start` and `end_children`.

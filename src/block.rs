@@ -152,6 +152,9 @@ pub struct Geometry {
     /// What every request asks for: the size in sectors, and the sectors of a block as a power of two.
     sectors: u64,
     sector_shift: u32,
+    /// What is 0 of a sector, and of a length in bytes, that is one of whole blocks.
+    sector_mask: u64,
+    byte_mask: u32,
     read_only: bool,
 }
 
@@ -165,6 +168,8 @@ impl Geometry {
             blocks,
             sectors: blocks << (block_shift - 9),
             sector_shift: block_shift - 9,
+            sector_mask: (1 << (block_shift - 9)) - 1,
+            byte_mask: (1 << block_shift) - 1,
             read_only,
         })
     }
@@ -192,6 +197,11 @@ impl Geometry {
     /// Sectors of a block as a power of two: 0 for blocks of 512 bytes, 3 for 4096.
     pub const fn sector_shift(&self) -> u32 {
         self.sector_shift
+    }
+
+    /// What is 0 of a sector, and of a length in bytes, that is one of whole blocks.
+    pub const fn part_masks(&self) -> (u64, u32) {
+        (self.sector_mask, self.byte_mask)
     }
 
     /// Whether the guest may change nothing.

@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench::args::BenchArgs;
-use crate::config::{BlkOptions, Config, ConfigError, CoreList, DeviceOptions, LogLevel, Options};
+use crate::config::{
+    BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel, Options,
+};
 use crate::host::command::{ListArgs, SetupArgs};
 
 /// A polled-mode userspace storage server: each virtqueue of a guest's disk rides in tandem with one NVMe queue pair.
@@ -49,6 +51,9 @@ pub struct ServeArgs {
     /// Cores that busy-poll, each fully used from start to end: 0-3,5
     #[arg(long, value_name = "LIST")]
     pub cores: Option<CoreList>,
+    /// Serve real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
+    #[arg(long)]
+    pub unsafe_noiommu: bool,
     /// Print the plan (which core polls which queue) and touch nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -63,9 +68,23 @@ pub struct IdentifyArgs {
     /// An NVMe controller: pci:0000:5e:00.0, model:ram,size=1G, model:file,path=disk.img or model:null,size=1T
     #[arg(long, value_name = "SPEC")]
     pub device: DeviceOptions,
+    /// Also without an IOMMU: any fault of the SSD may then change all memory of this machine
+    #[arg(long)]
+    pub unsafe_noiommu: bool,
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+impl IdentifyArgs {
+    /// The device, complete.
+    pub fn config(&self) -> Result<DeviceConfig, ConfigError> {
+        let mut device = self.device.clone();
+        if self.unsafe_noiommu {
+            DeviceOptions::allow_noiommu(std::slice::from_mut(&mut device))?;
+        }
+        device.resolve_alone()
+    }
 }
 
 impl ServeArgs {
@@ -77,6 +96,9 @@ impl ServeArgs {
         };
         options.device.extend_from_slice(&self.device);
         options.blk.extend_from_slice(&self.blk);
+        if self.unsafe_noiommu {
+            DeviceOptions::allow_noiommu(&mut options.device)?;
+        }
         options.server.cores = self.cores.clone().or(options.server.cores);
         options.server.log = self.log.or(options.server.log);
         options.resolve()
@@ -95,6 +117,8 @@ Keys of each (a comma within a value is written ,,):
 Keys of pci:
   address=ADDRESS   as lspci writes it, or
   serial=TEXT       the one with this serial number; it must be bound to vfio-pci
+  unsafe_noiommu=on|off
+                    served also without an IOMMU, at the risk of all memory [off]
 Keys of model:
   size=1G           capacity, shared equally by the namespaces; an image file is
                     created when absent and extended when shorter
@@ -130,6 +154,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::config::Isolation;
 
     fn serve(flags: &[&str]) -> Result<ServeArgs, clap::Error> {
         match Cli::try_parse_from(["tandem", "serve"].iter().chain(flags))?.command {
@@ -212,6 +237,31 @@ mod tests {
     }
 
     #[test]
+    fn unsafe_noiommu_is_for_every_real_ssd_and_for_nothing_else() {
+        let isolation = |flags: &[&str]| {
+            let args = serve(&[flags, &["--blk", "fd=3,device=d0", "--cores", "0"]].concat());
+            let config = args.unwrap().config().map_err(|error| error.to_string());
+            config.map(|config| {
+                let devices = config.devices.iter();
+                devices.map(|device| device.isolation).collect::<Vec<_>>()
+            })
+        };
+        let (one, two) = ("pci:5e:00.0", "pci:5f:00.0,unsafe_noiommu=on");
+        let model = "model:ram,size=1G";
+        let (safe, not) = (Isolation::Iommu, Isolation::UnsafeNone);
+        for (devices, flag, expected) in [
+            ([one, two, model], false, [safe, not, safe]),
+            ([one, two, model], true, [not, not, safe]),
+        ] {
+            let mut flags: Vec<&str> = devices.iter().flat_map(|spec| ["--device", spec]).collect();
+            flags.extend(flag.then_some("--unsafe-noiommu"));
+            assert_eq!(isolation(&flags).unwrap(), expected);
+        }
+        let error = isolation(&["--device", model, "--unsafe-noiommu"]).unwrap_err();
+        assert!(error.contains("there is no --device pci:"), "{error}");
+    }
+
+    #[test]
     fn identify_takes_one_device_and_json() {
         let cli = Cli::try_parse_from([
             "tandem",
@@ -225,6 +275,6 @@ mod tests {
             panic!("identify was parsed as serve")
         };
         assert!(args.json);
-        assert_eq!(args.device.resolve_alone().unwrap().name, "d0");
+        assert_eq!(args.config().unwrap().name, "d0");
     }
 }

@@ -14,7 +14,10 @@ use tandem::plan::{Topology, plan};
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve(&args),
-        Command::Bench(args) => tandem::bench::run_here(&args).map(ExitCode::from),
+        Command::Bench(args) => {
+            log_to_stderr(LogLevel::Warn);
+            tandem::bench::run_here(&args).map(ExitCode::from)
+        }
         Command::Identify(args) => run_identify(&args),
         Command::List(args) => Ok(tandem::host::command::list_here(&args).into()),
         Command::SetupVfio(args) => Ok(tandem::host::command::setup_here(&args).into()),
@@ -58,7 +61,9 @@ fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn run_identify(args: &IdentifyArgs) -> anyhow::Result<ExitCode> {
-    let config = args.device.clone().resolve_alone()?;
+    let config = args.config()?;
+    // What is worth a warning is so here too.
+    log_to_stderr(LogLevel::Warn);
     print(&identify::describe(&config, args.json)?);
     Ok(ExitCode::SUCCESS)
 }

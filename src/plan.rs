@@ -14,7 +14,8 @@
 use std::fmt;
 
 use crate::config::{
-    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Medium, Socket,
+    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Isolation,
+    Medium, Socket,
 };
 
 /// What the machine has.
@@ -215,13 +216,18 @@ fn fmt_device(device: &DevicePlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         name,
         controller,
         on_device_loss,
+        isolation,
     } = &device.config;
     let model = match controller {
         ControllerConfig::Model(model) => model,
         ControllerConfig::Pci(target) => {
+            let how = match isolation {
+                Isolation::Iommu => "",
+                Isolation::UnsafeNone => ", UNSAFE: also without an IOMMU",
+            };
             writeln!(
                 f,
-                "device  {name}  {target} through VFIO; if it is lost: {on_device_loss}"
+                "device  {name}  {target} through VFIO{how}; if it is lost: {on_device_loss}"
             )?;
             return writeln!(
                 f,

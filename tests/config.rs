@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use tandem::cli::{Cli, Command};
 use tandem::config::{
     BlkOptions, BlockSize, ByteSize, Config, ConfigError, ControllerConfig, CoreId, CoreList,
-    DeviceConfig, DeviceOptions, DiskConfig, LogLevel, MAX_DEVICE_NAME, Medium, ModelConfig,
-    OnDeviceLoss, Options, PciTarget, Socket,
+    DeviceConfig, DeviceOptions, DiskConfig, Isolation, LogLevel, MAX_DEVICE_NAME, Medium,
+    ModelConfig, OnDeviceLoss, Options, PciTarget, Socket,
 };
 use tandem::plan::{Topology, plan};
 
@@ -258,7 +258,7 @@ prop_compose! {
                 }
                 let on_device_loss = if index.is_multiple_of(2) { OnDeviceLoss::Error } else { OnDeviceLoss::Hold };
                 let name = format!("ssd.{index}");
-                DeviceConfig { name, controller: ControllerConfig::Model(model), on_device_loss }
+                DeviceConfig { name, controller: ControllerConfig::Model(model), on_device_loss, isolation: Isolation::Iommu }
             })
             .collect();
         let disks = disks
@@ -339,6 +339,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
         devices: vec![DeviceConfig {
             name: "d0".to_owned(),
             on_device_loss: OnDeviceLoss::Error,
+            isolation: Isolation::Iommu,
             controller: ControllerConfig::Model(ModelConfig {
                 medium: Medium::Ram { size: 1 << 30 },
                 block_size: BlockSize::B512,
@@ -594,9 +595,38 @@ fn pci_device_in_every_form_names_its_ssd() {
     ))
     .unwrap();
     assert_eq!(config.devices[0].controller, ControllerConfig::Pci(address));
+    assert_eq!(config.devices[0].isolation, Isolation::Iommu);
     assert_eq!(
         config.disks[0].nsid, 700,
         "which namespaces there are shows when it is claimed"
+    );
+}
+
+#[test]
+fn device_without_an_iommu_is_asked_for_by_key_alone() {
+    for (spec, isolation) in [
+        ("pci:5e:00.0", Isolation::Iommu),
+        ("pci:5e:00.0,unsafe_noiommu=off", Isolation::Iommu),
+        ("pci:5e:00.0,unsafe_noiommu=on", Isolation::UnsafeNone),
+    ] {
+        let device: DeviceOptions = spec.parse().unwrap();
+        assert_eq!(
+            device.resolve_alone().unwrap().isolation,
+            isolation,
+            "{spec}"
+        );
+    }
+    let config = from_toml(&file(
+        "kind = \"pci\"\naddress = \"5e:00.0\"\nunsafe_noiommu = true\n",
+        &["path = \"a\""],
+    ))
+    .unwrap();
+    assert_eq!(config.devices[0].isolation, Isolation::UnsafeNone);
+    let plan = plan(&config, &Topology::from_online_cores([CoreId(0)]));
+    let text = plan.unwrap().to_string();
+    assert!(
+        text.starts_with("device  d0  pci:0000:5e:00.0 through VFIO, UNSAFE: also without an IOMMU; if it is lost: error\n"),
+        "{text}"
     );
 }
 
@@ -610,6 +640,10 @@ fn pci_device_refusals_say_what_to_write() {
         (
             "pci:5e.0",
             "`address`: `5e.0` is not a PCI address: write it as lspci does, 0000:5e:00.0 or 5e:00.0",
+        ),
+        (
+            "pci:5e:00.0,unsafe_noiommu=yes",
+            "`unsafe_noiommu`: `yes` is neither on nor off",
         ),
         (
             "pci:5e:00.0,on_device_loss=wait",
@@ -632,6 +666,11 @@ fn pci_device_refusals_say_what_to_write() {
         (
             "pci:5e:00.0,queues=4",
             "device d0: queues=... means nothing for a real SSD, which says this itself: drop it",
+        ),
+        (
+            "model:ram,size=1G,unsafe_noiommu=off",
+            "device d0: unsafe_noiommu=... means nothing for the embedded controller, which checks every address itself: \
+             drop it",
         ),
         (
             "model:ram,size=1G,address=5e:00.0",

@@ -1207,7 +1207,9 @@ fn bind_without_an_iommu_says_how_to_enable_it() {
     fs::remove_file(machine.kernel().function(A).join("iommu_group")).unwrap();
     machine.setup(&["bind", A]).refused(
         "it is in no IOMMU group: no IOMMU is on; put intel_iommu=on (Intel) or `amd_iommu=on iommu=pt` (AMD) on the \
-         kernel command line, and enable VT-d (Intel) or AMD-Vi (AMD, often called IOMMU) in the firmware",
+         kernel command line, and enable VT-d (Intel) or AMD-Vi (AMD, often called IOMMU) in the firmware; or, at the \
+         risk of all memory of this machine, load the module vfio with enable_unsafe_noiommu_mode=1 and give \
+         --unsafe-noiommu",
     );
     machine.untouched();
     let list = machine.run(&["list"]).out;
@@ -1232,7 +1234,60 @@ fn bind_in_no_iommu_mode_is_refused_also_when_it_is_bound_already() {
     machine.setup(&["bind", A]).refused(reason);
     machine.untouched();
     let list = machine.run(&["list"]).out;
-    assert!(list.contains(&format!("-> cannot: {reason}\n")), "{list}");
+    let serve = format!(
+        "  {reason}\n  -> serve it: --device pci:{A} --unsafe-noiommu, at the risk of all memory\n"
+    );
+    assert!(list.contains(&serve), "{list}");
+    // Whoever insists has it bound already.
+    let said = machine.setup(&["bind", "--unsafe-noiommu", A]).out;
+    assert!(
+        said.contains(&format!("{A}: already bound to vfio-pci: "))
+            && said.contains("noiommu-12\n")
+            && said.contains(&format!("{A}: UNSAFE, NO IOMMU: ")),
+        "{said}"
+    );
+}
+
+#[test]
+fn bind_without_an_iommu_for_those_who_insist_says_what_is_missing_in_the_kernel() {
+    let machine = Machine::with_vfio(&[ssd_a()]);
+    fs::remove_file(machine.kernel().function(A).join("iommu_group")).unwrap();
+    let bind = |reason: &str| {
+        let reason = format!("it is in no IOMMU group: no IOMMU is on, and {reason}");
+        machine
+            .setup(&["bind", "--unsafe-noiommu", A])
+            .refused(&reason);
+    };
+    let module = machine.at("sys/module/vfio");
+    let parameter = module.join("parameters/enable_unsafe_noiommu_mode");
+    bind("VFIO's no-IOMMU mode is not on: modprobe vfio enable_unsafe_noiommu_mode=1");
+    fs::create_dir_all(module.join("parameters")).unwrap();
+    bind("this kernel's VFIO has no mode without one (it was built without CONFIG_VFIO_NOIOMMU)");
+    write(parameter.clone(), "N\n");
+    bind(
+        "VFIO's no-IOMMU mode is off: write 1 to /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+    );
+    machine.untouched();
+    // On: the checks that remain are the others.
+    write(parameter, "Y\n");
+    let said = machine
+        .setup(&["bind", "--unsafe-noiommu", "--dry-run", A])
+        .out;
+    assert!(
+        said.contains("driver_override vfio-pci") && said.contains("drivers_probe"),
+        "{said}"
+    );
+    // A user without root could not open it.
+    let words = [
+        "tandem",
+        "setup-vfio",
+        "bind",
+        "--unsafe-noiommu",
+        "--user",
+        "root",
+        A,
+    ];
+    assert!(Cli::try_parse_from(words).is_err());
 }
 
 #[test]

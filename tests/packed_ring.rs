@@ -544,8 +544,18 @@ fn through(
         };
         b.guest.publish();
         assert!(b.queue.available().unwrap() > 0);
-        let ends = b.queue.pop_framed::<HEADER_BYTES>(&b.memory, &mut b.chain);
-        let mut ends = ends.unwrap().expect("a request");
+        let main = b.memory.main();
+        let sole = match layout {
+            RingLayout::Split => b.queue.pop_sole::<_, false>(&main),
+            RingLayout::Packed => b.queue.pop_sole::<_, true>(&main),
+        };
+        let mut ends: Ends<HEADER_BYTES> = match sole {
+            Some(sole) => b.chain.hold(&sole, &main),
+            None => {
+                assert!(b.queue.pop(&b.memory, &mut b.chain).unwrap(), "a request");
+                b.chain.take_ends()
+            }
+        };
         assert_eq!(b.chain.head().get(), head);
         // Each layout has its own buffers: compare places within them.
         let base = b.guest.data_at(head).0;

@@ -63,14 +63,28 @@ fn agent_binary() -> &'static PathBuf {
     })
 }
 
-/// A disk with the server, the agent and the scripts. Made once for all tests, while a lab is held.
+/// The module vfio with its no-IOMMU mode, beside what guests boot from.
+fn noiommu_module() -> PathBuf {
+    let module = lab::image_folder()
+        .with_file_name("noiommu")
+        .join("vfio.ko");
+    assert!(
+        module.exists(),
+        "{} is not there. Run scripts/dev test, or scripts/noiommu-module",
+        module.display()
+    );
+    module
+}
+
+/// A disk with the server, the agent, the scripts and a module. Made once for all tests, while a lab is held.
 fn payload() -> &'static str {
     static PAYLOAD: OnceLock<String> = OnceLock::new();
     PAYLOAD.get_or_init(|| {
         let image = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("payload.img");
         let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scripts/payload");
         let made = Command::new(script)
-            .args([&image, &server_binary(), agent_binary()])
+            .arg(&image)
+            .args([&noiommu_module(), &server_binary(), agent_binary()])
             .status()
             .unwrap();
         assert!(made.success(), "scripts/payload ended with {made}");
@@ -637,6 +651,152 @@ fn linux_guest_within_the_machine_has_its_disk_on_the_ssd() {
     );
     // The guest sleeps until it is signalled.
     assert!(report.total("notifications") > 0, "{report:?}");
+}
+
+/// A machine without an IOMMU, in which VFIO is allowed to do without: refused by default; with the flag the same as
+/// elsewhere, for guests on huge pages, wherever these are in physical memory.
+#[test]
+fn ssd_without_an_iommu_is_refused_until_it_is_asked_for_and_then_serves_guests_on_huge_pages() {
+    let lab = Lab::new("noiommu");
+    medium(&lab, "a.img", 64);
+    medium(&lab, "b.img", 64);
+    let job = format!(
+        "
+        . /machine.sh
+        nvme id-ctrl -o json /dev/nvme0 >/tmp/ctrl
+        tells ctrl /tmp/ctrl
+        # says TEXT COMMAND...: it fails, and says so.
+        says() {{
+            says_text=$1
+            shift
+            \"$@\" >/tmp/said 2>&1 && return 1
+            cat /tmp/said
+            grep -Fq -e \"$says_text\" /tmp/said
+        }}
+        step 'bind: no IOMMU' says 'or, at the risk of all memory of this machine' bind 0000:00:05.0
+        step 'bind: no module' says 'modprobe vfio enable_unsafe_noiommu_mode=1' bind --unsafe-noiommu 0000:00:05.0
+        step 'load the module' insmod /payload/modules/vfio.ko
+        step 'bind: switched off' says 'write 1 to' bind --unsafe-noiommu 0000:00:05.0
+        step 'switch it on' sh -c 'echo 1 >/sys/module/vfio/parameters/enable_unsafe_noiommu_mode'
+        step 'bind: not asked for' says 'it is in no IOMMU group' bind 0000:00:05.0
+        step 'the kernel has it still' test -b /dev/nvme0n1
+        step 'bind, which says what it means' \\
+            sh -c 'tandem setup-vfio bind --force-data --unsafe-noiommu 0000:00:05.0 | grep \"UNSAFE, NO IOMMU\"'
+        step 'bind another' bind --unsafe-noiommu 0000:00:06.0
+        fact node \"$(ls /dev/vfio/noiommu-*)\"
+        tandem list >/tmp/list
+        tells list /tmp/list
+
+        device=pci:0000:00:05.0
+        step 'serve: not asked for' refuses 'no-IOMMU mode, in which the SSD could.* --unsafe-noiommu' \
+            --device $device --blk path=/tmp/vm0.sock
+        identify_status=0
+        tandem identify --device $device >/tmp/identify 2>&1 || identify_status=$?
+        fact identify.status $identify_status
+        tells identify /tmp/identify
+        step 'no huge pages' refuses 'setup-vfio hugepages' --unsafe-noiommu --device $device --blk path=/tmp/vm0.sock
+        step 'huge pages' tandem setup-vfio hugepages 128
+        step identify sh -c \"tandem identify --device $device --unsafe-noiommu --json >/tmp/ours 2>/tmp/warning\"
+        tells ours /tmp/ours
+        tells warning /tmp/warning
+
+        free() {{ cat /sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages; }}
+        fact free.before $(free)
+        step serve serve a --unsafe-noiommu --device $device --blk path=/tmp/vm0.sock,queues=4
+        told 'load, pages scattered' taskset 2 agent load-huge scattered {LOAD} /tmp/vm0.sock
+        step 'a guest on ordinary pages is turned away' says 'SET_MEM_TABLE' \
+            taskset 2 agent load {LOAD} /tmp/vm0.sock
+        step 'and told what it needs' grep -q 'memory-backend-memfd,hugetlb=on' /tmp/a.log
+        told 'a page that is given back' taskset 2 agent hole /tmp/vm0.sock
+        told 'load, pages gathered' taskset 2 agent load-huge gathered {LOAD} /tmp/vm0.sock
+        step finish finish a
+        tells report /tmp/a.out
+        tells log /tmp/a.log
+        fact free.after $(free)
+
+        # Killed with requests at the SSD: the kernel takes the device and the pages back.
+        step 'serve the other' serve b --device pci:0000:00:06.0,unsafe_noiommu=on --blk path=/tmp/vm1.sock,queues=4
+        taskset 2 agent load-huge scattered {LOAD} /tmp/vm1.sock >/tmp/load 2>&1 &
+        load=$!
+        step 'it is loaded' within 60 grep -q load.crossings /tmp/load
+        sleep 0.3
+        kill -KILL $(cat /tmp/b.pid) $load
+        wait $(cat /tmp/b.pid) $load
+        all_free() {{ [ $(free) -eq 128 ]; }}
+        step 'the pages are free' within 30 all_free
+        # 96 KiB: every other one or so of 21 in 2 MiB crosses into the next page.
+        step bench tandem bench --device pci:0000:00:06.0 --unsafe-noiommu --rw randrw --bs 96k --size 48M \
+            --iodepth 64 --runtime 1 --verify crc32c --overwrite-data --cpus_allowed 0
+        fact free.end $(free)
+
+        step unbind unbind 0000:00:05.0
+        step 'unbind the other' unbind 0000:00:06.0
+        step 'the kernel has it again' within 10 test -b /dev/nvme0n1
+        step 'no group is left' sh -c '! ls /dev/vfio/noiommu-*'
+        fact tainted $(cat /proc/sys/kernel/tainted)"
+    );
+    let ssds = [
+        "--no-iommu",
+        "--ssd",
+        "a.img,max_ioqpairs=8,mdts=7",
+        "--ssd",
+        "b.img,max_ioqpairs=8,mdts=7",
+    ];
+    let facts = machine(&lab, &ssds, &job);
+    let number = |key: &str| facts[key].parse::<u64>().unwrap();
+
+    assert_eq!(number("identify.status"), 2);
+    assert!(
+        facts["identify"].contains("say that this risk is yours: --unsafe-noiommu"),
+        "{}",
+        facts["identify"]
+    );
+    for said in ["warning", "log"] {
+        assert!(facts[said].contains("UNSAFE, NO IOMMU"), "{}", facts[said]);
+    }
+    assert!(
+        facts["list"].contains("-> serve it: --device pci:0000:00:05.0 --unsafe-noiommu"),
+        "{}",
+        facts["list"]
+    );
+    let parse = |key: &str| -> Value { serde_json::from_str(&facts[key]).unwrap() };
+    let compared = same_fields("controller", &parse("ours")["controller"], &parse("ctrl"));
+    assert!(compared >= 40, "{compared} fields of the controller");
+
+    // What the client shared, and in how many pieces it was: once without neighbours, once with as many as there are.
+    let runs: Vec<u64> = facts["log"]
+        .lines()
+        .filter(|line| line.contains("guest memory by its physical addresses"))
+        .filter_map(|line| line.split_once("runs=")?.1.trim().parse().ok())
+        .collect();
+    let pages = number("load.bytes") >> 21;
+    assert!(pages >= 8, "{pages} huge pages");
+    // The second is the one that gives a page back.
+    let [scattered, _, gathered] = runs[..] else {
+        panic!("{runs:?}: {}", facts["log"]);
+    };
+    assert!(scattered > pages / 2, "{scattered} runs of {pages} pages");
+    // The server's own pages lie in between.
+    assert!(
+        gathered <= pages * 2 / 3,
+        "{gathered} runs of {pages} pages"
+    );
+    assert!(number("load.crossings") >= 8, "{facts:?}");
+    let report = report_of(&facts, "report");
+    assert_eq!((report.queues.len(), queue_pairs(&report)), (4, 4));
+    assert_image_holds(&lab, "a.img", Load::parse(LOAD));
+
+    assert_eq!(
+        number("hole.given-back"),
+        0,
+        "a page that the SSD may write to"
+    );
+    assert_eq!(number("hole.after"), 1);
+    for free in ["free.before", "free.after", "free.end"] {
+        assert_eq!(number(free), 128, "{free}");
+    }
+    // TAINT_USER.
+    assert_ne!(number("tainted") & 1 << 6, 0);
 }
 
 /// What tests of removal build upon: the root port, the monitor, and the kernel's side of it.

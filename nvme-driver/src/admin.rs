@@ -173,7 +173,7 @@ impl<T: Transport> AdminQueue<T> {
             doing,
         })?;
         entry.cid = U16::new(cid.0);
-        self.sq.push(&entry);
+        self.sq.push(entry.words());
         self.sq.publish();
         self.port.ring_sq(self.sq.tail());
         Ok(cid)

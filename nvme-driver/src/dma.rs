@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::mmio::{reads, writes};
-use crate::pages;
+use crate::pages::{self, PageKind};
 use crate::spec::PAGE_SIZE;
-pub use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova};
+pub use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova, PhysicalMemory, Pinned, Run};
 
 /// Windows start at multiples of this, so that the IOMMU can use its large pages.
 const LARGE_WINDOW_ALIGN: u64 = 2 << 20;
@@ -24,8 +24,13 @@ const LARGE_WINDOW_ALIGN: u64 = 2 << 20;
 /// The book outlives the domain: a device that is lost takes its domain along ([`DmaSpace::detach`]), mappings of
 /// guests and buffers stay where they are in the book, and the domain of the device that comes back gets them all at
 /// the same addresses ([`DmaSpace::attach`]). While there is no domain no device reaches anything.
+///
+/// A device without an IOMMU has no windows: what is mapped stays where it is in physical memory, and the device is told
+/// where that is, piece by piece ([`DmaMapping::runs`]). Nothing changes for it when the device is lost and comes back.
 #[derive(Debug)]
 pub struct DmaSpace {
+    /// For a device without an IOMMU: in the place of the book.
+    physical: Option<Arc<dyn PhysicalMemory>>,
     /// Held for reading over each call of the domain, so that none is under way while domains are exchanged.
     domain: RwLock<Option<Arc<dyn DmaDomain>>>,
     book: Mutex<Book>,
@@ -57,6 +62,7 @@ impl DmaSpace {
             windows: BTreeMap::new(),
         };
         Arc::new(DmaSpace {
+            physical: domain.physical(),
             domain: RwLock::new(Some(domain)),
             book: Mutex::new(book),
         })
@@ -73,6 +79,13 @@ impl DmaSpace {
     /// [`DmaError`] when a window lies outside what `domain` can address, or when it refuses; nothing changes then.
     pub fn attach(&self, domain: Arc<dyn DmaDomain>) -> Result<(), DmaError> {
         let mut current = self.domain.write().unwrap_or_else(PoisonError::into_inner);
+        if domain.physical().is_some() != self.physical.is_some() {
+            let (was, is) = match self.physical {
+                Some(_) => ("not ", ""),
+                None => ("", "not "),
+            };
+            return Err(DmaError::Changed { was, is });
+        }
         let mut book = self.book();
         let mut free = IovaSpace::new(&domain.usable_ranges());
         for (iova, window) in &book.windows {
@@ -92,6 +105,13 @@ impl DmaSpace {
         book.free = free;
         *current = Some(domain);
         Ok(())
+    }
+
+    /// Nothing stands between the device and memory: what it is given by [`DmaMapping::new`] must lie in huge pages, and
+    /// may be in several pieces for it.
+    #[must_use]
+    pub fn is_physical(&self) -> bool {
+        self.physical.is_some()
     }
 
     /// # Safety
@@ -227,14 +247,19 @@ impl IovaSpace {
     }
 }
 
-/// A window of the device onto memory of this process, for as long as this value lives.
+/// A window of the device onto memory of this process, for as long as this value lives; without an IOMMU, the memory
+/// itself.
 ///
 /// Dropping it unmaps. Whoever drops it has made sure that no outstanding command names it (I2). If the domain
 /// refuses to unmap, window and memory are leaked and the log says so: a leak is safe, reuse is not.
 pub struct DmaMapping {
     space: Arc<DmaSpace>,
-    iova: Iova,
+    /// The first run once more: nearly always all.
+    first: Run,
+    runs: Box<[Run]>,
     len: u64,
+    /// Of memory that is given by its physical addresses: keeps it there.
+    keeper: Option<Box<dyn Any + Send + Sync>>,
     owner: Option<Box<dyn Any + Send + Sync>>,
     leaked: bool,
 }
@@ -255,12 +280,25 @@ impl DmaMapping {
         access: DmaAccess,
         owner: Box<dyn Any + Send + Sync>,
     ) -> Result<DmaMapping, DmaError> {
-        // SAFETY: the caller keeps the memory mapped through `owner`, which we drop only after a successful unmap.
-        let iova = unsafe { space.map(hva, len, access)? };
+        let (runs, keeper) = match &space.physical {
+            Some(physical) => {
+                // SAFETY: the caller keeps the memory mapped through `owner`, which we drop after the keeper.
+                let Pinned { runs, keeper } = unsafe { physical.pin(hva, len)? };
+                (runs, Some(keeper))
+            }
+            None => {
+                // SAFETY: the caller keeps the memory mapped through `owner`, which we drop only after a successful unmap.
+                let iova = unsafe { space.map(hva, len, access)? };
+                (vec![Run { iova, len }], None)
+            }
+        };
+        let first = *runs.first().ok_or(DmaError::NoWindow { len })?;
         Ok(DmaMapping {
             space: Arc::clone(space),
-            iova,
+            first,
+            runs: runs.into(),
             len,
+            keeper,
             owner: Some(owner),
             leaked: false,
         })
@@ -274,7 +312,50 @@ impl DmaMapping {
     /// Where the device sees the first byte.
     #[must_use]
     pub fn iova(&self) -> Iova {
-        self.iova
+        self.first.iova
+    }
+
+    /// All of it in order, each piece contiguous for the device. One, where there is an IOMMU.
+    #[must_use]
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// Where the device sees `len` bytes at `offset`: what of them lies within.
+    #[inline]
+    fn pieces(&self, mut offset: u64, mut left: u64) -> impl Iterator<Item = Run> {
+        std::iter::from_fn(move || {
+            let (iova, room) = self.at(offset);
+            let len = room.min(left);
+            (offset, left) = (offset + len, left - len);
+            (len > 0).then_some(Run { iova, len })
+        })
+    }
+
+    /// Where the device sees the byte at `offset`, and how many follow there. One past the end is where the last run ends.
+    #[inline]
+    fn at(&self, offset: u64) -> (Iova, u64) {
+        if offset < self.first.len {
+            let iova = Iova(self.first.iova.0 + offset);
+            return (iova, self.first.len - offset);
+        }
+        self.at_later(offset)
+    }
+
+    #[cold]
+    fn at_later(&self, offset: u64) -> (Iova, u64) {
+        let (mut before, mut end) = (0, self.first.iova);
+        for run in &self.runs {
+            if offset - before < run.len {
+                return (
+                    Iova(run.iova.0 + (offset - before)),
+                    run.len - (offset - before),
+                );
+            }
+            before += run.len;
+            end = Iova(run.iova.0 + run.len);
+        }
+        (end, 0)
     }
 
     /// Bytes.
@@ -293,10 +374,13 @@ impl DmaMapping {
 impl Drop for DmaMapping {
     fn drop(&mut self) {
         if self.leaked {
-            std::mem::forget(self.owner.take());
+            std::mem::forget((self.keeper.take(), self.owner.take()));
             return;
         }
-        if let Err(error) = self.space.unmap(self.iova, self.len) {
+        if self.keeper.take().is_some() {
+            return; // nothing was mapped: the memory is let go of, then unmapped from this process
+        }
+        if let Err(error) = self.space.unmap(self.first.iova, self.len) {
             tracing::error!(%error, "memory stays reachable for the device and is leaked");
             std::mem::forget(self.owner.take());
         }
@@ -305,7 +389,15 @@ impl Drop for DmaMapping {
 
 impl fmt::Debug for DmaMapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DmaMapping({:?}, {:#x} bytes)", self.iova, self.len)
+        let DmaMapping {
+            first, runs, len, ..
+        } = self;
+        write!(
+            f,
+            "DmaMapping({:?}, {len:#x} bytes in {} runs)",
+            first.iova,
+            runs.len()
+        )
     }
 }
 
@@ -341,7 +433,11 @@ impl DmaBuffer {
             .max(1)
             .checked_next_multiple_of(PAGE_SIZE)
             .ok_or_else(|| no_memory("the length overflows".to_owned()))?;
-        let pages = pages::allocate(len, space.numa_node())
+        let kind = match space.physical {
+            Some(_) => PageKind::Huge,
+            None => PageKind::Any,
+        };
+        let pages = pages::allocate(len, space.numa_node(), kind)
             .map_err(|error| no_memory(error.to_string()))?;
         let base =
             NonNull::new(pages.as_mut_ptr()).ok_or_else(|| no_memory("null mapping".to_owned()))?;
@@ -367,7 +463,8 @@ impl DmaBuffer {
         self.len == 0
     }
 
-    /// Where the device sees the byte at `offset` (at most `len`).
+    /// Where the device sees the byte at `offset` (at most `len`). Without an IOMMU what follows is contiguous for the
+    /// device up to the next multiple of 2 MiB only: see [`DmaBuffer::pieces`].
     ///
     /// # Panics
     /// When `offset` lies outside: a programmer's error.
@@ -378,7 +475,21 @@ impl DmaBuffer {
             "offset {offset} in a DMA buffer of {}",
             self.len
         );
-        Iova(self.mapping.iova().0 + offset as u64)
+        self.mapping.at(offset as u64).0
+    }
+
+    /// Where the device sees `len` bytes at `offset`, in order: one piece, or several without an IOMMU.
+    ///
+    /// # Panics
+    /// When they lie outside: a programmer's error.
+    #[inline]
+    pub fn pieces(&self, offset: usize, len: usize) -> impl Iterator<Item = Run> {
+        assert!(
+            offset <= self.len && len <= self.len - offset,
+            "{len} bytes at {offset} in a DMA buffer of {}",
+            self.len
+        );
+        self.mapping.pieces(offset as u64, len as u64)
     }
 
     /// Where we see the byte at `offset`. The pointer is valid for `len - offset` bytes while this buffer lives.
@@ -446,6 +557,8 @@ impl DmaBuffer {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     #[test]
@@ -485,6 +598,158 @@ mod tests {
             }
             assert_eq!(space.free, vec![(0x1000, 0x1_0000)]);
         }
+    }
+
+    /// Memory of which each page of 4096 bytes is somewhere else, and the domain of a device that is given it so.
+    #[derive(Debug, Default)]
+    struct Bare {
+        pinned: Arc<AtomicUsize>,
+    }
+
+    struct Pin(Arc<AtomicUsize>);
+
+    impl Drop for Pin {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    impl PhysicalMemory for Bare {
+        unsafe fn pin(&self, _hva: NonNull<u8>, len: u64) -> Result<Pinned, DmaError> {
+            self.pinned.fetch_add(1, Ordering::Relaxed);
+            let runs = (0..len / 4096).map(|page| Run {
+                iova: Iova(0x10_0000 - page * 0x2000),
+                len: 4096,
+            });
+            Ok(Pinned {
+                runs: runs.collect(),
+                keeper: Box::new(Pin(Arc::clone(&self.pinned))),
+            })
+        }
+    }
+
+    impl DmaDomain for Bare {
+        fn usable_ranges(&self) -> Vec<RangeInclusive<u64>> {
+            Vec::new()
+        }
+
+        unsafe fn map(
+            &self,
+            _iova: Iova,
+            _hva: NonNull<u8>,
+            _len: u64,
+            _access: DmaAccess,
+        ) -> Result<(), DmaError> {
+            unreachable!("there is no table")
+        }
+
+        fn unmap(&self, _iova: Iova, _len: u64) -> Result<(), DmaError> {
+            unreachable!("there is no table")
+        }
+
+        fn physical(&self) -> Option<Arc<dyn PhysicalMemory>> {
+            Some(Arc::new(Bare {
+                pinned: Arc::clone(&self.pinned),
+            }))
+        }
+    }
+
+    /// Three pages.
+    fn mapping(space: &Arc<DmaSpace>) -> DmaMapping {
+        let pages = Box::new([[0_u64; 512]; 3]);
+        let hva = NonNull::from(&*pages).cast();
+        // SAFETY: the box is the owner, and nobody reads or writes what is in it.
+        unsafe { DmaMapping::new(space, hva, 3 * 4096, DmaAccess::Both, pages) }.unwrap()
+    }
+
+    #[test]
+    fn pieces_of_scattered_memory_end_where_the_next_one_is_no_neighbour() {
+        let space = DmaSpace::new(Arc::new(Bare::default()));
+        assert!(space.is_physical());
+        let mapping = mapping(&space);
+        let pieces = |offset, len| {
+            let pieces = mapping.pieces(offset, len);
+            pieces
+                .map(|run| (run.iova.0, run.len))
+                .collect::<Vec<(u64, u64)>>()
+        };
+        assert_eq!(pieces(0, 4096), [(0x10_0000, 4096)]);
+        assert_eq!(pieces(512, 1024), [(0x10_0200, 1024)]);
+        assert_eq!(
+            pieces(4095, 4098),
+            [(0x10_0fff, 1), (0xf_e000, 4096), (0xf_c000, 1)]
+        );
+        assert_eq!(pieces(3 * 4096, 0), []);
+        assert_eq!(pieces(3 * 4096 - 1, 5), [(0xf_cfff, 1)], "nothing beyond");
+        for (offset, iova) in [
+            (0, 0x10_0000),
+            (4095, 0x10_0fff),
+            (4096, 0xf_e000),
+            (2 * 4096 + 8, 0xf_c008),
+            (3 * 4096, 0xf_d000),
+        ] {
+            assert_eq!(mapping.at(offset).0, Iova(iova), "{offset}");
+        }
+    }
+
+    #[test]
+    fn memory_stays_pinned_while_its_device_is_lost_and_until_it_is_dropped() {
+        let device = Bare::default();
+        let pinned = Arc::clone(&device.pinned);
+        let count = || pinned.load(Ordering::Relaxed);
+        let space = DmaSpace::new(Arc::new(device));
+        let first = mapping(&space);
+        space.detach();
+        // A guest that comes while the device is away.
+        let mut second = mapping(&space);
+        assert_eq!(count(), 2);
+        space
+            .attach(Arc::new(Bare {
+                pinned: Arc::clone(&pinned),
+            }))
+            .unwrap();
+        drop(first);
+        assert_eq!(count(), 1);
+        second.leak();
+        drop(second);
+        assert_eq!(count(), 1, "what is leaked stays pinned");
+    }
+
+    #[test]
+    fn attach_of_a_device_behind_an_iommu_to_memory_without_one_is_refused_and_back() {
+        #[derive(Debug)]
+        struct Table;
+        impl DmaDomain for Table {
+            fn usable_ranges(&self) -> Vec<RangeInclusive<u64>> {
+                vec![0..=0xffff_ffff]
+            }
+            unsafe fn map(
+                &self,
+                _iova: Iova,
+                _hva: NonNull<u8>,
+                _len: u64,
+                _access: DmaAccess,
+            ) -> Result<(), DmaError> {
+                Ok(())
+            }
+            fn unmap(&self, _iova: Iova, _len: u64) -> Result<(), DmaError> {
+                Ok(())
+            }
+        }
+        let bare = DmaSpace::new(Arc::new(Bare::default()));
+        let isolated = DmaSpace::new(Arc::new(Table));
+        let errors = [
+            bare.attach(Arc::new(Table)).unwrap_err(),
+            isolated.attach(Arc::new(Bare::default())).unwrap_err(),
+        ];
+        assert_eq!(
+            errors.map(|error| error.to_string()),
+            [
+                "the device was not behind an IOMMU and is behind one now",
+                "the device was behind an IOMMU and is not behind one now"
+            ]
+        );
+        assert!(!isolated.is_physical());
     }
 
     #[test]

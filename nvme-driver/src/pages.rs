@@ -1,5 +1,5 @@
 //! Pages for DMA buffers: huge pages for the large ones where the system has some, near the device where that can be
-//! asked for. Falls back to ordinary pages, and says so once.
+//! asked for. Falls back to ordinary pages, and says so once; for a device without an IOMMU only huge pages will do.
 
 use std::ffi::c_void;
 use std::io;
@@ -15,10 +15,31 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Smaller buffers would waste most of a huge page.
 const LEAST_FOR_HUGE: usize = 1 << 20;
 
+/// What pages a buffer may lie in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageKind {
+    /// Huge ones for a large buffer, if there are some.
+    Any,
+    /// Those that the kernel does not move about: huge ones, whatever the size.
+    Huge,
+}
+
 /// `len` bytes (a multiple of 4096) of zeroes, all of them there, and never swapped out once the device's IOMMU has
 /// them.
-pub(crate) fn allocate(len: usize, node: Option<u32>) -> io::Result<MmapRaw> {
+pub(crate) fn allocate(len: usize, node: Option<u32>, kind: PageKind) -> io::Result<MmapRaw> {
     debug_assert!(len.is_multiple_of(PAGE_SIZE));
+    if kind == PageKind::Huge {
+        return allocate_huge(len, node).map_err(|error| {
+            let pages = len.div_ceil(HUGE_PAGE);
+            io::Error::new(
+                error.kind(),
+                format!(
+                    "{error}: without an IOMMU the driver's buffers lie in huge pages of 2 MiB, of which {pages} more must \
+                     be free (scripts/setup-vfio hugepages N reserves some)"
+                ),
+            )
+        });
+    }
     if len >= LEAST_FOR_HUGE {
         match allocate_huge(len, node) {
             Ok(pages) => return Ok(pages),
@@ -105,16 +126,25 @@ mod tests {
     fn allocate_with_and_without_huge_pages_gives_zeroes() {
         // Whether the pool has pages depends on the machine; either way the bytes must be there.
         for len in [PAGE_SIZE, HUGE_PAGE, HUGE_PAGE + PAGE_SIZE] {
-            let pages = allocate(len, Some(0)).unwrap();
+            let pages = allocate(len, Some(0), PageKind::Any).unwrap();
             assert!(pages.len() >= len);
             assert_eq!(first_and_last(&pages, len), (0, 0));
         }
     }
 
     #[test]
+    fn allocate_of_huge_pages_only_never_falls_back() {
+        // More than any machine has.
+        let error = allocate(1 << 46, None, PageKind::Huge).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("setup-vfio hugepages"), "{text}");
+        assert!(text.contains("of which 33554432 more"), "{text}");
+    }
+
+    #[test]
     fn allocate_near_a_node_that_is_not_there_still_gives_memory() {
         for node in [63, 64, 1023, 1024, u32::MAX] {
-            let pages = allocate(PAGE_SIZE, Some(node)).unwrap();
+            let pages = allocate(PAGE_SIZE, Some(node), PageKind::Any).unwrap();
             assert_eq!(first_and_last(&pages, PAGE_SIZE), (0, 0));
         }
     }

@@ -4,7 +4,8 @@
 //! a [`crate::QueuePair`] is compiled for its transport and its port is two stores. Only [`DmaDomain`], which no
 //! request touches, is a trait object.
 
-use std::fmt::Debug;
+use std::any::Any;
+use std::fmt::{self, Debug};
 use std::ops::RangeInclusive;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::spec::QueueId;
 pub struct Iova(pub u64);
 
 impl Debug for Iova {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Iova({:#x})", self.0)
     }
 }
@@ -69,6 +70,22 @@ pub enum DmaError {
         /// What the domain said, and what to do.
         reason: String,
     },
+    /// Memory that cannot be given by its physical addresses.
+    #[error("cannot give the device {len:#x} bytes by their physical addresses: {reason}")]
+    NotPhysical {
+        /// Bytes.
+        len: u64,
+        /// What is in the way, and what to do.
+        reason: String,
+    },
+    /// A device came back behind an IOMMU and was not before, or the other way round.
+    #[error("the device was {was}behind an IOMMU and is {is}behind one now")]
+    Changed {
+        /// "not " or nothing.
+        was: &'static str,
+        /// The other of the two.
+        is: &'static str,
+    },
     /// Memory for the buffer itself could not be had.
     #[error("cannot allocate a DMA buffer of {len:#x} bytes: {reason}")]
     NoMemory {
@@ -110,6 +127,52 @@ pub trait DmaDomain: Send + Sync + Debug {
     /// The NUMA node that memory for the device is best taken from; `None` when it makes no difference.
     fn numa_node(&self) -> Option<u32> {
         None
+    }
+
+    /// How memory is given to a device behind which nothing translates addresses. Where there is this, there are no
+    /// windows, and [`DmaDomain::map`] and [`DmaDomain::unmap`] are not called.
+    fn physical(&self) -> Option<Arc<dyn PhysicalMemory>> {
+        None
+    }
+}
+
+/// Memory of this process by its physical addresses: all that a device without an IOMMU understands. Needs no device:
+/// memory can be asked for while there is none.
+pub trait PhysicalMemory: Send + Sync + Debug {
+    /// Says where `len` bytes at `hva` (both multiples of 4096) are, and keeps them there until the answer's `keeper`
+    /// is dropped.
+    ///
+    /// # Safety
+    /// The memory must stay mapped in this process for as long as `keeper` lives, and nobody may hold a Rust reference
+    /// to bytes that the device may write (I1).
+    ///
+    /// # Errors
+    /// [`DmaError::NotPhysical`] with the reason.
+    unsafe fn pin(&self, hva: NonNull<u8>, len: u64) -> Result<Pinned, DmaError>;
+}
+
+/// A piece of memory that is contiguous for the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Where the device sees the first byte.
+    pub iova: Iova,
+    /// Bytes, at least 1.
+    pub len: u64,
+}
+
+/// Memory that stays where it is.
+pub struct Pinned {
+    /// Where: the pieces in order. At least one, and together as long as the memory.
+    pub runs: Vec<Run>,
+    /// Lets go of it when dropped.
+    pub keeper: Box<dyn Any + Send + Sync>,
+}
+
+impl Debug for Pinned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pinned")
+            .field("runs", &self.runs)
+            .finish_non_exhaustive()
     }
 }
 

@@ -41,6 +41,9 @@ pub struct BenchArgs {
     /// Writes and trims may replace what is on an SSD (pci:...) or on a block device
     #[arg(long, help_heading = "Targets")]
     pub overwrite_data: bool,
+    /// Real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
+    #[arg(long, help_heading = "Targets")]
+    pub unsafe_noiommu: bool,
     /// vhost-user: split or packed virtqueues
     #[arg(
         long,

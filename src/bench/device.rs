@@ -1,7 +1,7 @@
 //! `--device`: straight on the NVMe driver, one queue pair for each job.
 
 use anyhow::{Context, bail};
-use nvme_driver::dma::{DmaAccess, DmaBuffer};
+use nvme_driver::dma::{DmaAccess, DmaBuffer, Run};
 use nvme_driver::spec::{LbaRange, Nsid, SubmissionEntry, oncs};
 use nvme_driver::transport::Transport;
 use nvme_driver::{Controller, DataSegment, Enabled, QueuePair};
@@ -20,9 +20,9 @@ use crate::control::claim;
 pub fn open(config: &DeviceConfig, needs: &Needs) -> anyhow::Result<Box<dyn Target>> {
     match &config.controller {
         ControllerConfig::Pci(target) => {
-            let address = claim::locate(&config.name, target)?;
+            let address = claim::locate(config, target)?;
             open_on(
-                nvme_driver::vfio::VfioTransport::claim(address)?,
+                nvme_driver::vfio::VfioTransport::claim_with(address, config.isolation)?,
                 &target.to_string(),
                 needs,
             )
@@ -182,6 +182,15 @@ impl<T: Transport> DeviceQueue<T> {
     }
 }
 
+/// A piece of a request's data: at most `io.len` bytes, which 32 bits hold.
+#[inline]
+fn as_segment(run: Run) -> DataSegment {
+    DataSegment {
+        iova: run.iova,
+        len: u32::try_from(run.len).unwrap_or(u32::MAX),
+    }
+}
+
 /// Not zeroes, and no two blocks alike: SSDs take short cuts.
 pub fn noise(bytes: usize, seed: u32) -> Vec<u8> {
     let mut random = Random::new(u64::from(seed) + 1);
@@ -196,22 +205,12 @@ impl<T: Transport> Queue for DeviceQueue<T> {
             slba: io.offset >> self.block_shift,
             blocks: io.len >> self.block_shift,
         };
-        let segment = DataSegment {
-            iova: self.data.iova(slot as usize * self.stride),
-            len: io.len,
-        };
+        let at = slot as usize * self.stride;
+        let segments = self.data.pieces(at, io.len as usize).map(as_segment);
         let (queue, nsid) = (&mut self.queue, self.nsid);
         let cid = match io.op {
-            Op::Read => queue.submit(
-                SubmissionEntry::read(nsid, range),
-                std::iter::once(segment),
-                io.len,
-            ),
-            Op::Write => queue.submit(
-                SubmissionEntry::write(nsid, range, false),
-                std::iter::once(segment),
-                io.len,
-            ),
+            Op::Read => queue.submit(SubmissionEntry::read(nsid, range), segments, io.len),
+            Op::Write => queue.submit(SubmissionEntry::write(nsid, range, false), segments, io.len),
             Op::Trim => queue.submit_deallocate(nsid, std::iter::once(range)),
             Op::Flush => queue.submit_without_data(SubmissionEntry::flush(nsid)),
         };

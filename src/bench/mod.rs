@@ -44,7 +44,7 @@ use anyhow::{Context, bail};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-use crate::config::ControllerConfig;
+use crate::config::{ControllerConfig, DeviceOptions};
 use args::{BenchArgs, Interrupts, Job, JobOptions, OutputFormat};
 use session::{Results, Session};
 use slots::Wishes;
@@ -176,9 +176,13 @@ fn open(args: &BenchArgs, jobs: &[Job], session: &mut Session) -> anyhow::Result
     if interrupts == Interrupts::Armed && !args.file.is_empty() {
         bail!("--interrupts armed: a --file has nothing to arm; leave one of the two out");
     }
+    let mut devices = args.device.clone();
+    if args.unsafe_noiommu {
+        DeviceOptions::allow_noiommu(&mut devices)?;
+    }
     let mut configs = Vec::new();
-    for options in &args.device {
-        let config = options.clone().resolve_alone()?;
+    for options in devices {
+        let config = options.resolve_alone()?;
         if let (ControllerConfig::Pci(target), Some(job), false) =
             (&config.controller, changes, args.overwrite_data)
         {

@@ -22,8 +22,9 @@ use std::time::Duration;
 
 use nvme_driver::vfio::pci::PciAddress;
 
-use values::Kind;
+use values::{Kind, Switch};
 
+pub use nvme_driver::vfio::Isolation;
 pub(crate) use options::split_at_commas;
 pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
 pub use values::{BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, ValueError};
@@ -47,6 +48,8 @@ pub struct DeviceConfig {
     pub name: String,
     pub controller: ControllerConfig,
     pub on_device_loss: OnDeviceLoss,
+    /// What must stand between a real SSD and memory.
+    pub isolation: Isolation,
 }
 
 /// Where a controller comes from.
@@ -202,6 +205,10 @@ pub enum ConfigError {
         key: &'static str,
         place: &'static str,
     },
+    #[error(
+        "--unsafe-noiommu lets real SSDs do without an IOMMU, and there is no --device pci:...: drop it"
+    )]
+    NothingUnsafe,
     #[error(
         "device {device}: say which SSD it is with address=0000:5e:00.0 (tandem list shows them) or serial=..., one of both"
     )]
@@ -364,6 +371,10 @@ fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, 
         .clone()
         .map_or_else(|| format!("d{index}"), |name| name.0);
     let on_device_loss = options.on_device_loss.unwrap_or_default();
+    let isolation = match options.unsafe_noiommu {
+        Some(Switch(true)) => Isolation::UnsafeNone,
+        _ => Isolation::Iommu,
+    };
     let controller = match options.kind {
         Kind::Pci => ControllerConfig::Pci(resolve_pci(options, &name)?),
         Kind::Model => ControllerConfig::Model(resolve_model(options, &name)?),
@@ -372,6 +383,7 @@ fn resolve_device(options: DeviceOptions, index: usize) -> Result<DeviceConfig, 
         name,
         controller,
         on_device_loss,
+        isolation,
     })
 }
 
@@ -413,6 +425,14 @@ fn resolve_model(options: DeviceOptions, name: &str) -> Result<ModelConfig, Conf
         return Err(ConfigError::StrayKey {
             device: name,
             key: "address",
+            place,
+        });
+    }
+    if options.unsafe_noiommu.is_some() {
+        let place = "for the embedded controller, which checks every address itself";
+        return Err(ConfigError::StrayKey {
+            device: name,
+            key: "unsafe_noiommu",
             place,
         });
     }

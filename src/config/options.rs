@@ -54,6 +54,7 @@ pub struct DeviceOptions {
     pub(super) jitter: Option<Delay>,
     pub(super) serial: Option<Serial>,
     pub(super) on_device_loss: Option<OnDeviceLoss>,
+    pub(super) unsafe_noiommu: Option<Switch>,
 }
 
 /// Where the embedded controller keeps its blocks.
@@ -87,6 +88,24 @@ pub struct BlkOptions {
     pub(super) ns: Option<Within<u32, 1, { super::MAX_NAMESPACES as u64 }>>,
     pub(super) readonly: Option<Switch>,
     pub(super) serial: Option<Serial>,
+}
+
+impl DeviceOptions {
+    /// As `unsafe_noiommu=on` of each device that is real, `--unsafe-noiommu` of them all.
+    ///
+    /// # Errors
+    /// When none of them is.
+    pub fn allow_noiommu(devices: &mut [DeviceOptions]) -> Result<(), ConfigError> {
+        let mut any = false;
+        for device in devices.iter_mut().filter(|device| device.kind == Kind::Pci) {
+            device.unsafe_noiommu = Some(Switch(true));
+            any = true;
+        }
+        if any {
+            return Ok(());
+        }
+        Err(ConfigError::NothingUnsafe)
+    }
 }
 
 impl Options {

@@ -22,10 +22,10 @@ pub fn open_device(
     let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
     match &config.controller {
         ControllerConfig::Pci(PciTarget::Address(address)) => {
-            Ok((claim_pci(&config.name, *address, wanted)?, None))
+            Ok((claim_pci(config, *address, wanted)?, None))
         }
         ControllerConfig::Pci(PciTarget::Serial(serial)) => {
-            Ok((find_by_serial(&config.name, serial, wanted)?.1, None))
+            Ok((find_by_serial(config, serial, wanted)?.1, None))
         }
         ControllerConfig::Model(model) => {
             let transport = make_model(&config.name, model)?;
@@ -46,7 +46,7 @@ pub fn open_device(
 /// The SSD with this serial number, among those that vfio-pci has: nothing but the controller itself knows it, so each
 /// is asked, in the order of addresses. One that another process has is passed over.
 fn find_by_serial(
-    name: &str,
+    config: &DeviceConfig,
     serial: &str,
     wanted: u16,
 ) -> Result<(PciAddress, Device), DeviceError> {
@@ -57,7 +57,7 @@ fn find_by_serial(
             continue;
         }
         let address = function.address;
-        match claim_pci(name, address, wanted) {
+        match claim_pci(config, address, wanted) {
             Ok(device) if ascii_field(&device.identity.sn) == serial => {
                 return Ok((address, device));
             }
@@ -69,7 +69,7 @@ fn find_by_serial(
         }
     }
     Err(DeviceError::NoSuchSerial {
-        name: name.to_owned(),
+        name: config.name.clone(),
         serial: serial.to_owned(),
         others: if others.is_empty() {
             "vfio-pci has no NVMe controller".to_owned()
@@ -83,20 +83,25 @@ fn find_by_serial(
 ///
 /// # Errors
 /// When it is not there.
-pub fn locate(name: &str, target: &PciTarget) -> Result<PciAddress, DeviceError> {
+pub fn locate(config: &DeviceConfig, target: &PciTarget) -> Result<PciAddress, DeviceError> {
     match target {
         PciTarget::Address(address) => Ok(*address),
         PciTarget::Serial(serial) => {
-            let (address, device) = find_by_serial(name, serial, 1)?;
+            let (address, device) = find_by_serial(config, serial, 1)?;
             device.shutdown()?;
             Ok(address)
         }
     }
 }
 
-fn claim_pci(name: &str, address: PciAddress, wanted: u16) -> Result<Device, DeviceError> {
-    let claim = move || Ok(VfioTransport::claim(address)?);
-    Device::open(name, claim()?, wanted, Box::new(claim))
+fn claim_pci(
+    config: &DeviceConfig,
+    address: PciAddress,
+    wanted: u16,
+) -> Result<Device, DeviceError> {
+    let isolation = config.isolation;
+    let claim = move || Ok(VfioTransport::claim_with(address, isolation)?);
+    Device::open(&config.name, claim()?, wanted, Box::new(claim))
 }
 
 /// An embedded controller.

@@ -8,7 +8,8 @@
 
 use std::sync::Arc;
 
-use nvme_driver::spec::{LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry};
+use nvme_driver::MAX_ENTRIES;
+use nvme_driver::spec::{Cid, LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry, Transfer};
 use nvme_driver::transport::{Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
@@ -17,9 +18,9 @@ use super::signal::Signal;
 use crate::block::{BlockOp, BlockRange, BlockStatus, RangeList};
 use crate::stats::{QueueCounters, SharedCounters};
 use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest, HEADER_BYTES};
-use crate::virtio::chain::{Chain, Ends};
-use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
-use crate::virtio::virtqueue::{HeadIndex, RingError, Virtqueue};
+use crate::virtio::chain::{Chain, Ends, Sole};
+use crate::virtio::memory::{GuestMemory, MainRegion, Segment, StatusByte};
+use crate::virtio::virtqueue::{HeadIndex, RingError, RingLayout, Virtqueue};
 
 /// Requests that one lane takes from its ring in one turn: four cache lines of used elements.
 const FETCH_BUDGET: u16 = 32;
@@ -69,6 +70,17 @@ enum State {
     Draining,
     /// The ring is broken (NR): fetches nothing; requests in flight still complete.
     Broken,
+}
+
+/// What a lane looks at in each turn: what [`State`] and [`Work`] come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attention {
+    /// New requests.
+    Ring,
+    /// The work at hand.
+    Work,
+    /// Completions alone.
+    Nothing,
 }
 
 /// A request between pop and used ring, at its head's place.
@@ -144,8 +156,19 @@ const _: () = assert!(size_of::<CommandContext>() == 16);
 #[derive(Debug)]
 pub(super) struct Pair<T: Transport> {
     pub(super) queue: QueuePair<T>,
-    pub(super) commands: Box<[CommandContext]>,
+    /// By CID: place for every one that there can be.
+    pub(super) commands: Box<[CommandContext; MAX_ENTRIES as usize]>,
     pub(super) bounce: BouncePool,
+}
+
+impl<T: Transport> Pair<T> {
+    /// What an outstanding command belongs to.
+    #[inline(always)]
+    pub(super) fn context(&mut self, cid: Cid) -> &mut CommandContext {
+        // The modulo changes nothing (the driver's own identifiers) and spares a bounds check.
+        let place = cid.index() % self.commands.len();
+        &mut self.commands[place]
+    }
 }
 
 /// One guest virtqueue in service.
@@ -156,8 +179,7 @@ pub struct Lane {
     requests: Box<[Request]>,
     work: Option<Work>,
     state: State,
-    /// Requests in the ring, at the last look.
-    waiting: u16,
+    attention: Attention,
     /// The device has come back without its cache: the next flush cannot keep its promise.
     cache_lost: bool,
     /// Its place in the poller.
@@ -173,8 +195,12 @@ pub struct Lane {
 struct LaneParts {
     id: LaneId,
     memory: Arc<GuestMemory>,
+    /// Of that memory.
+    main: MainRegion<HEADER_BYTES>,
     limits: BlkLimits,
     nsid: Nsid,
+    /// Of a read and of a write.
+    transfers: [Transfer; 2],
     serial: [u8; 20],
     write_through: bool,
     volatile_cache: bool,
@@ -209,7 +235,7 @@ impl Lane {
             requests: vec![idle; usize::from(size)].into_boxed_slice(),
             work: None,
             state: State::Running,
-            waiting: 0,
+            attention: Attention::Ring,
             cache_lost: false,
             slot: 0,
             block_shift: config.limits.geometry.block_shift(),
@@ -217,9 +243,14 @@ impl Lane {
             ranges: RangeList::new(),
             config: LaneParts {
                 id: config.id,
+                main: config.memory.main(),
                 memory: config.memory,
                 limits: config.limits,
                 nsid: config.nsid,
+                transfers: [
+                    Transfer::read(config.nsid),
+                    Transfer::write(config.nsid, config.write_through),
+                ],
                 serial: config.serial,
                 write_through: config.write_through,
                 volatile_cache: config.volatile_cache,
@@ -248,7 +279,7 @@ impl Lane {
     }
 
     pub(super) fn drain(&mut self) {
-        self.state = State::Draining;
+        self.set_state(State::Draining);
     }
 
     pub(super) fn is_draining(&self) -> bool {
@@ -279,56 +310,163 @@ impl Lane {
         self.config.shared.publish(&self.counters);
     }
 
-    /// Is there anything to do that does not wait for the device? The one look of a turn at the ring.
-    #[inline]
-    pub(super) fn look(&mut self) -> bool {
-        if self.state != State::Running || self.work.is_some() {
-            return self.work.is_some();
+    /// Is there anything to do that does not wait for the device? At a glance: [`Lane::fetch`] knows better.
+    #[inline(always)]
+    pub(super) fn wants(&self) -> bool {
+        if self.attention == Attention::Ring {
+            return self.queue.has_request();
         }
-        match self.queue.available() {
-            Ok(waiting) => {
-                self.waiting = waiting;
-                waiting > 0
-            }
-            Err(error) => self.break_ring(&error),
-        }
+        self.attention == Attention::Work
     }
 
-    /// Takes new requests from the ring, as many as [`Lane::look`] saw, and submits their commands; no doorbell. `true`
-    /// when anything was done.
-    #[inline]
+    fn set_state(&mut self, state: State) {
+        self.state = state;
+        self.attend();
+    }
+
+    fn set_work(&mut self, work: Option<Work>) {
+        self.work = work;
+        self.attend();
+    }
+
+    /// After every change of what [`Attention`] is made of.
+    fn attend(&mut self) {
+        self.attention = match (self.work, self.state) {
+            (Some(_), _) => Attention::Work,
+            (None, State::Running) => Attention::Ring,
+            (None, _) => Attention::Nothing,
+        };
+    }
+
+    /// Takes new requests from the ring and submits their commands; no doorbell. `true` when anything was done.
+    #[inline(always)]
     pub(super) fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
-        if self.work.is_some() && !(self.continue_work(pair) && self.look()) {
-            return false;
+        if self.attention != Attention::Ring {
+            return self.fetch_work(pair);
         }
-        if self.state != State::Running {
-            return false;
-        }
-        let available = self.waiting.min(FETCH_BUDGET);
-        if available == 0 {
-            return false;
-        }
-        // A request that takes more than one command becomes work, which ends the round.
-        for _ in 0..available.min(pair.queue.room()) {
-            let popped = self.queue.pop_framed(&self.config.memory, &mut self.chain);
-            match popped {
-                Ok(Some(ends)) => self.start(pair, ends),
-                Ok(None) => break,
-                Err(error) => return self.break_ring(&error),
+        // The one look of a turn at the ring.
+        let available = match self.queue.available() {
+            Ok(0) => return false,
+            Ok(available) => available.min(FETCH_BUDGET),
+            Err(error) => {
+                self.break_ring(&error);
+                return true;
             }
-            if self.work.is_some() {
-                break;
-            }
+        };
+        let most = available.min(pair.queue.room());
+        match self.queue.layout() {
+            RingLayout::Split => self.fetch_from::<T, false>(pair, most),
+            RingLayout::Packed => self.fetch_from::<T, true>(pair, most),
         }
         true
     }
 
-    /// The chain that was just popped becomes a request.
+    /// Takes up to `most` requests from a ring that is `PACKED` or not. Compiled for each by itself: together they would
+    /// share registers and have too few.
+    #[inline(never)]
+    fn fetch_from<T: Transport, const PACKED: bool>(&mut self, pair: &mut Pair<T>, most: u16) {
+        let commands = self.counters.commands;
+        // A request that takes more than one command becomes work, which ends the round.
+        for _ in 0..most {
+            if let Some(sole) = self.queue.pop_sole::<_, PACKED>(&self.config.main) {
+                if !self.start_sole(pair, sole) {
+                    break;
+                }
+            } else if !self.start_next(pair) {
+                break;
+            }
+        }
+        self.count_doorbell(commands);
+    }
+
+    /// Goes on with the work at hand, if there is any. New requests wait for the next turn.
+    #[cold]
+    fn fetch_work<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        let commands = self.counters.commands;
+        let done = self.work.is_some() && self.continue_work(pair);
+        self.count_doorbell(commands);
+        // What was sent must be rung, also when it could not go on after that.
+        done || self.counters.commands != commands
+    }
+
+    /// Lanes that share a queue pair share its doorbells too: each is told of every one it caused.
+    #[inline(always)]
+    fn count_doorbell(&mut self, commands: u64) {
+        let rung = u64::from(self.counters.commands != commands);
+        self.counters.sq_doorbells = self.counters.sq_doorbells.wrapping_add(rung);
+    }
+
+    /// The next request, which is not one that [`Lane::start_sole`] knows. `false` when there is none, or it became work.
+    #[inline(never)]
+    fn start_next<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        match self.queue.pop(&self.config.memory, &mut self.chain) {
+            Ok(true) => {}
+            Ok(false) => return false,
+            Err(error) => {
+                self.break_ring(&error);
+                return false;
+            }
+        }
+        let ends = self.chain.take_ends();
+        self.start(pair, ends);
+        self.work.is_none()
+    }
+
+    /// The request that was just taken, if it is a read or write that one command carries out. `false` when it became
+    /// work.
+    #[inline(always)]
+    fn start_sole<T: Transport>(&mut self, pair: &mut Pair<T>, sole: Sole<HEADER_BYTES>) -> bool {
+        let Some((write, range)) = blk::parse_sole(&sole, &self.config.limits) else {
+            return self.start_held(pair, sole);
+        };
+        let transfer = self.config.transfers[usize::from(write)];
+        let range = LbaRange {
+            slba: range.lba.get(),
+            blocks: range.count.get(),
+        };
+        let (len, data) = (sole.len, sole_data(&sole));
+        // One command moves no more bytes than `max_transfer`, and so no more blocks than it can name.
+        let Ok(cid) = pair.queue.submit_short(transfer, range, data) else {
+            return self.start_held(pair, sole);
+        };
+        *pair.context(cid) = CommandContext::Whole {
+            lane: self.slot,
+            head: sole.head,
+            data_in: if write { 0 } else { len },
+            status: sole.status,
+        };
+        self.counters.commands = self.counters.commands.wrapping_add(1);
+        self.count_transfer(write, len);
+        true
+    }
+
+    /// What [`Lane::start_sole`] leaves to [`Lane::start`].
+    #[cold]
+    fn start_held<T: Transport>(&mut self, pair: &mut Pair<T>, sole: Sole<HEADER_BYTES>) -> bool {
+        let ends = self.chain.hold(&sole, &self.config.main);
+        self.start(pair, ends);
+        self.work.is_none()
+    }
+
     #[inline]
+    fn count_transfer(&mut self, write: bool, len: u32) {
+        let bytes = u64::from(len);
+        let counters = &mut self.counters;
+        if write {
+            counters.writes = counters.writes.wrapping_add(1);
+            counters.bytes_written = counters.bytes_written.wrapping_add(bytes);
+        } else {
+            counters.reads = counters.reads.wrapping_add(1);
+            counters.bytes_read = counters.bytes_read.wrapping_add(bytes);
+        }
+    }
+
+    /// The chain that was just popped becomes a request.
+    #[inline(never)]
     fn start<T: Transport>(&mut self, pair: &mut Pair<T>, ends: Ends<HEADER_BYTES>) {
         let head = self.chain.head();
         let (chain, ranges) = (&mut self.chain, &mut self.ranges);
-        let parsed = blk::parse_framed(ends, chain, ranges, &self.config.limits);
+        let parsed = blk::parse_taken(ends, chain, ranges, &self.config.limits);
         let request = match parsed {
             Ok(request) => request,
             Err(reject) => return self.reject(head, reject),
@@ -338,14 +476,7 @@ impl Lane {
             BlockOp::Write(range) => (true, range),
             _ => return self.start_other(pair, head, request),
         };
-        let bytes = u64::from(request.data_len);
-        if write {
-            self.counters.writes = self.counters.writes.wrapping_add(1);
-            self.counters.bytes_written = self.counters.bytes_written.wrapping_add(bytes);
-        } else {
-            self.counters.reads = self.counters.reads.wrapping_add(1);
-            self.counters.bytes_read = self.counters.bytes_read.wrapping_add(bytes);
-        }
+        self.count_transfer(write, request.data_len);
         let whole = request.data_len <= pair.queue.max_transfer();
         if whole {
             let entry = self.transfer_entry(write, range.lba.get(), range.count.get());
@@ -359,7 +490,7 @@ impl Lane {
                 .submit(entry, segments.iter().map(as_data), request.data_len)
             {
                 Ok(cid) => {
-                    pair.commands[cid.index()] = CommandContext::Whole {
+                    *pair.context(cid) = CommandContext::Whole {
                         lane: self.slot,
                         head,
                         data_in: request.data_in,
@@ -451,14 +582,14 @@ impl Lane {
     }
 
     fn begin_work<T: Transport>(&mut self, pair: &mut Pair<T>, head: HeadIndex, step: Step) {
-        self.work = Some(Work { head, step });
+        self.set_work(Some(Work { head, step }));
         self.continue_work(pair);
     }
 
     /// Issues as much of the current work as there is room for. `true` when none is left.
     #[cold]
     fn continue_work<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
-        let Some(mut work) = self.work.take() else {
+        let Some(mut work) = self.work else {
             return true;
         };
         // Each round issues a command, so the free slots bound the loop.
@@ -475,7 +606,7 @@ impl Lane {
                     self.requests[usize::from(work.head.get())].pending += 1;
                 }
                 Progress::Blocked => {
-                    self.work = Some(work);
+                    self.set_work(Some(work));
                     return false;
                 }
                 Progress::Finished => break,
@@ -485,6 +616,7 @@ impl Lane {
                 }
             }
         }
+        self.set_work(None);
         // Drops the count that stood for the issuing itself.
         self.end_command(work.head);
         true
@@ -554,7 +686,7 @@ impl Lane {
                     }
                 }
             };
-        pair.commands[cid.index()] = CommandContext::Part {
+        *pair.context(cid) = CommandContext::Part {
             lane: self.slot,
             head: work.head,
             bounce,
@@ -590,7 +722,7 @@ impl Lane {
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
-        pair.commands[cid.index()] = CommandContext::Part {
+        *pair.context(cid) = CommandContext::Part {
             lane: self.slot,
             head: work.head,
             bounce: None,
@@ -624,7 +756,7 @@ impl Lane {
             .submit_deallocate(self.config.nsid, ranges.iter().map(as_wire))
         {
             Ok(cid) => {
-                pair.commands[cid.index()] = CommandContext::Part {
+                *pair.context(cid) = CommandContext::Part {
                     lane: self.slot,
                     head: work.head,
                     bounce: None,
@@ -644,7 +776,7 @@ impl Lane {
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
-        pair.commands[cid.index()] = CommandContext::Part {
+        *pair.context(cid) = CommandContext::Part {
             lane: self.slot,
             head: work.head,
             bounce: None,
@@ -661,7 +793,8 @@ impl Lane {
 
     /// There is no device: what was not sent yet never will be.
     pub(super) fn give_up_work(&mut self) {
-        if let Some(work) = self.work.take() {
+        if let Some(work) = self.work {
+            self.set_work(None);
             self.fail_request(work.head);
             self.end_command(work.head);
         }
@@ -678,13 +811,19 @@ impl Lane {
         let available = match self.queue.available() {
             Ok(0) => return false,
             Ok(available) => available.min(FETCH_BUDGET),
-            Err(error) => return self.break_ring(&error),
+            Err(error) => {
+                self.break_ring(&error);
+                return false;
+            }
         };
         for _ in 0..available {
             match self.queue.pop(&self.config.memory, &mut self.chain) {
                 Ok(true) => {}
                 Ok(false) => break,
-                Err(error) => return self.break_ring(&error),
+                Err(error) => {
+                    self.break_ring(&error);
+                    break;
+                }
             }
             self.counters.errors += 1;
             let status = self.chain.take_status();
@@ -767,22 +906,28 @@ impl Lane {
         self.queue.push_used(head, written);
     }
 
+    #[inline(never)]
+    fn signal(&mut self) {
+        if self.config.call.signal() {
+            self.counters.notifications += 1;
+        }
+    }
+
     #[cold]
-    fn break_ring(&mut self, _error: &RingError) -> bool {
+    fn break_ring(&mut self, _error: &RingError) {
         if self.state == State::Running {
-            self.state = State::Broken;
+            self.set_state(State::Broken);
             self.counters.malformed += 1;
             self.config.error.signal();
         }
-        false
     }
 
     /// Makes finished requests visible to the guest, and tells it once if it wants to know.
     #[inline]
     pub(super) fn publish(&mut self) {
         self.queue.publish_used();
-        if self.queue.needs_signal() && self.config.call.signal() {
-            self.counters.notifications += 1;
+        if self.queue.needs_signal() {
+            self.signal();
         }
     }
 }
@@ -803,6 +948,14 @@ fn piece(segments: &[Segment], offset: u64, len: u32) -> impl Iterator<Item = Se
         left -= taken.len();
         (taken.len() > 0).then_some(taken)
     })
+}
+
+#[inline(always)]
+fn sole_data(sole: &Sole<HEADER_BYTES>) -> DataSegment {
+    DataSegment {
+        iova: Iova(sole.dma),
+        len: sole.len,
+    }
 }
 
 #[inline]

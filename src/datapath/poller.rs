@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use nvme_driver::MAX_ENTRIES;
 use nvme_driver::dma::{DmaError, DmaSpace};
 use nvme_driver::spec::{Cid, Status, io_opcode};
 use nvme_driver::transport::Transport;
@@ -21,7 +22,7 @@ use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 /// Completions that one turn takes from the completion queue.
 const POLL_BUDGET: usize = 64;
 /// A lane's counters are shown to others, and the clock is looked at, every so many turns.
-const PUBLISH_INTERVAL: u64 = 1024;
+const PUBLISH_INTERVAL: u32 = 1024;
 /// What the age of commands is counted in.
 const ERA: Duration = Duration::from_millis(250);
 
@@ -103,11 +104,14 @@ pub struct Poller<T: Transport> {
     lanes: Vec<Option<Box<Lane>>>,
     lane_count: usize,
     draining: usize,
+    /// Turns, up to the next [`Poller::rare_turn`].
     turns: u64,
-    /// Those of them in which nobody wanted anything.
-    idle_turns: u64,
-    /// Turns and idle turns that the lanes' counters know of.
-    counted: [u64; 2],
+    /// How many of them are still to come: one for a rare turn next. While there is no device, every turn is rare.
+    until_show: u32,
+    /// Turns in which anything was done.
+    busy_turns: u64,
+    /// Turns, busy turns and completion doorbells that the lanes' counters know of.
+    counted: [u64; 3],
     service: Service,
     /// When the current era began.
     era: Instant,
@@ -125,7 +129,7 @@ impl<T: Transport> Poller<T> {
             head: HeadIndex::default(),
             bounce: None,
         };
-        let commands = vec![idle; usize::from(queue.depth())].into_boxed_slice();
+        let commands = Box::new([idle; MAX_ENTRIES as usize]);
         let bounce = BouncePool::new(space, max_segments(MAX_QUEUE_SIZE))?;
         Ok(Poller {
             pair: Pair {
@@ -136,9 +140,10 @@ impl<T: Transport> Poller<T> {
             lanes: Vec::with_capacity(64),
             lane_count: 0,
             draining: 0,
-            turns: 0,
-            idle_turns: 0,
-            counted: [0; 2],
+            turns: 1,
+            until_show: 1,
+            busy_turns: 0,
+            counted: [0; 3],
             service: Service::Serve,
             era: Instant::now(),
             health: Arc::default(),
@@ -204,7 +209,7 @@ impl<T: Transport> Poller<T> {
             lane.is_some_and(&which)
         };
         for cid in (0..self.pair.queue.depth()).map(Cid) {
-            let slot = match self.pair.commands[cid.index()] {
+            let slot = match *self.pair.context(cid) {
                 CommandContext::Whole { lane, .. } | CommandContext::Part { lane, .. } => lane,
             };
             if chosen(&self.lanes, slot) {
@@ -231,21 +236,72 @@ impl<T: Transport> Poller<T> {
         } else if self.draining > 0 {
             self.give_up_lanes(Lane::is_draining);
         }
-        self.turns += 1;
-        if self.turns.is_multiple_of(PUBLISH_INTERVAL) {
+        if self.turns.is_multiple_of(PUBLISH_INTERVAL.into()) {
             self.count_turns();
         }
+        self.busy_turns = self.busy_turns.wrapping_add(busy.into());
+        busy
+    }
+
+    /// A turn that has more to do than to look for work: every so many, and each while there is no device.
+    #[cold]
+    fn rare_turn(&mut self) -> bool {
+        let serves = self.service == Service::Serve;
+        self.until_show = if serves { PUBLISH_INTERVAL } else { 1 };
+        self.turns = self.turns.wrapping_add(self.until_show.into());
+        if !serves {
+            return self.turn_without_device();
+        }
+        self.show();
+        self.pair.queue.service();
+        self.busy_turn()
+    }
+
+    /// The next turn is to look at [`Poller::service`] again.
+    fn hurry(&mut self) {
+        self.turns = self
+            .turns
+            .wrapping_sub(self.until_show.into())
+            .wrapping_add(1);
+        self.until_show = 1;
+    }
+
+    /// A turn with something to do: completions first, then what the lanes have for the device, then what it says to the
+    /// guests.
+    #[inline(never)]
+    fn busy_turn(&mut self) -> bool {
+        let mut busy = self.collect();
+        for lane in self.lanes.iter_mut().flatten() {
+            busy |= lane.fetch(&mut self.pair);
+        }
+        if busy {
+            self.pair.queue.ring();
+            for lane in self.lanes.iter_mut().flatten() {
+                lane.publish();
+            }
+        }
+        self.busy_turns = self.busy_turns.wrapping_add(busy.into());
         busy
     }
 
     /// Tells the lanes of the turns since the last time, and shows their counters to others. A turn has no time for it.
     fn count_turns(&mut self) {
-        let [turns, idle] = self.counted;
-        self.counted = [self.turns, self.idle_turns];
+        let now = [
+            self.turns.wrapping_sub(self.until_show.into()),
+            self.busy_turns,
+            self.pair.queue.counters().cq_doorbells,
+        ];
+        let [turns, busy, heads] = [0, 1, 2].map(|i| now[i].wrapping_sub(self.counted[i]));
+        self.counted = now;
+        // The completion queue is everybody's: its doorbells are told to the first.
+        if let Some(lane) = self.lanes.iter_mut().flatten().next() {
+            lane.counters_mut().cq_doorbells += heads;
+        }
         for lane in self.lanes.iter_mut().flatten() {
             let counters = lane.counters_mut();
-            counters.polls += self.turns - turns;
-            counters.idle_polls += self.idle_turns - idle;
+            counters.polls += turns;
+            // No more are busy than there are, whenever it is counted.
+            counters.idle_polls += turns.saturating_sub(busy);
             lane.publish_counters();
         }
     }
@@ -290,7 +346,7 @@ impl<T: Transport> Poller<T> {
     // Always: a second caller, however cold, would cost each request a call.
     #[inline(always)]
     fn complete(&mut self, completion: Completion) {
-        let context = self.pair.commands[completion.cid.index()];
+        let context = *self.pair.context(completion.cid);
         let success = completion.status.is_success();
         // The lane is here: it does not leave before its last command has completed.
         match context {
@@ -320,47 +376,24 @@ impl<T: Transport> Poller<T> {
 }
 
 impl<T: Transport + 'static> Poll for Poller<T> {
+    // Short, so that a turn which finds nothing costs little: the rest is elsewhere.
     fn turn(&mut self) -> bool {
-        if self.service != Service::Serve {
-            return self.turn_without_device();
-        }
-        self.turns += 1;
-        if self.turns.is_multiple_of(PUBLISH_INTERVAL) {
-            self.show();
+        self.until_show = self.until_show.wrapping_sub(1);
+        if self.until_show == 0 {
+            return self.rare_turn();
         }
         self.pair.queue.service();
-        let mut wanted = self.pair.queue.has_completion();
-        for lane in self.lanes.iter_mut().flatten() {
-            wanted |= lane.look();
+        if self.pair.queue.has_completion() {
+            return self.busy_turn();
         }
-        if !wanted {
-            self.idle_turns += 1;
-            return false;
-        }
-        let mut busy = self.collect();
-        let before = self.pair.queue.counters();
-        for lane in self.lanes.iter_mut().flatten() {
-            let commands = lane.counters_mut().commands;
-            busy |= lane.fetch(&mut self.pair);
-            let counters = lane.counters_mut();
-            if counters.commands != commands {
-                // Lanes that share a queue pair share its doorbells too: each is told of every one it caused.
-                counters.sq_doorbells += 1;
-                // Also when it could not go on after that: what was sent must be rung.
-                busy = true;
+        let mut lanes = self.lanes.as_slice();
+        while let [lane, others @ ..] = lanes {
+            if lane.as_ref().is_some_and(|lane| lane.wants()) {
+                return self.busy_turn();
             }
+            lanes = others;
         }
-        if busy {
-            self.pair.queue.ring();
-            let heads = self.pair.queue.counters().cq_doorbells - before.cq_doorbells;
-            for (i, lane) in self.lanes.iter_mut().flatten().enumerate() {
-                if i == 0 {
-                    lane.counters_mut().cq_doorbells += heads;
-                }
-                lane.publish();
-            }
-        }
-        busy
+        false
     }
 
     fn attach(&mut self, mut lane: Box<Lane>) {
@@ -434,6 +467,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
     fn suspend(&mut self, service: Service) {
         self.pair.queue.disconnect();
         self.service = service;
+        self.hurry();
         self.health.oldest.store(0, Ordering::Relaxed);
         if service == Service::Fail {
             self.give_up_lanes(|_| true);

@@ -71,6 +71,9 @@ pub struct BindArgs {
     /// Also if a file system, a partition table or the like is on it; never if it is in use
     #[arg(long)]
     pub force_data: bool,
+    /// Also where there is no IOMMU: once it is served, any fault of the SSD may change all memory of this machine
+    #[arg(long, conflicts_with_all = ["all_unused", "user"])]
+    pub unsafe_noiommu: bool,
     /// Let this user serve it: name or number
     #[arg(long, value_name = "NAME")]
     pub user: Option<String>,
@@ -334,6 +337,7 @@ fn bind(
     };
     let options = BindOptions {
         force_data: args.force_data,
+        unsafe_noiommu: args.unsafe_noiommu,
         user,
     };
     let (devices, mut good) = if args.all_unused {

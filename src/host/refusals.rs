@@ -25,25 +25,60 @@ pub const NO_GROUP: &str = "it is in no IOMMU group: no IOMMU is on";
 pub const ENABLE_IOMMU: &str = "put intel_iommu=on (Intel) or `amd_iommu=on iommu=pt` (AMD) on the kernel command \
     line, and enable VT-d (Intel) or AMD-Vi (AMD, often called IOMMU) in the firmware";
 
+/// How to do without.
+pub const OR_UNSAFE: &str = "or, at the risk of all memory of this machine, load the module vfio with \
+    enable_unsafe_noiommu_mode=1 and give --unsafe-noiommu";
+
 /// Why we do without it.
 pub const NO_IOMMU: &str =
     "its IOMMU group is of VFIO's no-IOMMU mode: the SSD could write to any memory of the machine";
 
-/// Reasons of the function itself and of those who use it.
+/// What the user takes upon himself.
+pub const NO_IOMMU_TAKEN: &str = "UNSAFE, NO IOMMU: once it is served, any fault of this SSD may change all memory of this \
+    machine; the kernel is tainted";
+
+/// Reasons of the function itself and of those who use it; `unsafe_noiommu`: not that nothing stands between it and memory.
 #[must_use]
-pub fn standing(survey: &Survey, device: &HostDevice) -> Vec<String> {
-    let mut reasons = of_group(device);
+pub fn standing(
+    host: &Host,
+    survey: &Survey,
+    device: &HostDevice,
+    unsafe_noiommu: bool,
+) -> Vec<String> {
+    let mut reasons = of_group(host, device, unsafe_noiommu);
     reasons.extend(in_use(survey, device));
     reasons
 }
 
-/// Without an IOMMU that stands between, VFIO is of no use.
+/// Without an IOMMU that stands between, VFIO is of no use, but for those who insist.
 #[must_use]
-pub fn of_group(device: &HostDevice) -> Vec<String> {
-    match device.iommu_group {
-        None => vec![format!("{NO_GROUP}; {ENABLE_IOMMU}")],
-        Some(_) if device.no_iommu => vec![NO_IOMMU.to_owned()],
-        Some(_) => Vec::new(),
+pub fn of_group(host: &Host, device: &HostDevice, unsafe_noiommu: bool) -> Vec<String> {
+    match (device.iommu_group, unsafe_noiommu) {
+        (None, false) => vec![format!("{NO_GROUP}; {ENABLE_IOMMU}; {OR_UNSAFE}")],
+        // vfio-pci makes a group for it as it takes it.
+        (None, true) => noiommu_mode(host).err().into_iter().collect(),
+        (Some(_), false) if device.no_iommu => vec![NO_IOMMU.to_owned()],
+        (Some(_), _) => Vec::new(),
+    }
+}
+
+/// VFIO takes devices without an IOMMU. That is for the user to switch on: it is a decision about the machine.
+fn noiommu_mode(host: &Host) -> Result<(), String> {
+    const PARAMETER: &str = "enable_unsafe_noiommu_mode";
+    let module = host.sysfs.path("module/vfio");
+    let parameter = module.join("parameters").join(PARAMETER);
+    match std::fs::read_to_string(&parameter) {
+        Ok(value) if value.trim() == "Y" => Ok(()),
+        Ok(_) => Err(format!(
+            "{NO_GROUP}, and VFIO's no-IOMMU mode is off: write 1 to {}",
+            parameter.display()
+        )),
+        Err(_) if module.exists() => Err(format!(
+            "{NO_GROUP}, and this kernel's VFIO has no mode without one (it was built without CONFIG_VFIO_NOIOMMU)"
+        )),
+        Err(_) => Err(format!(
+            "{NO_GROUP}, and VFIO's no-IOMMU mode is not on: modprobe vfio {PARAMETER}=1"
+        )),
     }
 }
 

@@ -34,6 +34,8 @@ const KERNEL_DRIVER: &str = "nvme";
 #[derive(Clone, Debug, Default)]
 pub struct BindOptions {
     pub force_data: bool,
+    /// Also where no IOMMU stands between it and memory.
+    pub unsafe_noiommu: bool,
     pub user: Option<User>,
 }
 
@@ -118,9 +120,9 @@ fn prepare(
     held: &mut Claims,
 ) -> Result<(), Vec<String>> {
     let reasons = if device.is_bound() {
-        refusals::of_group(device)
+        refusals::of_group(host, device, options.unsafe_noiommu)
     } else {
-        refusals::standing(survey, device)
+        refusals::standing(host, survey, device, options.unsafe_noiommu)
     };
     if !reasons.is_empty() {
         return Err(reasons);
@@ -147,12 +149,13 @@ fn take(
     device: &HostDevice,
     options: &BindOptions,
 ) -> Outcome {
-    let node = device.vfio_path(host).unwrap_or_default();
     if device.is_bound() {
+        let node = device.vfio_path(host).unwrap_or_default();
         let mut lines = vec![format!(
             "already bound to {VFIO_DRIVER}: {}",
             node.display()
         )];
+        lines.extend(unsafe_now(device));
         lines.extend(hand_over(host, effects, device, &node, options).map_err(|why| vec![why])?);
         return Ok(lines);
     }
@@ -175,10 +178,12 @@ fn take(
     record
         .save(host, effects, device.address)
         .map_err(|why| vec![why])?;
-    let bound = attach(host, effects, device, &node)
-        .and_then(|()| hand_over(host, effects, device, &node, options));
+    let bound = attach(host, effects, device).and_then(|node| {
+        let lines = hand_over(host, effects, device, &node, options)?;
+        Ok((node, lines))
+    });
     match bound {
-        Ok(mut lines) => {
+        Ok((node, mut lines)) => {
             let before = device.driver.as_deref().unwrap_or("no driver");
             if effects.acts() {
                 lines.insert(
@@ -188,6 +193,7 @@ fn take(
                         node.display()
                     ),
                 );
+                lines.extend(unsafe_now(device));
             }
             Ok(lines)
         }
@@ -199,12 +205,14 @@ fn take(
     }
 }
 
-fn attach(
-    host: &Host,
-    effects: &mut dyn Effects,
-    device: &HostDevice,
-    node: &Path,
-) -> Result<(), String> {
+/// What there is to say of a device that vfio-pci has without an IOMMU.
+fn unsafe_now(device: &HostDevice) -> Option<String> {
+    let says = || refusals::NO_IOMMU_TAKEN.to_owned();
+    device.function.is_without_iommu().then(says)
+}
+
+/// Gives it to vfio-pci. Where its file is then: without an IOMMU, its group is made by that.
+fn attach(host: &Host, effects: &mut dyn Effects, device: &HostDevice) -> Result<PathBuf, String> {
     if !driver_folder(host, VFIO_DRIVER).exists() {
         load(effects, VFIO_DRIVER)?;
     }
@@ -226,7 +234,7 @@ fn attach(
     }
     write(effects, &host.sysfs.path("bus/pci/drivers_probe"), &address)?;
     if !effects.acts() {
-        return Ok(());
+        return Ok(device.vfio_path(host).unwrap_or_default());
     }
     match device.function.driver() {
         Some(driver) if driver == VFIO_DRIVER => {}
@@ -237,8 +245,9 @@ fn attach(
             ));
         }
     }
+    let node = device.vfio_path(host).unwrap_or_default();
     let there = wait(effects, NODE_TICKS, || node.exists().then_some(()));
-    there.ok_or_else(|| {
+    there.map(|()| node.clone()).ok_or_else(|| {
         format!(
             "{VFIO_DRIVER} has it, but {} did not appear",
             node.display()

@@ -38,7 +38,8 @@ pub fn verdicts(host: &Host, effects: &mut dyn Effects, survey: &Survey) -> Vec<
         let mut reasons = match device.iommu_group {
             // How to change that is said once, below all.
             None => vec![refusals::NO_GROUP.to_owned()],
-            Some(_) => refusals::of_group(device),
+            // Somebody has bound it so: what is left is to say so again.
+            Some(_) => refusals::of_group(host, device, device.is_bound()),
         };
         reasons.extend(device.uses.iter().map(ToString::to_string));
         reasons
@@ -57,7 +58,11 @@ pub fn verdicts(host: &Host, effects: &mut dyn Effects, survey: &Survey) -> Vec<
             return Verdict::No(reasons.join("; "));
         }
         if device.is_bound() {
-            return Verdict::Serve(format!("--device pci:{}", device.address));
+            let risk = match device.no_iommu {
+                true => " --unsafe-noiommu, at the risk of all memory",
+                false => "",
+            };
+            return Verdict::Serve(format!("--device pci:{}{risk}", device.address));
         }
         let mut together = device.address.to_string();
         for sibling in &device.siblings {
@@ -148,7 +153,12 @@ pub fn to_text(survey: &Survey, verdicts: &[Verdict]) -> String {
         .iter()
         .any(|device| device.iommu_group.is_none())
     {
-        let _ = writeln!(out, "For an IOMMU, {}.", refusals::ENABLE_IOMMU);
+        let _ = writeln!(
+            out,
+            "For an IOMMU, {}; {}.",
+            refusals::ENABLE_IOMMU,
+            refusals::OR_UNSAFE
+        );
     }
     out.push_str(&huge_pages(survey));
     if !survey.unseen.is_empty() {

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memmap2::MmapOptions;
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
     RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
@@ -22,6 +23,9 @@ use rustix::net::{
 use super::SimGuest;
 use crate::virtio::memory::{Gpa, GuestMemory, GuestRegion};
 use crate::virtio::virtqueue::{RingLayout, VirtqueueConfig};
+
+/// Bytes of one huge page.
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Requests of a front-end. Vhost-user Protocol, "Front-end message types".
 pub mod request {
@@ -304,7 +308,20 @@ impl SharedMemory {
     /// When the system has no memory.
     #[must_use]
     pub fn new(base: Gpa, bytes: u64) -> SharedMemory {
-        let file = memfd(bytes);
+        SharedMemory::of_file(base, bytes, memfd(bytes))
+    }
+
+    /// The same on huge pages of 2 MiB, of which it takes whole ones.
+    ///
+    /// # Panics
+    /// When too few of them are free.
+    #[must_use]
+    pub fn on_huge_pages(base: Gpa, bytes: u64) -> SharedMemory {
+        let bytes = bytes.next_multiple_of(HUGE_PAGE);
+        SharedMemory::of_file(base, bytes, huge_memfd(bytes))
+    }
+
+    fn of_file(base: Gpa, bytes: u64, file: File) -> SharedMemory {
         let len = usize::try_from(bytes).expect("64 bits");
         let map = MmapOptions::new()
             .len(len)
@@ -432,7 +449,20 @@ pub fn config_request(offset: u32, size: u32) -> Vec<u8> {
 /// When the system has none.
 #[must_use]
 pub fn memfd(size: u64) -> File {
-    let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC);
+    memfd_of(MemfdFlags::empty(), size)
+}
+
+/// The same on huge pages; `size` is a multiple of [`HUGE_PAGE`]. Mapping it takes them.
+///
+/// # Panics
+/// When the system has none.
+#[must_use]
+pub fn huge_memfd(size: u64) -> File {
+    memfd_of(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, size)
+}
+
+fn memfd_of(flags: MemfdFlags, size: u64) -> File {
+    let file = memfd_create("guest", MemfdFlags::CLOEXEC | flags);
     let file = File::from(file.expect("a memfd"));
     file.set_len(size).expect("a memfd of that size");
     file

@@ -1,5 +1,8 @@
 //! A front-end's memory table: maps its file descriptors into this process and into the device's DMA windows.
 //!
+//! Without an IOMMU the device is told where guest memory is, which must lie in huge pages then: each piece that is
+//! contiguous for the device becomes a region of its own for the data path, which knows buffers that cross regions.
+//!
 //! Control path only. The data path gets an immutable [`GuestMemory`] made from it; a changed table makes a new one
 //! (the session quiesces its queues in between). A region is unmapped when the last `GuestMemory` that names it is
 //! gone, and no queue gives its `GuestMemory` up before it has drained (I2). Start at [`MemoryTable::add`].
@@ -13,6 +16,7 @@ use nvme_driver::fault::{FaultGuard, Lost, Poisoned};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::huge;
 use crate::virtio::memory::{Gpa, GuestMemory, GuestRegion, RegionError};
 
 /// The most regions of one table. QEMU's own limit for a vhost-user device is lower (512 with memory slots).
@@ -67,6 +71,20 @@ pub enum TableError {
         /// What the domain said.
         error: DmaError,
     },
+    /// Ordinary pages, and nothing that translates addresses for the device.
+    #[error(
+        "guest region gpa {gpa:#x} size {size:#x} is not in huge pages ({found}), and the SSD is served without an IOMMU: the \
+         kernel may move ordinary pages while the SSD writes to where they were. Give the guest huge pages: QEMU's -object \
+         memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on,... (scripts/setup-vfio hugepages N reserves some)"
+    )]
+    OrdinaryPages {
+        /// Guest physical address.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+        /// What the file is.
+        found: String,
+    },
     /// The table as a whole.
     #[error("memory table: {0}")]
     Table(#[from] RegionError),
@@ -87,6 +105,25 @@ struct Region {
 unsafe impl Send for Region {}
 // SAFETY: as above; all methods take `&self` and only compute addresses.
 unsafe impl Sync for Region {}
+
+impl Region {
+    /// What the data path sees: a region for each piece that is contiguous for the device.
+    fn runs(&self) -> impl Iterator<Item = GuestRegion> {
+        let mut offset = 0;
+        self.dma.runs().iter().map(move |run| {
+            let at = offset;
+            offset += run.len;
+            GuestRegion {
+                // Does not wrap: the region's end was checked.
+                gpa: Gpa(self.info.gpa + at),
+                len: run.len,
+                // SAFETY: the runs are together as long as the region's mapping, so this lies within it.
+                hva: unsafe { self.hva.add(usize::try_from(at).unwrap_or(0)) },
+                dma: run.iova.0,
+            }
+        })
+    }
+}
 
 /// All regions of one session.
 #[derive(Debug)]
@@ -184,6 +221,22 @@ impl MemoryTable {
         }
         let size =
             usize::try_from(info.size).map_err(|_| refuse("it does not fit this process"))?;
+        let pages = huge::pages_of(&file)
+            .map_err(|error| refuse(&format!("cannot ask which pages its file has: {error}")))?;
+        if let Some(pages) = pages.huge() {
+            // The kernel maps whole huge pages, and unmaps nothing less.
+            if !info.size.is_multiple_of(pages) || !info.mmap_offset.is_multiple_of(pages) {
+                return Err(refuse(&format!(
+                    "size and file offset must be multiples of its file's huge pages of {pages:#x} bytes"
+                )));
+            }
+        } else if self.space.is_physical() {
+            return Err(TableError::OrdinaryPages {
+                gpa: info.gpa,
+                size: info.size,
+                found: pages.to_string(),
+            });
+        }
         let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, info.mmap_offset), size)
             .map_err(|error| refuse(&format!("cannot map its file: {error}")))?;
         let hva = NonNull::new(mapping.as_ptr()).ok_or_else(|| refuse("mapped at address 0"))?;
@@ -205,6 +258,15 @@ impl MemoryTable {
             size: info.size,
             error,
         })?;
+        if self.space.is_physical() {
+            tracing::info!(
+                gpa = format_args!("{:#x}", info.gpa),
+                size = format_args!("{:#x}", info.size),
+                %pages,
+                runs = dma.runs().len(),
+                "guest memory by its physical addresses"
+            );
+        }
         self.regions.push(Arc::new(Region {
             info,
             hva,
@@ -241,12 +303,7 @@ impl MemoryTable {
     /// # Errors
     /// [`TableError::Table`] when there is no region at all.
     pub fn snapshot(&self) -> Result<Arc<GuestMemory>, TableError> {
-        let regions = self.regions.iter().map(|region| GuestRegion {
-            gpa: Gpa(region.info.gpa),
-            len: region.info.size,
-            hva: region.hva,
-            dma: region.dma.iova().0,
-        });
+        let regions = self.regions.iter().flat_map(|region| region.runs());
         // SAFETY: the regions are mapped as they say, and the owner keeps them so.
         let memory =
             unsafe { GuestMemory::new(regions.collect(), Box::new(self.regions.clone()))? };

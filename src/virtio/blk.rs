@@ -5,7 +5,7 @@
 //! stands, and that a refused one says where its status goes. Nothing is rounded in the guest's favour. Does not
 //! transfer data: the data segments stay in the chain. Start at [`parse`].
 
-use super::chain::{Chain, Ends};
+use super::chain::{Chain, Ends, Sole};
 use super::memory::StatusByte;
 use crate::block::{BlockCount, BlockOp, BlockRange, BlockStatus, Geometry, Lba, RangeList};
 use std::mem::{offset_of, size_of};
@@ -287,15 +287,40 @@ pub fn parse(
     limits: &BlkLimits,
 ) -> Result<BlkRequest, BlkReject> {
     let ends = chain.take_ends();
-    parse_framed(ends, chain, ranges, limits)
+    parse_taken(ends, chain, ranges, limits)
 }
 
-/// [`parse`] of a chain whose ends were taken off when it was popped.
+/// The read or write that a request with one buffer asks for: whether it is a write, and of which blocks. `None` for
+/// anything else, and for what may not be: [`parse_taken`] knows the answer.
+#[inline(always)]
+pub fn parse_sole(sole: &Sole<HEADER_BYTES>, limits: &BlkLimits) -> Option<(bool, BlockRange)> {
+    let header: RequestHeader = zerocopy::transmute!(sole.header);
+    let geometry = &limits.geometry;
+    // IN is 0 and its buffer writable, OUT is 1 and its buffer is not: one differs from the other, and both are bits.
+    let kind = header.request_type.get();
+    let write = kind == request_type::OUT;
+    if kind ^ u32::from(sole.writable) != 1 || (write && geometry.read_only()) {
+        return None;
+    }
+    let (sector, len) = (header.sector.get(), sole.len);
+    let (sector_mask, byte_mask) = geometry.part_masks();
+    if sector & sector_mask | u64::from(len & byte_mask) != 0 {
+        return None;
+    }
+    let shift = geometry.sector_shift();
+    let lba = sector.wrapping_shr(shift);
+    let count = (len >> SECTOR_SHIFT).wrapping_shr(shift);
+    let inside = u64::from(count) <= geometry.blocks().checked_sub(lba)?;
+    let range = BlockRange::new(Lba::new(lba), BlockCount::new(count));
+    inside.then_some((write, range))
+}
+
+/// [`parse`] of a chain whose ends were taken off before.
 ///
 /// # Errors
 /// As [`parse`].
 #[inline]
-pub fn parse_framed(
+pub fn parse_taken(
     ends: Ends<HEADER_BYTES>,
     chain: &mut Chain,
     ranges: &mut RangeList,

@@ -9,7 +9,9 @@
 //! There is one walk for both kinds of ring, in the words of the split one: NEXT, WRITE, INDIRECT, `next`. What an entry
 //! of the other kind means in them is a `Layout`'s to say.
 
-use super::memory::{Gpa, GuestMemory, Segment, StatusByte};
+use super::memory::{Gpa, GuestMemory, MainRegion, SOLE_TABLE_BYTES, Segment, StatusByte};
+#[cfg(not(all(test, loom)))]
+use super::shared::AtomicU32;
 use super::shared::AtomicU64;
 use super::virtqueue::{HeadIndex, RingError};
 use std::ptr::NonNull;
@@ -60,6 +62,78 @@ pub struct Ends<const N: usize> {
     pub header: Option<[u8; N]>,
 }
 
+/// A request as drivers build most of them: a header of `N` bytes, one buffer and a status, each in a descriptor of its
+/// own and in the largest region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sole<const N: usize> {
+    /// What goes back to the used ring.
+    pub head: HeadIndex,
+    /// The header, copied once (I6).
+    pub header: [u8; N],
+    /// Where the device sees the buffer.
+    pub dma: u64,
+    /// Its length: not 0, and short enough that it and the ends' fit 32 bits together.
+    pub len: u32,
+    /// The device fills the buffer.
+    pub writable: bool,
+    /// Where the status goes.
+    pub status: StatusByte,
+}
+
+/// Our copy of one descriptor, in the words that its kind of ring has: the flags are in the upper one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    pub(super) gpa: Gpa,
+    pub(super) len: u32,
+    pub(super) upper: u32,
+}
+
+/// The descriptors of such a request. Nothing is known of the places yet.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SoleEntries {
+    pub(super) header: Entry,
+    pub(super) data: Entry,
+    pub(super) status: Entry,
+    pub(super) writable: bool,
+}
+
+impl SoleEntries {
+    /// The places that they name, and the header itself. `None` where the long way has to look.
+    #[inline(always)]
+    pub(super) fn resolve<const N: usize>(
+        self,
+        head: HeadIndex,
+        memory: &MainRegion<N>,
+    ) -> Option<Sole<N>> {
+        let Self {
+            header,
+            data,
+            status,
+            writable,
+        } = self;
+        if header.len as usize != N || status.len != 1 {
+            return None;
+        }
+        // The ends and the data fit the 32 bits of a used length together.
+        if u64::from(data.len) + N as u64 + 1 > u64::from(u32::MAX) {
+            return None;
+        }
+        let header = memory.header(header.gpa)?;
+        let dma = memory.data(data.gpa, data.len)?;
+        let status = memory.status(status.gpa)?;
+        let mut bytes = [0; N];
+        header.read_once(&mut bytes);
+        Some(Sole {
+            head,
+            header: bytes,
+            dma,
+            len: data.len,
+            writable,
+            status,
+        })
+    }
+}
+
 /// Our copy of one descriptor.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Descriptor {
@@ -82,6 +156,10 @@ pub(super) trait Layout {
 
     /// Entry `index` of the `count` in an indirect table.
     fn in_table(words: [u64; 2], index: u16, count: u16) -> Descriptor;
+
+    /// The three entries of an indirect table, if they are a readable one, one of either kind and a writable one, in this
+    /// order.
+    fn sole_in_table(entries: [Entry; 3]) -> Option<SoleEntries>;
 }
 
 /// What a chain takes of its ring.
@@ -125,6 +203,56 @@ impl DescriptorTable {
         }
         #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         let _ = index;
+    }
+
+    /// The three entries of the indirect table that `pointer` names, each word read once (I6), if it has so many and lies
+    /// aligned in the largest region: what drivers make of a request with one buffer.
+    #[inline(always)]
+    pub(super) fn three_of<const N: usize>(
+        pointer: Entry,
+        memory: &MainRegion<N>,
+    ) -> Option<[Entry; 3]> {
+        if pointer.len as usize != SOLE_TABLE_BYTES {
+            return None;
+        }
+        let place = memory.table(pointer.gpa)?.cast::<AtomicU64>();
+        if !place.is_aligned() {
+            return None;
+        }
+        // SAFETY: three entries of one mapped region (`table`), aligned, read at once.
+        let table = unsafe { DescriptorTable::new(place, 3) };
+        Some([table.entry(0)?, table.entry(1)?, table.entry(2)?])
+    }
+
+    /// Copies entry `index`; `None` outside the table.
+    #[cfg(not(all(test, loom)))]
+    #[inline(always)]
+    pub(super) fn entry(&self, index: u16) -> Option<Entry> {
+        if index >= self.count {
+            return None;
+        }
+        // SAFETY: as in `read`. The second word is read in halves, each once: they are used apart from each other.
+        let (address, len, upper) = unsafe {
+            let entry = self.base.add(2 * usize::from(index));
+            let halves = entry.add(1).cast::<AtomicU32>();
+            (entry.as_ref(), halves.as_ref(), halves.add(1).as_ref())
+        };
+        Some(Entry {
+            gpa: Gpa(u64::from_le(address.load(Relaxed))),
+            len: u32::from_le(len.load(Relaxed)),
+            upper: u32::from_le(upper.load(Relaxed)),
+        })
+    }
+
+    /// The checker knows words of one size each.
+    #[cfg(all(test, loom))]
+    pub(super) fn entry(&self, index: u16) -> Option<Entry> {
+        let [address, rest] = self.read(index)?;
+        Some(Entry {
+            gpa: Gpa(address),
+            len: (rest & 0xffff_ffff) as u32,
+            upper: (rest >> 32) as u32,
+        })
     }
 
     /// The number of entries.
@@ -317,7 +445,7 @@ impl Chain {
         Some(status)
     }
 
-    /// Takes the status and the first `N` readable bytes off: what `Virtqueue::pop_framed` does as it goes.
+    /// Takes the status and the first `N` readable bytes off.
     pub fn take_ends<const N: usize>(&mut self) -> Ends<N> {
         Ends {
             status: self.take_status(),
@@ -325,107 +453,27 @@ impl Chain {
         }
     }
 
-    /// Fills the chain from its descriptor `first` on and takes its ends off, for a chain as drivers build it: in the ring
-    /// or wholly in an indirect table, the header and the status in descriptors of their own, every buffer in the largest
-    /// region, nothing amiss. `None` for any other, of which nothing is kept: [`Chain::walk`] reads the others anew, and
-    /// only what that read counts (I6).
-    #[inline]
-    pub(super) fn walk_framed<const N: usize, L: Layout>(
-        &mut self,
-        first: Descriptor,
-        mut table: DescriptorTable,
-        indirect_negotiated: bool,
-        memory: &GuestMemory,
-    ) -> Option<Ends<N>> {
-        // One place for each descriptor but the first and the last: their end ends the walk (I8).
-        let most = usize::from(table.count).checked_sub(2)?;
-        let places = self.segments.get_mut(..most)?;
-        let mut descriptor = first;
-        let indirect = first.has(DESC_F_INDIRECT);
-        if indirect {
-            let entries = descriptor.len / DESCRIPTOR_BYTES;
-            let whole = descriptor.len.is_multiple_of(DESCRIPTOR_BYTES);
-            let sound = indirect_negotiated && whole && !descriptor.has(DESC_F_NEXT);
-            let place = memory.segment(descriptor.gpa, descriptor.len)?;
-            let place = place.hva().cast::<AtomicU64>();
-            if !sound || entries > u32::from(table.count) || !place.is_aligned() {
-                return None;
-            }
-            // At most the queue size, which has 16 bits.
-            let entries = (entries & 0xffff) as u16;
-            // SAFETY: `entries * 16` bytes of one mapped region (`segment`), aligned (checked above), used during this
-            // walk only, while `memory` is borrowed.
-            table = unsafe { DescriptorTable::new(place, entries) };
-            descriptor = L::in_table(table.read(0)?, 0, entries);
-        }
-        if descriptor.flags != DESC_F_NEXT || descriptor.len as usize != N {
-            return None;
-        }
-        let header = memory.segment(descriptor.gpa, descriptor.len)?;
-        let (mut split, mut count) = (0_usize, 0_usize);
-        let (mut readable_len, mut writable_len) = (0_u64, 0_u64);
-        let status = loop {
-            let index = descriptor.next;
-            let words = table.read(index)?;
-            descriptor = match L::CONSECUTIVE && indirect {
-                true => L::in_table(words, index, table.count),
-                false => L::in_ring(words, index, table.count),
-            };
-            let Descriptor {
-                gpa, len, flags, ..
-            } = descriptor;
-            let segment = memory.segment(gpa, len)?;
-            if flags & DESC_F_NEXT == 0 {
-                if flags != DESC_F_WRITE || len != 1 {
-                    return None;
-                }
-                break segment.last_byte()?;
-            }
-            *places.get_mut(count)? = segment;
-            count += 1;
-            // Neither sum can wrap: at most queue-size (1024) addends of 32 bits.
-            if flags & DESC_F_WRITE != 0 {
-                writable_len = writable_len.wrapping_add(u64::from(len));
-            } else {
-                readable_len = readable_len.wrapping_add(u64::from(len));
-                split = count;
-                if writable_len != 0 {
-                    return None;
-                }
-            }
-            if flags & DESC_F_INDIRECT != 0 {
-                return None;
-            }
-        };
-        let total = readable_len.wrapping_add(writable_len);
-        if total.wrapping_add(N as u64 + 1) > u64::from(u32::MAX) {
-            return None;
-        }
-        let mut bytes = [0; N];
-        header.read_once(&mut bytes);
+    /// Makes a request that was taken off the ring the short way the chain that the long way makes of it, its ends taken
+    /// off. `memory` is what it was found in.
+    #[cold]
+    pub fn hold<const N: usize>(&mut self, sole: &Sole<N>, memory: &MainRegion<N>) -> Ends<N> {
         self.front = 0;
-        self.split = split;
-        self.end = count;
-        self.readable_len = readable_len;
-        self.writable_len = writable_len;
-        self.fault = None;
-        if L::CONSECUTIVE {
-            self.part = match indirect {
-                true => RingPart {
-                    head: first.id,
-                    entries: 1,
-                },
-                false => RingPart {
-                    head: descriptor.id,
-                    // At most the queue size, which has 16 bits: one place for each but two (above).
-                    entries: u16::try_from(count).map_or(u16::MAX, |data| data.saturating_add(2)),
-                },
-            };
+        self.end = 0;
+        if let Some(slot) = self.segments.first_mut() {
+            *slot = memory.segment(sole.dma, sole.len);
+            self.end = 1;
         }
-        Some(Ends {
-            status: Some(status),
-            header: Some(bytes),
-        })
+        let len = u64::from(sole.len);
+        (self.split, self.readable_len, self.writable_len) = match sole.writable {
+            true => (0, 0, len),
+            false => (self.end, len, 0),
+        };
+        self.fault = None;
+        self.head = sole.head;
+        Ends {
+            status: Some(sole.status),
+            header: Some(sole.header),
+        }
     }
 
     /// Fills the chain from its descriptor `first` on. An error is one of the ring; a fault of the chain alone is kept.

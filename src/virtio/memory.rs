@@ -232,6 +232,88 @@ pub enum RegionError {
     Overlap(Gpa, Gpa),
 }
 
+/// The largest region of a [`GuestMemory`], where nearly all of a guest's buffers are, for those who hold that memory and
+/// look up every request's: a header of `HEADER` bytes, a table of three descriptors, data, a status.
+#[derive(Debug, Clone, Copy)]
+pub struct MainRegion<const HEADER: usize> {
+    region: GuestRegion,
+    /// How many offsets a header, and a table, may start at.
+    header_starts: u64,
+    table_starts: u64,
+}
+
+/// A table of three descriptors.
+pub(super) const SOLE_TABLE_BYTES: usize = 48;
+
+impl<const HEADER: usize> MainRegion<HEADER> {
+    fn new(region: GuestRegion) -> Self {
+        let starts = |bytes: usize| (region.len + 1).saturating_sub(bytes as u64);
+        Self {
+            region,
+            header_starts: starts(HEADER),
+            table_starts: starts(SOLE_TABLE_BYTES),
+        }
+    }
+
+    /// Where this process sees `offset`, which is inside.
+    #[inline(always)]
+    fn hva(&self, offset: u64) -> NonNull<u8> {
+        // The cast cannot truncate: `offset < region.len <= isize::MAX` (checked in `GuestMemory::new`).
+        #[allow(clippy::cast_possible_truncation)]
+        let bytes = offset as usize;
+        // SAFETY: less than the length of the mapping that starts at `hva` (contract of `GuestMemory::new`).
+        unsafe { self.region.hva.add(bytes) }
+    }
+
+    /// Where `gpa` lies. An address below the region wraps to an offset beyond any length.
+    #[inline(always)]
+    fn offset(&self, gpa: Gpa) -> u64 {
+        gpa.0.wrapping_sub(self.region.gpa.0)
+    }
+
+    /// A header, if all of it is in here.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // a control structure is far below 4 GiB
+    pub(super) fn header(&self, gpa: Gpa) -> Option<Segment> {
+        let offset = self.offset(gpa);
+        (offset < self.header_starts).then(|| Segment {
+            hva: self.hva(offset),
+            dma: self.region.dma.wrapping_add(offset),
+            len: HEADER as u32,
+        })
+    }
+
+    /// Where a table of three descriptors begins, if all of it is in here.
+    #[inline(always)]
+    pub(super) fn table(&self, gpa: Gpa) -> Option<NonNull<u8>> {
+        let offset = self.offset(gpa);
+        (offset < self.table_starts).then(|| self.hva(offset))
+    }
+
+    /// A status.
+    #[inline(always)]
+    pub(super) fn status(&self, gpa: Gpa) -> Option<StatusByte> {
+        let offset = self.offset(gpa);
+        (offset < self.region.len).then(|| StatusByte(self.hva(offset)))
+    }
+
+    /// Where the device sees all of `gpa..gpa + len`, if it is in here and not empty.
+    #[inline(always)]
+    pub(super) fn data(&self, gpa: Gpa, len: u32) -> Option<u64> {
+        let offset = self.offset(gpa);
+        // The last byte counts from 0, so that the one of an empty buffer is far outside.
+        let last = u64::from(len).wrapping_sub(1);
+        let inside = offset < self.region.len && last < self.region.len - offset;
+        inside.then(|| self.region.dma.wrapping_add(offset))
+    }
+
+    /// The `len` bytes that [`Self::data`] said the device sees at `dma`.
+    #[cold]
+    pub(super) fn segment(&self, dma: u64, len: u32) -> Segment {
+        self.region.segment(dma.wrapping_sub(self.region.dma), len)
+    }
+}
+
 /// The guest's memory: immutable regions, sorted by guest address, and whatever keeps them mapped.
 pub struct GuestMemory {
     /// The largest region once more: where nearly all of a guest's buffers are.
@@ -305,27 +387,9 @@ impl GuestMemory {
         &self.regions
     }
 
-    /// The whole of `gpa..gpa + len` if it lies in the largest region, where nearly all buffers are. `None` for an
-    /// empty one too. [`Self::piece`] knows the other regions.
-    #[inline]
-    pub fn segment(&self, gpa: Gpa, len: u32) -> Option<Segment> {
-        let region = &self.largest;
-        let offset = gpa.0.wrapping_sub(region.gpa.0);
-        // The last byte counts from 0, so that the one of an empty buffer is far outside: it holds nothing, and where it
-        // lies does not matter.
-        let last = u64::from(len).wrapping_sub(1);
-        if offset >= region.len || last >= region.len - offset {
-            return None;
-        }
-        // The cast cannot truncate: `offset < region.len <= isize::MAX` (checked in `GuestMemory::new`).
-        #[allow(clippy::cast_possible_truncation)]
-        let bytes = offset as usize;
-        Some(Segment {
-            // SAFETY: less than the length of the mapping that starts at `hva` (contract of `GuestMemory::new`).
-            hva: unsafe { region.hva.add(bytes) },
-            dma: region.dma.wrapping_add(offset),
-            len,
-        })
+    /// The largest region once more.
+    pub fn main<const HEADER: usize>(&self) -> MainRegion<HEADER> {
+        MainRegion::new(self.largest)
     }
 
     /// The longest piece of `gpa..gpa + len` that starts at `gpa` and lies in one region; `None` when `gpa` lies

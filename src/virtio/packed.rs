@@ -10,18 +10,22 @@
 //! chain that takes entries which are still out stops the ring.
 
 use super::chain::{
-    Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable, Layout,
-    RingPart,
+    Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable, Entry, Layout,
+    RingPart, Sole, SoleEntries,
 };
-use super::memory::Gpa;
+use super::memory::{Gpa, MainRegion};
 use super::shared::AtomicU32;
-use super::virtqueue::{AVAIL_ACQUIRE, Heads, Ring, RingError, USED_RELEASE, VirtqueueConfig};
+use super::virtqueue::{
+    AVAIL_ACQUIRE, HeadIndex, Heads, Ring, RingError, USED_RELEASE, VirtqueueConfig,
+};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 /// Virtio 1.2, 2.8.1 "Driver and Device Ring Wrap Counters".
 const DESC_F_AVAIL: u16 = 1 << 7;
 const DESC_F_USED: u16 = 1 << 15;
+/// What of an entry's flags says whose it is.
+const LAP: u16 = DESC_F_AVAIL | DESC_F_USED;
 /// Virtio 1.2, 2.8.10 "Event Suppression Structure Format": the flags, in the upper half of the structure.
 const EVENT_DISABLE: u32 = 1;
 const EVENT_DESC: u32 = 2;
@@ -57,7 +61,7 @@ impl Layout for PackedLayout {
     fn in_ring(words: [u64; 2], index: u16, count: u16) -> Descriptor {
         let entry = fields(words);
         Descriptor {
-            flags: entry.flags & !(DESC_F_AVAIL | DESC_F_USED),
+            flags: entry.flags & !LAP,
             next: if index + 1 < count { index + 1 } else { 0 },
             ..entry
         }
@@ -75,6 +79,33 @@ impl Layout for PackedLayout {
             next,
             ..entry
         }
+    }
+
+    #[inline(always)]
+    fn sole_in_table([header, data, status]: [Entry; 3]) -> Option<SoleEntries> {
+        let flags = |entry: Entry| entry.flags() & (DESC_F_WRITE | DESC_F_INDIRECT);
+        let sound =
+            flags(header) == 0 && flags(data) & !DESC_F_WRITE == 0 && flags(status) == DESC_F_WRITE;
+        sound.then_some(SoleEntries {
+            header,
+            data,
+            status,
+            writable: flags(data) != 0,
+        })
+    }
+}
+
+impl Entry {
+    /// Of a packed ring.
+    #[inline]
+    const fn flags(self) -> u16 {
+        (self.upper >> 16) as u16
+    }
+
+    /// Of a packed ring.
+    #[inline]
+    const fn id(self) -> u16 {
+        (self.upper & 0xffff) as u16
     }
 }
 
@@ -208,6 +239,27 @@ impl PackedRing {
         (filled && used != [true; 2]).then_some(bits)
     }
 
+    /// The same as [`PackedLayout::sole_in_table`] of three entries in the ring.
+    #[inline]
+    fn sole_in_ring(&self, header: Entry) -> Option<SoleEntries> {
+        let flags = |entry: Entry| entry.flags() & !LAP;
+        let entry = |ahead| {
+            let at = self.avail.advanced(ahead, self.size());
+            self.descriptors.entry(at.index)
+        };
+        if flags(header) != DESC_F_NEXT {
+            return None;
+        }
+        let (data, status) = (entry(1)?, entry(2)?);
+        let sound = flags(data) & !DESC_F_WRITE == DESC_F_NEXT && flags(status) == DESC_F_WRITE;
+        sound.then_some(SoleEntries {
+            header,
+            data,
+            status,
+            writable: flags(data) & DESC_F_WRITE != 0,
+        })
+    }
+
     /// The guest's structure, read at once: position and flags belong together.
     #[inline]
     fn driver_event(&self) -> (Position, u32) {
@@ -245,13 +297,18 @@ impl Ring for PackedRing {
         self.descriptors
     }
 
+    #[inline(always)]
+    fn has_request(&self) -> bool {
+        // Relaxed: a hint. `first` reads it again.
+        let word = self.descriptors.control_word(self.avail.index);
+        self.avail
+            .is_available(flags_of(u64::from_le(word.load(Relaxed))))
+    }
+
     /// Only whether there is one is known: how many descriptors each has, the walks find out.
     #[inline]
     fn available(&mut self) -> Result<u16, RingError> {
-        // Relaxed: a hint. `first` reads it again.
-        let word = self.descriptors.control_word(self.avail.index);
-        let flags = flags_of(u64::from_le(word.load(Relaxed)));
-        Ok(match self.avail.is_available(flags) {
+        Ok(match self.has_request() {
             true => self.size() - self.out,
             false => 0,
         })
@@ -272,6 +329,42 @@ impl Ring for PackedRing {
         };
         let first = PackedLayout::in_ring([address, rest], index, self.size());
         Ok(Some((index, first)))
+    }
+
+    #[inline(always)]
+    fn sole<const N: usize>(
+        &mut self,
+        indirect: bool,
+        heads: &mut Heads,
+        memory: &MainRegion<N>,
+    ) -> Option<Sole<N>> {
+        let index = self.avail.index;
+        // As in `first`.
+        let rest = u64::from_le(self.descriptors.control_word(index).load(AVAIL_ACQUIRE));
+        if !self.avail.is_available(flags_of(rest)) {
+            return None;
+        }
+        let first = Entry {
+            gpa: Gpa(self.descriptors.address(index)?),
+            len: (rest & 0xffff_ffff) as u32,
+            upper: (rest >> 32) as u32,
+        };
+        let size = self.size();
+        let (sole, head, entries) = if first.flags() & !LAP == DESC_F_INDIRECT && indirect {
+            let table = DescriptorTable::three_of(first, memory)?;
+            (PackedLayout::sole_in_table(table)?, first.id(), 1)
+        } else {
+            let sole = self.sole_in_ring(first)?;
+            (sole, sole.status.id(), 3)
+        };
+        if head >= size || heads.in_flight(head) || entries > size - self.out {
+            return None;
+        }
+        let sole = sole.resolve(HeadIndex::new(head), memory)?;
+        heads.take(head, entries);
+        self.out += entries;
+        self.avail = self.avail.advanced(entries, size);
+        Some(sole)
     }
 
     #[inline]
@@ -296,11 +389,7 @@ impl Ring for PackedRing {
     // By itself: inlined beside the other layout it would cost that one registers.
     #[inline(never)]
     fn push_used(&mut self, head: u16, entries: u16, len: u32) {
-        let lap = if self.used.wrap {
-            DESC_F_AVAIL | DESC_F_USED
-        } else {
-            0
-        };
+        let lap = if self.used.wrap { LAP } else { 0 };
         // Virtio 1.2, 2.8.2: WRITE says that anything was written.
         let flags = lap | if len > 0 { DESC_F_WRITE } else { 0 };
         let word = u64::from(len) | u64::from(head) << 32 | u64::from(flags) << 48;
@@ -320,9 +409,6 @@ impl Ring for PackedRing {
         self.unpublished = self.unpublished.saturating_add(entries);
         self.used = self.used.advanced(entries, self.size());
     }
-
-    /// Nothing is in flight before it was walked.
-    fn undo(&mut self, _at: u16, _heads: &mut Heads) {}
 
     #[inline]
     fn publish_used(&mut self) {

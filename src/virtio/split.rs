@@ -1,15 +1,25 @@
 //! A split ring's words and indices (virtio 1.2, 2.7): the part of a [`Virtqueue`](super::virtqueue::Virtqueue) that the
 //! other layout does differently. What a chain means, and which heads are in flight, is settled elsewhere.
 
-use super::chain::{Chain, Descriptor, DescriptorTable, Layout};
-use super::memory::Gpa;
+use super::chain::{
+    Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable, Entry, Layout,
+    Sole, SoleEntries,
+};
+use super::memory::{Gpa, MainRegion};
 use super::shared::{AtomicU16, AtomicU32};
-use super::virtqueue::{AVAIL_ACQUIRE, Heads, Ring, RingError, USED_RELEASE, VirtqueueConfig};
+use super::virtqueue::{
+    AVAIL_ACQUIRE, HeadIndex, Heads, Ring, RingError, USED_RELEASE, VirtqueueConfig,
+};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::Relaxed;
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
+
+#[inline]
+const fn flags_of(entry: Entry) -> u16 {
+    (entry.upper & 0xffff) as u16
+}
 
 /// Entries name their successor; a chain's head is where it starts.
 #[derive(Debug)]
@@ -32,6 +42,22 @@ impl Layout for SplitLayout {
     #[inline]
     fn in_table(words: [u64; 2], index: u16, count: u16) -> Descriptor {
         Self::in_ring(words, index, count)
+    }
+
+    /// Flags and successors at once: 0 -> 1 -> 2, as drivers fill tables.
+    #[inline(always)]
+    fn sole_in_table([header, data, status]: [Entry; 3]) -> Option<SoleEntries> {
+        let write = u32::from(DESC_F_WRITE);
+        let next = |successor: u32| u32::from(DESC_F_NEXT) | successor << 16;
+        let sound = header.upper == next(1)
+            && data.upper & !write == next(2)
+            && status.upper & 0xffff == write;
+        sound.then_some(SoleEntries {
+            header,
+            data,
+            status,
+            writable: data.upper & write != 0,
+        })
     }
 }
 
@@ -100,6 +126,26 @@ impl SplitRing {
         unsafe { self.used.add(offset).cast().as_ref() }
     }
 
+    /// The same as [`SplitLayout::sole_in_table`] of descriptors in the ring, which may be anywhere.
+    #[inline]
+    fn sole_in_ring(&self, header: Entry) -> Option<SoleEntries> {
+        let following = |entry: Entry| self.descriptors.entry((entry.upper >> 16) as u16);
+        if flags_of(header) != DESC_F_NEXT {
+            return None;
+        }
+        let data = following(header)?;
+        if flags_of(data) & !DESC_F_WRITE != DESC_F_NEXT {
+            return None;
+        }
+        let status = following(data)?;
+        (flags_of(status) == DESC_F_WRITE).then_some(SoleEntries {
+            header,
+            data,
+            status,
+            writable: flags_of(data) & DESC_F_WRITE != 0,
+        })
+    }
+
     /// Brings the descriptor of the request behind the next one near while that one is worked on. Its head is read here
     /// only as a hint; the one that counts is read, once, when it is taken (I6).
     #[inline]
@@ -132,6 +178,12 @@ impl Ring for SplitRing {
 
     fn table(&self) -> DescriptorTable {
         self.descriptors
+    }
+
+    #[inline(always)]
+    fn has_request(&self) -> bool {
+        // Relaxed: a hint. `available` reads it again.
+        u16::from_le(self.avail_word(1).load(Relaxed)) != self.next_avail
     }
 
     #[inline]
@@ -173,17 +225,40 @@ impl Ring for SplitRing {
         Ok(Some((head, SplitLayout::in_ring(words, head, 0))))
     }
 
+    #[inline(always)]
+    fn sole<const N: usize>(
+        &mut self,
+        indirect: bool,
+        heads: &mut Heads,
+        memory: &MainRegion<N>,
+    ) -> Option<Sole<N>> {
+        if self.next_avail == self.seen_avail {
+            return None;
+        }
+        let slot = usize::from(self.next_avail & self.mask);
+        let head = u16::from_le(self.avail_word(2 + slot).load(Relaxed));
+        let first = self.descriptors.entry(head)?;
+        if heads.in_flight(head) {
+            return None;
+        }
+        self.prefetch();
+        let entries = if flags_of(first) == DESC_F_INDIRECT && indirect {
+            SplitLayout::sole_in_table(DescriptorTable::three_of(first, memory)?)?
+        } else {
+            self.sole_in_ring(first)?
+        };
+        let sole = entries.resolve(HeadIndex::new(head), memory)?;
+        heads.take(head, 1);
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Some(sole)
+    }
+
     #[inline]
     fn take(&mut self, at: u16, _chain: &Chain, heads: &mut Heads) -> Result<u16, RingError> {
         // One avail entry, whatever it led to; the head was checked in `first`.
         heads.take(at, 1);
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(at)
-    }
-
-    fn undo(&mut self, at: u16, heads: &mut Heads) {
-        heads.give_back(at);
-        self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
     #[inline]

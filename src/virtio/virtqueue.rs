@@ -14,8 +14,8 @@
 //! [`Virtqueue::needs_signal`] once. A request that finds no room is simply not popped: it stays in the avail
 //! ring until the next turn.
 
-use super::chain::{Chain, Descriptor, DescriptorTable, Ends, Layout};
-use super::memory::GuestMemory;
+use super::chain::{Chain, Descriptor, DescriptorTable, Layout, Sole};
+use super::memory::{GuestMemory, MainRegion};
 use super::packed::{PackedRing, is_position};
 use super::shared::{AtomicU16, fence};
 use super::split::SplitRing;
@@ -43,6 +43,12 @@ pub(super) const USED_RELEASE: Ordering = match cfg!(feature = "canary-no-used-r
 pub struct HeadIndex(u16);
 
 impl HeadIndex {
+    /// A head that was checked to be less than the queue size.
+    #[inline]
+    pub(super) const fn new(head: u16) -> Self {
+        Self(head)
+    }
+
     /// The index, less than the queue size.
     #[inline]
     pub const fn get(self) -> u16 {
@@ -268,15 +274,23 @@ pub(super) trait Ring {
     fn in_flight(&self) -> u16;
     /// Where descriptors are read.
     fn table(&self) -> DescriptorTable;
+    /// Whether any can be taken.
+    fn has_request(&self) -> bool;
     /// How many requests can be taken, at most.
     fn available(&mut self) -> Result<u16, RingError>;
     /// Where the next chain starts, and its first descriptor.
     fn first(&mut self, heads: &Heads) -> Result<Option<(u16, Descriptor)>, RingError>;
+    /// Takes the next chain if it is [`Sole`]. `None` if it is not, or something is wrong with it or the ring: nothing has
+    /// changed then.
+    fn sole<const N: usize>(
+        &mut self,
+        indirect: bool,
+        heads: &mut Heads,
+        memory: &MainRegion<N>,
+    ) -> Option<Sole<N>>;
     /// Steps over the chain that started at `first` and puts its head in flight: the head, checked. Of a ring that has
     /// heads at the end of chains, the chain was walked before.
     fn take(&mut self, at: u16, chain: &Chain, heads: &mut Heads) -> Result<u16, RingError>;
-    /// The chain at `at` broke the ring: a head that was put in flight before its chain was walked is not.
-    fn undo(&mut self, at: u16, heads: &mut Heads);
     /// Fills the next used entry for a head that took `entries`.
     fn push_used(&mut self, head: u16, entries: u16, len: u32);
     /// Shows the guest all used entries filled so far.
@@ -396,6 +410,12 @@ impl Virtqueue {
         on_ring!(&self.ring, ring => ring.in_flight())
     }
 
+    /// Whether [`Self::available`] would find anything: one load, and nothing is checked.
+    #[inline(always)]
+    pub fn has_request(&self) -> bool {
+        on_ring!(&self.ring, ring => ring.has_request())
+    }
+
     /// How many requests can be taken now; of a packed ring, 0 if there is none, else at most so many. Once per turn: it is
     /// the load that ping-pongs with the guest's core.
     ///
@@ -419,18 +439,29 @@ impl Virtqueue {
         on_ring!(&mut self.ring, ring => pop(ring, heads, indirect, memory, chain))
     }
 
-    /// [`Self::pop`] and [`Chain::take_ends`] at once, the short way for chains as drivers build them.
-    ///
-    /// # Errors
-    /// As [`Self::pop`].
-    #[inline]
-    pub fn pop_framed<const N: usize>(
+    /// Which layout the ring has.
+    #[inline(always)]
+    pub fn layout(&self) -> RingLayout {
+        match self.ring {
+            AnyRing::Split(_) => RingLayout::Split,
+            AnyRing::Packed(_) => RingLayout::Packed,
+        }
+    }
+
+    /// [`Self::pop`] in short for a request as drivers build most, from a ring that is known to be `PACKED` or not: whoever
+    /// takes several asks once. `None` for any other request or ring, for a request with anything amiss, and when there is
+    /// none: nothing has changed then, [`Self::pop`] reads it anew, and only what that reads counts (I6).
+    #[inline(always)]
+    pub fn pop_sole<const N: usize, const PACKED: bool>(
         &mut self,
-        memory: &GuestMemory,
-        chain: &mut Chain,
-    ) -> Result<Option<Ends<N>>, RingError> {
+        memory: &MainRegion<N>,
+    ) -> Option<Sole<N>> {
         let (indirect, heads) = (self.indirect, &mut self.heads);
-        on_ring!(&mut self.ring, ring => pop_framed(ring, heads, indirect, memory, chain))
+        match (&mut self.ring, PACKED) {
+            (AnyRing::Split(ring), false) => ring.sole(indirect, heads, memory),
+            (AnyRing::Packed(ring), true) => ring.sole(indirect, heads, memory),
+            _ => None,
+        }
     }
 
     /// Gives `head` back with `len` bytes written into its writable buffers. The guest sees it after the next
@@ -497,39 +528,4 @@ fn pop<R: Ring>(
     chain.walk::<R::Layout>(head, first, ring.table(), indirect, memory)?;
     chain.set_head(HeadIndex(ring.take(head, chain, heads)?));
     Ok(true)
-}
-
-/// [`Virtqueue::pop_framed`] on one layout.
-#[inline]
-fn pop_framed<R: Ring, const N: usize>(
-    ring: &mut R,
-    heads: &mut Heads,
-    indirect: bool,
-    memory: &GuestMemory,
-    chain: &mut Chain,
-) -> Result<Option<Ends<N>>, RingError> {
-    let Some((head, first)) = ring.first(heads)? else {
-        return Ok(None);
-    };
-    let table = ring.table();
-    // A head that is known before the walk need not be kept in mind meanwhile.
-    if !R::Layout::CONSECUTIVE {
-        chain.set_head(HeadIndex(ring.take(head, chain, heads)?));
-    }
-    let framed = chain.walk_framed::<N, R::Layout>(first, table, indirect, memory);
-    let ends = match framed {
-        Some(ends) => ends,
-        None => {
-            let walked = chain.walk::<R::Layout>(head, first, table, indirect, memory);
-            if walked.is_err() {
-                ring.undo(head, heads);
-            }
-            walked?;
-            chain.take_ends()
-        }
-    };
-    if R::Layout::CONSECUTIVE {
-        chain.set_head(HeadIndex(ring.take(head, chain, heads)?));
-    }
-    Ok(Some(ends))
 }

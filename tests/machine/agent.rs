@@ -5,6 +5,8 @@
 //!   agent endure LOAD SOCKET...    the same while devices come and go: requests take longer, and flushes may fail
 //!   agent survive SECONDS SOCKET   writes until the server dies, then looks what the next one has
 //!   agent vanish ROUNDS SOCKET     a client goes with requests in flight, and the next one has other memory at once
+//!   agent load-huge scattered|gathered LOAD SOCKET   the same in huge pages: no two are neighbours, or as many as can be
+//!   agent hole SOCKET              gives a huge page back while the server has it
 //!   agent fault BDF                reads to where nothing is mapped, on an SSD that vfio-pci has
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -14,17 +16,22 @@ mod load;
 mod rng;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::iter::Peekable;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use client::{Client, DEADLINE};
+use client::{Client, DEADLINE, Pages};
 use load::{Action, Kind, Load, MAX_DATA, Oracle, Plan, SECTOR};
+use memmap2::{MmapOptions, MmapRaw};
 use nvme_driver::dma::{DmaAccess, DmaBuffer, Iova};
 use nvme_driver::spec::{LbaRange, SubmissionEntry};
 use nvme_driver::vfio::VfioTransport;
 use nvme_driver::{Controller, DataSegment};
 use rng::Rng;
+use rustix::fs::{FallocateFlags, fallocate};
+use tandem::sim::front_end::{HUGE_PAGE, huge_memfd};
 use tandem::sim::{Framing, SimCompletion, SimGuest, SimRequest};
 use tandem::virtio::blk::{RangeSegment, request_type, status};
 use zerocopy::IntoBytes;
@@ -33,8 +40,21 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["load", load, ref sockets @ ..] if !sockets.is_empty() => run_load(load, sockets, false),
-        ["endure", load, ref sockets @ ..] if !sockets.is_empty() => run_load(load, sockets, true),
+        ["load", load, ref sockets @ ..] if !sockets.is_empty() => {
+            run_load(load, sockets, Pages::Ordinary, false);
+        }
+        ["endure", load, ref sockets @ ..] if !sockets.is_empty() => {
+            run_load(load, sockets, Pages::Ordinary, true);
+        }
+        ["load-huge", "scattered", load, socket] => {
+            let _others = scatter();
+            run_load(load, &[socket], Pages::Huge, false);
+        }
+        ["load-huge", "gathered", load, socket] => {
+            gather();
+            run_load(load, &[socket], Pages::Huge, false);
+        }
+        ["hole", socket] => hole(Path::new(socket)),
         ["survive", seconds, socket] => survive(seconds.parse().unwrap(), Path::new(socket)),
         ["vanish", rounds, socket] => vanish(rounds.parse().unwrap(), Path::new(socket)),
         ["fault", address] => fault(address),
@@ -187,14 +207,20 @@ impl Stream {
 }
 
 /// The same load on every socket, each with a seed of its own, all at once; then everything is read back.
-fn run_load(text: &str, sockets: &[&str], endures: bool) {
+fn run_load(text: &str, sockets: &[&str], pages: Pages, endures: bool) {
     const DEPTH: usize = 24;
     let start = Instant::now();
     let mut clients: Vec<(Load, Client, Vec<Stream>)> = (0..)
         .zip(sockets)
         .map(|(index, socket)| {
             let load = Load::parse(text).with_seed_of(index);
-            let client = Client::connect(Path::new(socket), load.queues, 64, MAX_DATA + 4096);
+            let (size, max_data) = (64, MAX_DATA + 4096);
+            let client =
+                Client::connect_with(Path::new(socket), pages, load.queues, size, max_data);
+            if pages == Pages::Huge {
+                fact("load.bytes", client.shared.region.size);
+                fact("load.crossings", client.crossings(size, MAX_DATA));
+            }
             let streams = (0..load.queues).map(|queue| Stream::new(&load, queue, endures));
             (load, client, streams.collect())
         })
@@ -241,6 +267,65 @@ fn run_load(text: &str, sockets: &[&str], endures: bool) {
         fact("load.failed-flushes", failed_flushes);
     }
     fact("load.seconds", start.elapsed().as_secs_f32());
+}
+
+// ---- huge pages ----
+
+const FREE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+
+fn free_pages() -> u64 {
+    let text = std::fs::read_to_string(FREE_PAGES).unwrap();
+    text.trim().parse().unwrap()
+}
+
+/// Takes every free huge page, one by one, in the order of their physical addresses.
+fn all_free_pages() -> Vec<MmapRaw> {
+    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    let frame = |map: &MmapRaw| {
+        // SAFETY: the first byte of a mapping that nobody else knows. It makes the page be there.
+        unsafe { map.as_mut_ptr().write_volatile(1) };
+        let mut entry = [0; 8];
+        let page = map.as_ptr().addr() as u64 / 4096;
+        pagemap.read_exact_at(&mut entry, page * 8).unwrap();
+        u64::from_ne_bytes(entry) & ((1 << 55) - 1)
+    };
+    let pages = (0..free_pages()).map(|_| {
+        let file = huge_memfd(HUGE_PAGE);
+        let map = MmapOptions::new().len(HUGE_PAGE as usize).map_raw(&file);
+        map.unwrap()
+    });
+    let mut pages: Vec<(u64, MmapRaw)> = pages.map(|map| (frame(&map), map)).collect();
+    pages.sort_by_key(|(frame, _)| *frame);
+    pages.into_iter().map(|(_, map)| map).collect()
+}
+
+/// Every other free page is taken until the result is dropped: what others take meanwhile are no neighbours.
+fn scatter() -> Vec<MmapRaw> {
+    all_free_pages().into_iter().step_by(2).collect()
+}
+
+/// What is taken next are neighbours, as far as there are any: the page that was freed last is the first to be taken.
+fn gather() {
+    all_free_pages().into_iter().rev().for_each(drop);
+}
+
+/// A front-end gives a page of its memory back while the server has it, which the device may still write to: nobody else
+/// is to get that page before the server has let it go.
+fn hole(socket: &Path) {
+    let client = Client::connect_with(socket, Pages::Huge, 1, 64, 4096);
+    let free = free_pages();
+    let last = client.shared.region.size - HUGE_PAGE;
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&client.shared.file, flags, last, HUGE_PAGE).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    fact("hole.given-back", free_pages() as i64 - free as i64);
+    client.hang_up();
+    let start = Instant::now();
+    while free_pages() <= free {
+        assert!(start.elapsed() < DEADLINE, "the server keeps the page");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fact("hole.after", free_pages() as i64 - free as i64);
 }
 
 // ---- survive ----

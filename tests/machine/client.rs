@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tandem::sim::front_end::HUGE_PAGE;
 use tandem::sim::front_end::feature::{F_EVENT_IDX, F_INDIRECT, F_PROTOCOL, F_VERSION_1};
 use tandem::sim::front_end::request::GET_FEATURES;
 use tandem::sim::{FrontEnd, SharedMemory, SimCompletion, SimGuest, SimGuestConfig, SimRequest};
@@ -34,12 +35,27 @@ pub struct Client {
     pub queues: Vec<SimGuest>,
     /// Where the canaries begin: in front of the queues and behind them.
     canaries: [u64; 2],
+    pub shared: SharedMemory,
+}
+
+/// What pages a client shares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    Ordinary,
+    /// Of 2 MiB.
+    Huge,
 }
 
 impl Client {
     /// Connects and starts `queues` virtqueues of `size` entries. `None` when the server turns us away: it is still
     /// busy with the client before.
-    pub fn try_connect(path: &Path, queues: u32, size: u16, max_data: u32) -> Option<Client> {
+    pub fn try_connect(
+        path: &Path,
+        pages: Pages,
+        queues: u32,
+        size: u16,
+        max_data: u32,
+    ) -> Option<Client> {
         let front_end = FrontEnd::connect(path);
         // As `negotiate` asks first, but closed is an answer here.
         front_end
@@ -62,7 +78,11 @@ impl Client {
         let each = config(Gpa(BASE)).bytes().next_multiple_of(4096);
         let first = BASE + CANARY_BYTES;
         let end = first + each * u64::from(queues);
-        let shared = SharedMemory::new(Gpa(BASE), end + CANARY_BYTES - BASE);
+        let bytes = end + CANARY_BYTES - BASE;
+        let shared = match pages {
+            Pages::Ordinary => SharedMemory::new(Gpa(BASE), bytes),
+            Pages::Huge => SharedMemory::on_huge_pages(Gpa(BASE), bytes),
+        };
         let drivers = (0..u64::from(queues)).map(|index| {
             let config = config(Gpa(first + each * index));
             SimGuest::new(Arc::clone(&shared.memory), config).expect("one region")
@@ -84,13 +104,24 @@ impl Client {
             front_end,
             queues,
             canaries,
+            shared,
         })
     }
 
     pub fn connect(path: &Path, queues: u32, size: u16, max_data: u32) -> Client {
+        Client::connect_with(path, Pages::Ordinary, queues, size, max_data)
+    }
+
+    pub fn connect_with(
+        path: &Path,
+        pages: Pages,
+        queues: u32,
+        size: u16,
+        max_data: u32,
+    ) -> Client {
         let start = Instant::now();
         loop {
-            if let Some(client) = Client::try_connect(path, queues, size, max_data) {
+            if let Some(client) = Client::try_connect(path, pages, queues, size, max_data) {
                 return client;
             }
             assert!(
@@ -100,6 +131,18 @@ impl Client {
             );
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// How many of the buffers that requests use go on from one huge page into the next.
+    pub fn crossings(&self, size: u16, max_data: u32) -> usize {
+        let page = |at: u64| (at - BASE) / HUGE_PAGE;
+        let buffers = self
+            .queues
+            .iter()
+            .flat_map(|queue| (0..size).map(|head| queue.data_at(head).0));
+        buffers
+            .filter(|at| page(*at) != page(at + u64::from(max_data) - 1))
+            .count()
     }
 
     /// One request at a time, by queue 0: its completion.

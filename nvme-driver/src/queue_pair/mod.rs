@@ -16,13 +16,14 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U64};
-use zerocopy::{FromZeros, IntoBytes};
 
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
 use crate::mmio::AtomicU64;
 use crate::spec::{
-    Cid, DsmRange, LbaRange, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status, SubmissionEntry,
+    Cid, DsmRange, LbaRange, MAX_BLOCKS, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status,
+    SubmissionEntry, Transfer,
 };
 use crate::transport::{Iova, Transport};
 use doorbells::Doorbells;
@@ -82,7 +83,7 @@ pub struct QueuePair<T: Transport> {
     slots: Slots,
     /// Every outstanding command as it was sent, by CID: its entry in the ring may be overwritten once it was fetched,
     /// but not before it has completed does anyone know that it need not be sent again.
-    sent: Box<[SubmissionEntry]>,
+    sent: Box<[[u64; 8]; MAX_ENTRIES as usize]>,
     /// The tail that the device knows.
     rung_tail: u16,
     /// Completions consumed since the last head doorbell.
@@ -113,7 +114,7 @@ impl<T: Transport> QueuePair<T> {
             sq: SubmissionRing::new(space, entries)?,
             cq: CompletionRing::new(space, entries)?,
             slots: Slots::new(slots),
-            sent: vec![SubmissionEntry::new_zeroed(); usize::from(slots)].into_boxed_slice(),
+            sent: Box::new([[0; 8]; MAX_ENTRIES as usize]),
             rung_tail: 0,
             unreported: 0,
             reported_head: 0,
@@ -171,13 +172,32 @@ impl<T: Transport> QueuePair<T> {
         (self.sq.iova(), self.cq.iova())
     }
 
+    /// [`QueuePair::submit`] in short, of a read or write that moves one segment of at most two pages.
+    ///
+    /// # Errors
+    /// As of [`QueuePair::submit`]; [`PrpError::TooLong`] also for a segment that only that takes.
+    #[inline(always)]
+    pub fn submit_short(
+        &mut self,
+        transfer: Transfer,
+        range: LbaRange,
+        segment: DataSegment,
+    ) -> Result<Cid, SubmitError> {
+        debug_assert!((1..=MAX_BLOCKS).contains(&range.blocks));
+        let pointer = prp::short(segment).filter(|_| segment.len <= self.max_transfer);
+        let pointer = pointer.ok_or(SubmitError::Prp(PrpError::TooLong))?;
+        let cid = self.take_cid()?;
+        self.push(transfer.words(cid, range, pointer.prp1, pointer.prp2), cid);
+        Ok(cid)
+    }
+
     /// Puts a command of `bytes` bytes of data in `segments` into the submission queue; no doorbell yet.
     ///
     /// The data must stay mapped until the completion with the returned identifier was polled (I2).
     ///
     /// # Errors
     /// [`SubmitError`]; nothing was changed then.
-    #[inline]
+    #[inline(never)]
     pub fn submit(
         &mut self,
         mut entry: SubmissionEntry,
@@ -201,7 +221,7 @@ impl<T: Transport> QueuePair<T> {
         .map_err(|error| self.refuse(cid, error))?;
         entry.prp1 = U64::new(pointer.prp1);
         entry.prp2 = U64::new(pointer.prp2);
-        self.push(entry, cid);
+        self.push_entry(entry, cid);
         Ok(cid)
     }
 
@@ -227,7 +247,7 @@ impl<T: Transport> QueuePair<T> {
     #[inline]
     pub fn submit_raw(&mut self, entry: SubmissionEntry) -> Result<Cid, SubmitError> {
         let cid = self.take_cid()?;
-        self.push(entry, cid);
+        self.push_entry(entry, cid);
         Ok(cid)
     }
 
@@ -259,7 +279,7 @@ impl<T: Transport> QueuePair<T> {
         let count = u16::try_from(count).unwrap_or(256);
         let mut entry = SubmissionEntry::deallocate(nsid, count);
         entry.prp1 = U64::new(self.lists.iova(offset).0);
-        self.push(entry, cid);
+        self.push_entry(entry, cid);
         Ok(cid)
     }
 
@@ -282,13 +302,19 @@ impl<T: Transport> QueuePair<T> {
     }
 
     #[inline]
-    fn push(&mut self, entry: SubmissionEntry, cid: Cid) {
-        let sent = &mut self.sent[cid.index()];
-        *sent = SubmissionEntry {
+    fn push_entry(&mut self, entry: SubmissionEntry, cid: Cid) {
+        let entry = SubmissionEntry {
             cid: U16::new(cid.0),
             ..entry
         };
-        self.sq.push(sent);
+        self.push(entry.words(), cid);
+    }
+
+    /// In whole words: they are stored twice.
+    #[inline]
+    fn push(&mut self, entry: [u64; 8], cid: Cid) {
+        self.sent[cid.index() % self.sent.len()] = entry;
+        self.sq.push(entry);
         self.counters.commands = self.counters.commands.wrapping_add(1);
     }
 
@@ -391,7 +417,7 @@ impl<T: Transport> QueuePair<T> {
     }
 
     fn resend(&mut self, cid: Cid) {
-        self.sq.push(&self.sent[cid.index()]);
+        self.sq.push(self.sent[cid.index() % self.sent.len()]);
         self.counters.resent += 1;
     }
 
@@ -433,9 +459,7 @@ impl<T: Transport> QueuePair<T> {
 
     /// Sends every outstanding command again. There is room: the ring was emptied and has a place for each slot.
     pub fn replay(&mut self) {
-        for i in 0..self.sent.len() {
-            // Fewer than 1024.
-            let cid = Cid(u16::try_from(i).unwrap_or(u16::MAX));
+        for cid in (0..self.depth()).map(Cid) {
             if self.slots.try_again(cid, u8::MAX) && self.sq.room() > 0 {
                 self.resend(cid);
             }
@@ -451,7 +475,8 @@ impl<T: Transport> QueuePair<T> {
     /// The opcode of an outstanding command.
     #[must_use]
     pub fn opcode(&self, cid: Cid) -> Option<u8> {
-        self.sent.get(cid.index()).map(|entry| entry.opcode)
+        let entry: SubmissionEntry = zerocopy::transmute!(*self.sent.get(cid.index())?);
+        Some(entry.opcode)
     }
 
     /// Gives an outstanding command up that nobody will complete: there is no device any more

@@ -38,40 +38,27 @@ pub(crate) struct DataPointer {
     pub(crate) prp2: u64,
 }
 
-/// Describes `segments`, which must add up to exactly `bytes`. `store(i, prp)` puts entry `i` (below 512) into the
-/// list page, which lies at `list()`; neither is asked where PRP1 and PRP2 are enough.
-#[inline]
-pub(crate) fn build(
-    mut segments: impl Iterator<Item = DataSegment>,
-    bytes: u32,
-    list: impl FnOnce() -> Iova,
-    store: impl FnMut(usize, u64),
-) -> Result<DataPointer, PrpError> {
-    let first = segments.next().ok_or(PrpError::LengthMismatch)?;
-    let start = first.iova.0;
-    let in_first_page = PAGE - start % PAGE;
-    let end = start.checked_add(u64::from(bytes));
-    if first.len == bytes
-        && end.is_some()
-        && start.is_multiple_of(4)
-        && u64::from(bytes) <= in_first_page + PAGE
-    {
-        // One segment of at most two pages: what most requests are.
-        let second = u64::from(bytes) > in_first_page;
-        return Ok(DataPointer {
-            prp1: start,
-            prp2: if second {
-                start.wrapping_add(in_first_page)
-            } else {
-                0
-            },
-        });
-    }
-    build_any(std::iter::once(first).chain(segments), bytes, list, store)
+/// Describes one segment of at most two pages: what most commands move. `None` for any other.
+#[inline(always)]
+pub(crate) fn short(segment: DataSegment) -> Option<DataPointer> {
+    let DataSegment { iova, len } = segment;
+    let start = iova.0;
+    // Where it ends, counted from the beginning of its first page.
+    let end = start % PAGE + u64::from(len);
+    let whole = end <= 2 * PAGE && start.is_multiple_of(4);
+    let second = match end > PAGE {
+        true => (start & !(PAGE - 1)).checked_add(PAGE)?,
+        false => 0,
+    };
+    whole.then_some(DataPointer {
+        prp1: start,
+        prp2: second,
+    })
 }
 
-#[inline(never)]
-fn build_any(
+/// Describes `segments`, which must add up to exactly `bytes`. `store(i, prp)` puts entry `i` (below 512) into the
+/// list page, which lies at `list()`; neither is asked where PRP1 and PRP2 are enough.
+pub(crate) fn build(
     segments: impl Iterator<Item = DataSegment>,
     bytes: u32,
     list: impl FnOnce() -> Iova,

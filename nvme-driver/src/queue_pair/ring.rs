@@ -15,7 +15,11 @@ use crate::spec::{CompletionEntry, SubmissionEntry};
 #[inline]
 fn following(index: u16, entries: u16) -> u16 {
     let next = index.wrapping_add(1);
-    if next == entries { 0 } else { next }
+    if next == entries {
+        std::hint::cold_path();
+        return 0;
+    }
+    next
 }
 
 /// Our side of a submission queue.
@@ -98,14 +102,14 @@ impl SubmissionRing {
 
     /// Stores an entry at the tail. The caller saw `room() > 0`.
     #[inline]
-    pub(crate) fn push(&mut self, entry: &SubmissionEntry) {
+    pub(crate) fn push(&mut self, entry: [u64; 8]) {
         debug_assert!(self.room() > 0);
         // SAFETY: `tail < entries` always holds (below), and the buffer holds `entries` entries (`new`). The slot is
         // ours: SQHD passed it (`room`), and the controller does not look before the doorbell (I4).
         unsafe {
-            let slot = self.base.add(usize::from(self.tail));
+            let slot = self.base.add(usize::from(self.tail)).cast();
             writes(slot.cast().as_ptr(), size_of::<SubmissionEntry>());
-            slot.write(*entry);
+            slot.write(entry);
         }
         // Neither wraps: both stay below `entries` (the caller saw room; the comparison below).
         self.used = self.used.wrapping_add(1);
@@ -141,13 +145,16 @@ impl SubmissionRing {
 pub(crate) struct CompletionRing {
     base: NonNull<AtomicU64>,
     entries: u16,
-    head: u16,
+    /// The entry at the head, which is below `entries`.
+    next: NonNull<AtomicU64>,
+    /// Behind the last entry.
+    end: NonNull<AtomicU64>,
     /// The phase tag of new entries, at its place in the second 64-bit word: 1 on the first pass over zeroed memory.
     phase: u64,
     memory: DmaBuffer,
 }
 
-// SAFETY: `base` points into `memory`, which this value owns.
+// SAFETY: the pointers lead into `memory`, which this value owns.
 unsafe impl Send for CompletionRing {}
 
 /// Where the phase tag stands in the second 64-bit word of a completion entry.
@@ -158,10 +165,13 @@ impl CompletionRing {
     pub(crate) fn new(space: &Arc<DmaSpace>, entries: u16) -> Result<CompletionRing, DmaError> {
         let bytes = usize::from(entries) * size_of::<CompletionEntry>();
         let memory = DmaBuffer::new(space, bytes, DmaAccess::DeviceWrites)?;
+        let base = memory.pointer(0).cast();
         Ok(CompletionRing {
-            base: memory.pointer(0).cast(),
+            base,
             entries,
-            head: 0,
+            next: base,
+            // SAFETY: the buffer holds `entries` entries of two words.
+            end: unsafe { base.add(2 * usize::from(entries)) },
             phase: PHASE,
             memory,
         })
@@ -186,41 +196,51 @@ impl CompletionRing {
         for i in 0..usize::from(self.entries) {
             self.memory.write(i * size_of::<CompletionEntry>(), &zeroes);
         }
-        self.head = 0;
+        self.next = self.base;
         self.phase = PHASE;
     }
 
     #[inline]
     pub(crate) fn head(&self) -> u16 {
-        self.head
+        let words = (self.next.addr().get() - self.base.addr().get()) / size_of::<AtomicU64>();
+        // Below `entries`.
+        u16::try_from(words / 2).unwrap_or(0)
+    }
+
+    /// The words of the entry at the head.
+    #[inline(always)]
+    fn words(&self) -> (&AtomicU64, &AtomicU64) {
+        // SAFETY: `next` leads to one of the `entries` entries of two words (`pop`), 8-byte aligned since the first one
+        // starts on a page. Shared bytes are only reached as atomics (I1).
+        unsafe { (self.next.as_ref(), self.next.add(1).as_ref()) }
     }
 
     /// The controller has completed the next entry.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn has_entry(&self) -> bool {
-        // SAFETY: as in `pop`.
-        let high = unsafe { self.base.add(usize::from(self.head) * 2 + 1).as_ref() };
-        high.load(Ordering::Relaxed) & PHASE == self.phase
+        self.words().1.load(Ordering::Relaxed) & PHASE == self.phase
+    }
+
+    #[cold]
+    fn next_lap(&mut self) {
+        self.next = self.base;
+        self.phase ^= PHASE;
     }
 
     /// The next entry that the controller has completed, copied once (I6).
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<CompletionEntry> {
-        // SAFETY: `head < entries` always holds (below) and the buffer holds `entries` entries of two words, 8-byte
-        // aligned since it starts on a page. Shared bytes are only reached as atomics (I1).
-        let (low, high) = unsafe {
-            let entry = self.base.add(usize::from(self.head) * 2);
-            (entry.as_ref(), entry.add(1).as_ref())
-        };
-        if high.load(Ordering::Relaxed) & PHASE != self.phase {
+        if !self.has_entry() {
             return None;
         }
         dma_rmb(); // pairs with the controller writing the phase tag last
+        let (low, high) = self.words();
         reads(std::ptr::from_ref(low).cast(), size_of::<CompletionEntry>());
         let words = [low.load(Ordering::Relaxed), high.load(Ordering::Relaxed)];
-        self.head = following(self.head, self.entries);
-        if self.head == 0 {
-            self.phase ^= PHASE;
+        // SAFETY: the next entry, or the place behind the last, which the comparison takes back.
+        self.next = unsafe { self.next.add(2) };
+        if self.next == self.end {
+            self.next_lap();
         }
         Some(zerocopy::transmute!(words.map(u64::to_le)))
     }

@@ -10,37 +10,48 @@ pub(crate) struct Slots {
     /// The first of the free ones: a list, the most recently used one first, since it is the warmest in the cache.
     free: u16,
     free_count: u16,
-    /// Time, in units of whoever calls [`Slots::next_era`].
-    era: u16,
+    /// What a slot is that is taken now. Its era is the time, in units of whoever calls [`Slots::next_era`].
+    fresh: Slot,
 }
 
+/// What one identifier is used for, in one word. While it is free, the free one behind it (bits 15:0; [`NONE`] behind the
+/// last). While it is outstanding, how often it was sent (bits 23:16, never 0) and in which era it was taken (15:0).
 #[derive(Clone, Copy, Debug)]
-struct Slot {
-    /// The free slot behind this one, while it is free; [`NONE`] behind the last.
-    next: u16,
-    /// How often the command was sent; 0 while the slot is free.
-    attempts: u8,
-    /// When it was taken.
-    era: u16,
-}
+struct Slot(u32);
 
 /// No slot: there are at most 1023.
 const NONE: u16 = u16::MAX;
+const ATTEMPTS_SHIFT: u32 = 16;
+
+impl Slot {
+    fn free(next: u16) -> Slot {
+        Slot(u32::from(next))
+    }
+
+    fn outstanding(attempts: u8, era: u16) -> Slot {
+        Slot(u32::from(attempts) << ATTEMPTS_SHIFT | u32::from(era))
+    }
+
+    /// 0 while it is free.
+    #[inline]
+    fn attempts(self) -> u32 {
+        self.0 >> ATTEMPTS_SHIFT
+    }
+
+    /// The free slot behind it, or the era that it was taken in.
+    #[inline]
+    fn low(self) -> u16 {
+        (self.0 & 0xffff) as u16
+    }
+}
 
 impl Slots {
     pub(crate) fn new(count: u16) -> Slots {
         Slots {
-            slots: (1..count)
-                .chain([NONE])
-                .map(|next| Slot {
-                    next,
-                    attempts: 0,
-                    era: 0,
-                })
-                .collect(),
+            slots: (1..count).chain([NONE]).map(Slot::free).collect(),
             free: 0,
             free_count: count,
-            era: 0,
+            fresh: Slot::outstanding(1, 0),
         }
     }
 
@@ -60,9 +71,8 @@ impl Slots {
         let cid = self.free;
         // [`NONE`] names no slot.
         let slot = self.slots.get_mut(usize::from(cid))?;
-        slot.attempts = 1;
-        slot.era = self.era;
-        self.free = slot.next;
+        self.free = slot.low();
+        *slot = self.fresh;
         self.free_count = self.free_count.wrapping_sub(1); // not 0: there was a free one
         Some(Cid(cid))
     }
@@ -71,26 +81,28 @@ impl Slots {
     pub(crate) fn outstanding(&self) -> impl Iterator<Item = Cid> {
         let taken = (0_u16..).zip(&self.slots);
         taken
-            .filter(|(_, slot)| slot.attempts > 0)
+            .filter(|(_, slot)| slot.attempts() > 0)
             .map(|(cid, _)| Cid(cid))
     }
 
     /// Counts one more attempt of an outstanding command; its time starts anew. `false` when it has had `most`, or is
     /// not outstanding.
     pub(crate) fn try_again(&mut self, cid: Cid, most: u8) -> bool {
-        let era = self.era;
+        let era = self.fresh.low();
         let slot = self.slots.get_mut(cid.index());
-        let Some(slot) = slot.filter(|slot| (1..=most).contains(&slot.attempts)) else {
+        let Some(slot) = slot.filter(|slot| (1..=u32::from(most)).contains(&slot.attempts()))
+        else {
             return false;
         };
-        slot.attempts = slot.attempts.saturating_add(1);
-        slot.era = era;
+        // At most `most`, which has 8 bits: one more than those stays the most that there is.
+        let attempts = u8::try_from(slot.attempts().saturating_add(1)).unwrap_or(u8::MAX);
+        *slot = Slot::outstanding(attempts, era);
         true
     }
 
     /// Time goes by.
     pub(crate) fn next_era(&mut self) {
-        self.era = self.era.wrapping_add(1);
+        self.fresh = Slot::outstanding(1, self.fresh.low().wrapping_add(1));
     }
 
     /// The outstanding command that was taken first, and how many eras ago (at most 65535).
@@ -98,7 +110,7 @@ impl Slots {
         let age = |cid: Cid| {
             self.slots
                 .get(cid.index())
-                .map_or(0, |slot| self.era.wrapping_sub(slot.era))
+                .map_or(0, |slot| self.fresh.low().wrapping_sub(slot.low()))
         };
         self.outstanding()
             .map(|cid| (cid, age(cid)))
@@ -111,12 +123,11 @@ impl Slots {
         let Some(slot) = self
             .slots
             .get_mut(cid.index())
-            .filter(|slot| slot.attempts > 0)
+            .filter(|slot| slot.attempts() > 0)
         else {
             return false;
         };
-        slot.attempts = 0;
-        slot.next = self.free;
+        *slot = Slot::free(self.free);
         self.free = cid.0;
         self.free_count = self.free_count.wrapping_add(1); // at most as many as there are
         true

@@ -101,6 +101,58 @@ pub const MAX_BLOCKS: u32 = 65536;
 /// The most ranges of one Dataset Management command: NR has 8 bits, zero-based.
 pub const MAX_DSM_RANGES: usize = 256;
 
+/// What is the same in all Reads, or all Writes, of one namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transfer {
+    /// Command dwords 0 and 1, without an identifier.
+    first: u64,
+    /// Of dword 12, what is not the number of blocks.
+    control: u64,
+}
+
+impl Transfer {
+    /// Reads.
+    #[must_use]
+    pub fn read(nsid: Nsid) -> Transfer {
+        Transfer::of(SubmissionEntry::read(nsid, LbaRange::FIRST))
+    }
+
+    /// Writes; see [`SubmissionEntry::write`] for `fua`.
+    #[must_use]
+    pub fn write(nsid: Nsid, fua: bool) -> Transfer {
+        Transfer::of(SubmissionEntry::write(nsid, LbaRange::FIRST, fua))
+    }
+
+    fn of(entry: SubmissionEntry) -> Transfer {
+        Transfer {
+            first: u64::from_le(entry.words()[0]),
+            control: entry.cdw12.get().into(),
+        }
+    }
+
+    /// The entry of one of them in whole words, as [`SubmissionEntry::words`] gives it.
+    #[inline(always)]
+    pub(crate) fn words(self, cid: Cid, range: LbaRange, prp1: u64, prp2: u64) -> [u64; 8] {
+        let count = u64::from(range.blocks.wrapping_sub(1) & 0xffff);
+        [
+            self.first | u64::from(cid.0) << 16,
+            0,
+            0,
+            prp1,
+            prp2,
+            range.slba,
+            count | self.control,
+            0,
+        ]
+        .map(u64::to_le)
+    }
+}
+
+impl LbaRange {
+    /// The first block.
+    const FIRST: LbaRange = LbaRange { slba: 0, blocks: 1 };
+}
+
 /// What a Read, Write, Compare or Write Zeroes works on: `blocks` (1 to 65536) from `slba`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LbaRange {
@@ -111,6 +163,26 @@ pub struct LbaRange {
 }
 
 impl SubmissionEntry {
+    /// The entry in whole words, as it lies in memory.
+    #[inline]
+    #[must_use]
+    pub fn words(self) -> [u64; 8] {
+        let pair = |low: U32, high: U32| u64::from(low.get()) | u64::from(high.get()) << 32;
+        let first =
+            u32::from(self.opcode) | u32::from(self.flags) << 8 | u32::from(self.cid.get()) << 16;
+        [
+            pair(U32::new(first), self.nsid),
+            pair(self.cdw2, self.cdw3),
+            self.mptr.get(),
+            self.prp1.get(),
+            self.prp2.get(),
+            pair(self.cdw10, self.cdw11),
+            pair(self.cdw12, self.cdw13),
+            pair(self.cdw14, self.cdw15),
+        ]
+        .map(u64::to_le)
+    }
+
     /// A command with this opcode, of an admin or an I/O command set, and zeroes elsewhere: the fields are public.
     #[must_use]
     pub fn new(opcode: u8, nsid: Nsid) -> SubmissionEntry {

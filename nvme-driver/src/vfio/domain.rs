@@ -1,5 +1,5 @@
 //! The IOMMU's table for one VFIO container: which I/O virtual addresses the kernel lets us use, and the two calls that
-//! change it. vfio-ioctls maps read-write only and does not report the ranges, so these three calls are made here.
+//! change it; and what stands in its place without an IOMMU. vfio-ioctls maps read-write only and does not report the ranges, so these three calls are made here.
 
 use std::fmt;
 use std::io;
@@ -18,8 +18,9 @@ use vfio_ioctls::VfioContainer;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::ioctl_io_nr;
 
+use super::physical::OwnMemory;
 use crate::spec::PAGE_SIZE;
-use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova};
+use crate::transport::{DmaAccess, DmaDomain, DmaError, Iova, PhysicalMemory};
 
 ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);
 ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE.into(), VFIO_BASE + 13);
@@ -146,6 +147,59 @@ impl fmt::Debug for Type1Domain {
         f.debug_struct("Type1Domain")
             .field("ranges", &self.ranges)
             .finish_non_exhaustive()
+    }
+}
+
+/// No table at all: the device is given physical addresses.
+#[derive(Debug)]
+pub(super) struct NoIommuDomain {
+    memory: Arc<OwnMemory>,
+    numa_node: Option<u32>,
+}
+
+impl NoIommuDomain {
+    pub(super) fn new(numa_node: Option<u32>) -> Result<NoIommuDomain, String> {
+        Ok(NoIommuDomain {
+            memory: Arc::new(OwnMemory::open()?),
+            numa_node,
+        })
+    }
+}
+
+impl DmaDomain for NoIommuDomain {
+    fn usable_ranges(&self) -> Vec<RangeInclusive<u64>> {
+        Vec::new()
+    }
+
+    unsafe fn map(
+        &self,
+        iova: Iova,
+        _hva: NonNull<u8>,
+        len: u64,
+        _access: DmaAccess,
+    ) -> Result<(), DmaError> {
+        Err(no_table("map", iova, len))
+    }
+
+    fn unmap(&self, iova: Iova, len: u64) -> Result<(), DmaError> {
+        Err(no_table("unmap", iova, len))
+    }
+
+    fn numa_node(&self) -> Option<u32> {
+        self.numa_node
+    }
+
+    fn physical(&self) -> Option<Arc<dyn PhysicalMemory>> {
+        Some(Arc::<OwnMemory>::clone(&self.memory))
+    }
+}
+
+fn no_table(action: &'static str, iova: Iova, len: u64) -> DmaError {
+    DmaError::Refused {
+        action,
+        iova: iova.0,
+        len,
+        reason: "there is no IOMMU".to_owned(),
     }
 }
 

@@ -3,10 +3,17 @@
 //! ```text
 //!  sysfs (pci) --> group viable? --> container + group --> device: command register, reset, BAR0 (bar), event lines
 //!                                         |                                |
-//!                                    Type1Domain (domain)             VfioTransport, VfioPort
+//!              Type1Domain (domain), or OwnMemory (physical)          VfioTransport, VfioPort
 //! ```
-//! On the kernel's container/group interface. The newer one (IOMMUFD, a file for each device) would replace
-//! `open` and `domain`: nothing else here knows how the device was opened.
+//! On the kernel's container/group interface (group). The newer one (IOMMUFD, a file for each device) would replace
+//! `group` and `domain`: nothing else here knows how the device was opened.
+//!
+//! # Without an IOMMU
+//! VFIO has a mode for machines without one ([`Isolation::UnsafeNone`]; the kernel's module parameter
+//! `enable_unsafe_noiommu_mode`). There are no windows then: the device is given physical addresses, and what it does
+//! with others nobody checks. Memory for it lies in huge pages and is pinned (physical). Until the device is reset or
+//! drained its pages must stay ours, as ever (a mapping outlives every command that names it); when this process dies,
+//! the kernel ends the device's bus mastering as it closes the device, and drops the pins at about the same time.
 //!
 //! Promises: interrupts stay off; the device masters the bus only while this value lives, and its command register is
 //! as before afterwards; a device that vanishes reads as all ones and never ends the process. Start at
@@ -14,35 +21,30 @@
 
 mod bar;
 mod domain;
+mod group;
 pub mod pci;
+mod physical;
 
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
-    VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE,
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
+    VFIO_PCI_REQ_IRQ_INDEX,
 };
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vmm_sys_util::ioctl::ioctl;
-use vmm_sys_util::ioctl_io_nr;
 
 use crate::quirks::{Quirks, of_device};
 use crate::spec::QueueId;
 use crate::transport::{DmaDomain, Notice, Transport};
 use bar::Bar;
 pub use bar::VfioPort;
-use domain::Type1Domain;
+use domain::{NoIommuDomain, Type1Domain};
+use group::{IsolatedDevice, OpenDevice};
 use pci::{PciAddress, PciFunction, Sysfs, VFIO_DRIVER};
-
-ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
 
 /// Where the command register stands in configuration space.
 const PCI_COMMAND: u64 = 0x04;
@@ -53,6 +55,17 @@ const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 const ENABLED: u16 = COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE;
 /// Where the doorbells begin in BAR0.
 const DOORBELLS: u64 = 0x1000;
+
+/// What must stand between a device and memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Isolation {
+    /// An IOMMU.
+    #[default]
+    Iommu,
+    /// An IOMMU if there is one; otherwise nothing but this program's care. Any fault of the device, of its firmware or
+    /// of this program may then write to any memory of the machine.
+    UnsafeNone,
+}
 
 /// Why a device could not be claimed.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +95,8 @@ pub enum ClaimError {
     /// No IOMMU.
     #[error(
         "cannot claim {address}: it is in no IOMMU group, so nothing would keep it from writing all memory; switch the \
-         IOMMU on (VT-d or AMD-Vi in the firmware, intel_iommu=on on the kernel's command line)"
+         IOMMU on (VT-d or AMD-Vi in the firmware, intel_iommu=on on the kernel's command line), or, at the risk of all \
+         memory, see scripts/setup-vfio bind --unsafe-noiommu"
     )]
     NoIommu {
         /// The function.
@@ -91,8 +105,7 @@ pub enum ClaimError {
     /// VFIO's mode without an IOMMU.
     #[error(
         "cannot claim {address}: VFIO has it in no-IOMMU mode, in which the SSD could read and write all memory of this \
-         machine, every virtual machine's included, and guest memory has no addresses that it could be given; switch the \
-         IOMMU on"
+         machine, every virtual machine's included; switch the IOMMU on, or say that this risk is yours: --unsafe-noiommu"
     )]
     NoIommuMode {
         /// The function.
@@ -151,7 +164,7 @@ fn list(siblings: &[(PciAddress, String)]) -> String {
 pub struct VfioTransport {
     address: PciAddress,
     bar: Arc<Bar>,
-    domain: Arc<Type1Domain>,
+    domain: Arc<dyn DmaDomain>,
     quirks: Quirks,
     /// The kernel wants the device back.
     release_requested: EventFd,
@@ -184,16 +197,27 @@ impl ConfigSpace {
 }
 
 impl VfioTransport {
-    /// Takes the function at `address` from vfio-pci and resets it.
+    /// Takes the function at `address` from vfio-pci and resets it. An IOMMU stands between it and memory.
     ///
     /// # Errors
     /// [`ClaimError`]; the function is as before then.
     pub fn claim(address: PciAddress) -> Result<VfioTransport, ClaimError> {
+        VfioTransport::claim_with(address, Isolation::Iommu)
+    }
+
+    /// The same, also without an IOMMU where `isolation` says so.
+    ///
+    /// # Errors
+    /// [`ClaimError`]; the function is as before then.
+    pub fn claim_with(
+        address: PciAddress,
+        isolation: Isolation,
+    ) -> Result<VfioTransport, ClaimError> {
         let sysfs = Sysfs::default();
         let function = sysfs
             .function(address)
             .map_err(|_| ClaimError::NoFunction { address })?;
-        check(&sysfs, &function)?;
+        check(&sysfs, &function, isolation)?;
         let id = |name| {
             function
                 .hex_attribute(name)
@@ -207,40 +231,50 @@ impl VfioTransport {
         if let Some(story) = story {
             tracing::info!(device = %address, story, "known device");
         }
-        let call = |doing: &'static str| {
-            move |error: io::Error| ClaimError::Call {
-                address,
-                doing,
-                reason: error.to_string(),
-            }
+        let failed = |doing: &'static str, reason: String| ClaimError::Call {
+            address,
+            doing,
+            reason,
         };
+        let call = |doing: &'static str| move |error: io::Error| failed(doing, error.to_string());
 
-        let (container, device) = open(&function)?;
-        let device = OpenDevice(ManuallyDrop::new(device));
+        let numa_node = function.numa_node();
+        let (device, domain): (_, Arc<dyn DmaDomain>) = if function.is_without_iommu() {
+            let device = OpenDevice::without_iommu(&function)?;
+            tracing::warn!(
+                device = %address,
+                "UNSAFE, NO IOMMU: nothing but software checks where this SSD reads and writes. Any fault of it, of its \
+                 firmware or of this server, and any malice of it, may change or read all memory of this machine: the \
+                 kernel's and every virtual machine's. The kernel is tainted (--unsafe-noiommu)"
+            );
+            let domain = NoIommuDomain::new(numa_node)
+                .map_err(|reason| failed("finding physical addresses", reason))?;
+            (device, Arc::new(domain))
+        } else {
+            let IsolatedDevice { device, container } = OpenDevice::isolated(&function)?;
+            let domain = Type1Domain::new(container, numa_node)
+                .map_err(|reason| failed("reading what the IOMMU can do", reason))?;
+            (device, Arc::new(domain))
+        };
         let file = device.file().map_err(call("duplicating its descriptor"))?;
         let config_space = ConfigSpace {
             device: file,
-            start: device.0.get_region_offset(VFIO_PCI_CONFIG_REGION_INDEX),
+            start: device
+                .region(VFIO_PCI_CONFIG_REGION_INDEX)
+                .map_err(call("finding its configuration space"))?
+                .start,
         };
         let command = config_space
             .command()
             .map_err(call("reading its command register"))?;
-        // SAFETY: the ioctl takes no argument.
-        if unsafe { ioctl(&*device.0, VFIO_DEVICE_RESET()) } != 0 {
+        if let Err(error) = device.reset() {
             // Then only the controller's own reset (CC.EN) is left.
-            let error = io::Error::last_os_error();
             tracing::info!(device = %address, %error, "the function cannot be reset");
         }
         config_space
             .set_command(command | ENABLED)
             .map_err(call("enabling memory and bus mastering"))?;
-        let bar = map_bar(&device.0).map_err(call("mapping BAR0"))?;
-        let numa_node = function.numa_node();
-        let domain = Type1Domain::new(container, numa_node).map_err(|reason| ClaimError::Call {
-            address,
-            doing: "reading what the IOMMU can do",
-            reason,
-        })?;
+        let bar = map_bar(&device).map_err(call("mapping BAR0"))?;
         let eventfd = || EventFd::new(EFD_NONBLOCK).map_err(call("making an eventfd"));
         let (release_requested, bus_error) = (eventfd()?, eventfd()?);
         for (index, event) in [
@@ -248,7 +282,7 @@ impl VfioTransport {
             (VFIO_PCI_ERR_IRQ_INDEX, &bus_error),
         ] {
             // Not every function has both.
-            if let Err(error) = device.0.enable_irq(index, vec![event]) {
+            if let Err(error) = device.signal(index, event) {
                 tracing::debug!(device = %address, index, %error, "no event line");
             }
         }
@@ -259,7 +293,7 @@ impl VfioTransport {
         Ok(VfioTransport {
             address,
             bar: Arc::new(bar),
-            domain: Arc::new(domain),
+            domain,
             quirks,
             release_requested,
             bus_error,
@@ -271,7 +305,7 @@ impl VfioTransport {
 }
 
 /// What sysfs says against claiming the function.
-fn check(sysfs: &Sysfs, function: &PciFunction) -> Result<(), ClaimError> {
+fn check(sysfs: &Sysfs, function: &PciFunction, isolation: Isolation) -> Result<(), ClaimError> {
     let address = function.address;
     if !function.is_nvme() {
         return Err(ClaimError::NotNvme {
@@ -286,7 +320,7 @@ fn check(sysfs: &Sysfs, function: &PciFunction) -> Result<(), ClaimError> {
     let group = function
         .iommu_group()
         .ok_or(ClaimError::NoIommu { address })?;
-    if sysfs.is_noiommu_group(group) {
+    if sysfs.is_noiommu_group(group) && isolation == Isolation::Iommu {
         return Err(ClaimError::NoIommuMode { address });
     }
     let siblings = function.siblings_in_use();
@@ -300,94 +334,10 @@ fn check(sysfs: &Sysfs, function: &PciFunction) -> Result<(), ClaimError> {
     Ok(())
 }
 
-/// A container of its own, and the device in it.
-fn open(function: &PciFunction) -> Result<(Arc<VfioContainer>, VfioDevice), ClaimError> {
-    let address = function.address;
-    let group = function.iommu_group().unwrap_or(0);
-    let failed = |error: VfioError| {
-        let reason = match &error {
-            VfioError::OpenContainer(cause) if cause.kind() == io::ErrorKind::NotFound => {
-                format!("{error}: is the module vfio_iommu_type1 loaded?")
-            }
-            VfioError::OpenGroup(cause, _) if cause.kind() == io::ErrorKind::PermissionDenied => {
-                format!(
-                    "{error}: hand it to this user: scripts/setup-vfio bind {address} --user NAME"
-                )
-            }
-            VfioError::OpenGroup(cause, _) if cause.raw_os_error() == Some(libc::EBUSY) => format!(
-                "/dev/vfio/{group} is open already: a group has one owner at a time (another server, a virtual machine, \
-                 or another device of this group)"
-            ),
-            VfioError::GroupViable => {
-                format!("the kernel says that IOMMU group {group} is not viable")
-            }
-            VfioError::ContainerSetIOMMU(cause) if cause.errno() == libc::EPERM => format!(
-                "{error}: the platform does not isolate interrupts; the kernel's log has more"
-            ),
-            _ => error.to_string(),
-        };
-        ClaimError::Call {
-            address,
-            doing: "opening it through VFIO",
-            reason,
-        }
-    };
-    let container = Arc::new(VfioContainer::new(None).map_err(failed)?);
-    let ops: Arc<dyn vfio_ioctls::VfioOps> = Arc::<VfioContainer>::clone(&container);
-    let device = VfioDevice::new(function.path(), ops, false).map_err(failed)?;
-    Ok((container, device))
-}
-
 /// The parts of BAR0 that may be mapped: all of it, or what the kernel lists.
-fn map_bar(device: &VfioDevice) -> io::Result<Bar> {
-    let index = VFIO_PCI_BAR0_REGION_INDEX;
-    let (start, len) = (
-        device.get_region_offset(index),
-        device.get_region_size(index),
-    );
-    let areas = device
-        .get_region_caps(index)
-        .into_iter()
-        .find_map(|cap| match cap {
-            VfioRegionInfoCap::SparseMmap(sparse) => Some(
-                sparse
-                    .areas
-                    .iter()
-                    .map(|area| (area.offset, area.size))
-                    .collect(),
-            ),
-            _ => None,
-        });
-    let whole = || {
-        let mappable = device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP != 0;
-        if mappable { vec![(0, len)] } else { Vec::new() }
-    };
-    let areas: Vec<(u64, u64)> = areas.unwrap_or_else(whole);
-    // SAFETY: the descriptor is open while `device` lives.
-    let fd = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
-    Bar::map(fd, start, len, &areas)
-}
-
-/// An open device. vfio-ioctls panics on its way out when the device has gone from sysfs meanwhile; what it had to
-/// close is closed all the same, and nobody is to be ended by that.
-struct OpenDevice(ManuallyDrop<VfioDevice>);
-
-impl OpenDevice {
-    fn file(&self) -> io::Result<File> {
-        // SAFETY: the descriptor is open while `self` lives.
-        let fd = unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) };
-        Ok(File::from(fd.as_fd().try_clone_to_owned()?))
-    }
-}
-
-impl Drop for OpenDevice {
-    fn drop(&mut self) {
-        // SAFETY: taken once, here; nobody uses the field afterwards.
-        let device = unsafe { ManuallyDrop::take(&mut self.0) };
-        if std::panic::catch_unwind(AssertUnwindSafe(|| drop(device))).is_err() {
-            tracing::warn!("a device was gone before it was closed");
-        }
-    }
+fn map_bar(device: &OpenDevice) -> io::Result<Bar> {
+    let region = device.region(VFIO_PCI_BAR0_REGION_INDEX)?;
+    Bar::map(&device.file()?, region.start, region.len, &region.areas)
 }
 
 impl Transport for VfioTransport {
@@ -423,7 +373,7 @@ impl Transport for VfioTransport {
     }
 
     fn dma_domain(&self) -> Arc<dyn DmaDomain> {
-        Arc::<Type1Domain>::clone(&self.domain)
+        Arc::clone(&self.domain)
     }
 
     fn notice(&mut self) -> Option<Notice> {
@@ -504,9 +454,13 @@ mod tests {
         }
 
         fn check(&self) -> String {
+            self.check_with(Isolation::Iommu)
+        }
+
+        fn check_with(&self, isolation: Isolation) -> String {
             let sysfs = Sysfs::at(&self.0);
             let function = sysfs.function("5e:00.0".parse().unwrap()).unwrap();
-            check(&sysfs, &function)
+            check(&sysfs, &function, isolation)
                 .map_or_else(|error| error.to_string(), |()| "viable".to_owned())
         }
     }
@@ -565,6 +519,12 @@ mod tests {
             &machine,
             "VFIO has it in no-IOMMU mode, in which the SSD could read and write all memory",
         );
+        refused(&machine, "--unsafe-noiommu");
+        // Whoever says so takes it, but none of a group that others use.
+        assert_eq!(machine.check_with(Isolation::UnsafeNone), "viable");
+        machine.function("0000:5e:00.1", NVME, Some("nvme"), true);
+        let refusal = machine.check_with(Isolation::UnsafeNone);
+        assert!(refusal.contains("0000:5e:00.1 (nvme)"), "{refusal}");
     }
 
     #[test]

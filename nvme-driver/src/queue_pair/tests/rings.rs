@@ -46,7 +46,7 @@ fn check_submission_ring(entries: u16, steps: &[(u16, u16)]) {
                 prp1: pushed.into(),
                 ..SubmissionEntry::flush(Nsid(1))
             };
-            ring.push(&entry);
+            ring.push(entry.words());
             pushed += 1;
         }
         assert_eq!(ring.tail(), slot(pushed, entries));
