@@ -27,7 +27,7 @@ use crate::config::{ControllerConfig, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
 use crate::reactor::{PollerId, Reactor, ReactorError};
-use crate::stats::{CounterTable, SharedCounters};
+use crate::stats::{CounterTable, SharedCounters, StageTable};
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -294,7 +294,13 @@ impl Server {
                 );
             }
         }
-        let mut report = table.to_string();
+        let mut stages = StageTable::default();
+        for disk in &self.disks {
+            for (i, queue) in disk.queues.iter().enumerate() {
+                stages.push(&disk.name, i, &queue.counters.stages);
+            }
+        }
+        let mut report = format!("{table}\n{stages}");
         for (name, keeper) in self.keepers.iter() {
             report.push_str(&match keeper.try_lock() {
                 Ok(keeper) => keeper.report(),
