@@ -99,7 +99,7 @@ counters! {
 /// The ways of a request through the server that are timed, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// From the start of the turn that saw it in the avail ring to the submission queue's doorbell.
+    /// From when the turn that found it looked at the avail ring to the submission queue's doorbell.
     Submit,
     /// To when its completion was seen.
     Device,

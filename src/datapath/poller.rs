@@ -108,7 +108,7 @@ struct Sample {
     cid: Cid,
     /// Its lane's place.
     lane: u16,
-    /// The turn that saw it in the avail ring began.
+    /// The turn that found it looked at the avail rings.
     seen: Instant,
     /// The submission queue's doorbell was rung.
     rung: Instant,
@@ -293,13 +293,13 @@ impl<T: Transport> Poller<T> {
     /// [`Poller::busy_turn`], of whose requests the first is timed.
     #[cold]
     fn sampled_turn(&mut self) -> bool {
-        let seen = Instant::now();
         self.pair.queue.service();
         let mut busy = self.collect();
         let mut before = [0_u64; MAX_ENTRIES as usize / 64];
         for cid in self.pair.queue.outstanding_cids() {
             before[cid.index() / 64] |= 1 << (cid.index() % 64);
         }
+        let seen = Instant::now();
         for lane in self.lanes.iter_mut().flatten() {
             busy |= lane.fetch(&mut self.pair);
         }
