@@ -1052,6 +1052,32 @@ fn busy_guest() -> (Rig, FrontEnd, Guest, (File, File)) {
 }
 
 #[test]
+fn report_says_where_the_time_of_sampled_requests_went() {
+    let (rig, _front_end, mut guest, _descriptors) = busy_guest();
+    let start = Instant::now();
+    // One turn in a thousand looks for a request to time.
+    let [sampled, signalled] = loop {
+        work_hard(&mut guest, 20);
+        let report = rig.report();
+        let (_, stages) = report.split_once(" sampled ").expect("a table of stages");
+        let row: Vec<&str> = stages.lines().nth(1).unwrap().split_whitespace().collect();
+        // Disk, virtqueue, samples, then p50 and p99 of submit, device, used, signal.
+        assert_eq!(row.len(), 11, "{report}");
+        let count = row[2].replace(',', "").parse::<u64>().unwrap();
+        if count >= 20 || start.elapsed() > Duration::from_secs(60) {
+            let time = |column: usize| row[column].replace(',', "").parse::<u64>().unwrap_or(0);
+            for column in [3, 5, 7] {
+                assert!((4..1_000_000_000).contains(&time(column)), "{report}");
+            }
+            break [count, time(9)];
+        }
+    };
+    assert!(sampled >= 20, "{sampled} samples");
+    // Half of the rounds want none.
+    assert!(signalled < 1_000_000_000);
+}
+
+#[test]
 fn reactor_under_load_allocates_nothing() {
     alone("reactor_under_load_allocates_nothing", || {
         let (rig, _front_end, mut guest, _descriptors) = busy_guest();

@@ -27,7 +27,7 @@ use crate::config::{ControllerConfig, Polling, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
-use crate::stats::{CounterTable, SharedCounters};
+use crate::stats::{CounterTable, SharedCounters, StageTable};
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -303,7 +303,13 @@ impl Server {
                 );
             }
         }
-        let mut report = table.to_string();
+        let mut stages = StageTable::default();
+        for disk in &self.disks {
+            for (i, queue) in disk.queues.iter().enumerate() {
+                stages.push(&disk.name, i, &queue.counters.stages);
+            }
+        }
+        let mut report = format!("{table}\n{stages}");
         for handle in &self.handles {
             report.push_str(&format!("core {}: {}\n", handle.core(), handle.stats()));
         }

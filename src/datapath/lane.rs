@@ -8,6 +8,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nvme_driver::MAX_ENTRIES;
 use nvme_driver::spec::{Cid, LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry, Transfer};
@@ -17,7 +18,7 @@ use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
 use super::signal::Signal;
 use crate::block::{BlockOp, BlockRange, BlockStatus, RangeList};
-use crate::stats::{QueueCounters, SharedCounters};
+use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest, HEADER_BYTES};
 use crate::virtio::chain::{Chain, Ends, Sole};
 use crate::virtio::memory::{GuestMemory, MainRegion, Segment, StatusByte};
@@ -966,6 +967,22 @@ impl Lane {
         if self.queue.needs_signal() {
             self.signal();
         }
+    }
+
+    /// [`Self::publish`], and when it did what: when the guest could see it, and when it had its signal if it wanted one.
+    #[cold]
+    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
+        self.queue.publish_used();
+        let used = Instant::now();
+        if !self.queue.needs_signal() {
+            return (used, None);
+        }
+        self.signal();
+        (used, Some(Instant::now()))
+    }
+
+    pub(super) fn stages(&self) -> &StageTimes {
+        &self.config.shared.stages
     }
 }
 

@@ -18,12 +18,17 @@ use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
 use super::lane::{CommandContext, Lane, LaneId, Pair, max_segments};
+use crate::stats::Stage;
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
 const POLL_BUDGET: usize = 64;
 /// A lane's counters are shown to others, and the clock is looked at, every so many turns.
 const PUBLISH_INTERVAL: u32 = 1024;
+/// Every so many of those turns, a request is timed on its way.
+const SAMPLE_INTERVAL: u32 = 16;
+/// Turns that a timed request may take: it is forgotten then.
+const SAMPLE_PATIENCE: u32 = 1 << 18;
 /// What the age of commands is counted in.
 const ERA: Duration = Duration::from_millis(250);
 
@@ -128,6 +133,21 @@ pub trait Poll: Send {
     fn as_any(&mut self) -> &mut dyn Any;
 }
 
+/// A request that is timed, at the device. While it is there every turn is a rare one, so that the others need not ask
+/// whether there is one.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    cid: Cid,
+    /// Its lane's place.
+    lane: u16,
+    /// The turn that found it looked at the avail rings.
+    seen: Instant,
+    /// The submission queue's doorbell was rung.
+    rung: Instant,
+    /// Turns that it may still take.
+    patience: u32,
+}
+
 /// One queue pair and its lanes.
 #[derive(Debug)]
 pub struct Poller<T: Transport> {
@@ -145,6 +165,9 @@ pub struct Poller<T: Transport> {
     /// Turns, busy turns and completion doorbells that the lanes' counters know of.
     counted: [u64; 3],
     service: Service,
+    sample: Option<Sample>,
+    /// Rare turns until the next sample.
+    until_sample: u32,
     /// When the current era began.
     era: Instant,
     health: Arc<PairHealth>,
@@ -177,6 +200,8 @@ impl<T: Transport> Poller<T> {
             busy_turns: 0,
             counted: [0; 3],
             service: Service::Serve,
+            sample: None,
+            until_sample: 1,
             era: Instant::now(),
             health: Arc::default(),
         })
@@ -278,6 +303,9 @@ impl<T: Transport> Poller<T> {
     /// A turn that has more to do than to look for work: every so many, and each while there is no device.
     #[cold]
     fn rare_turn(&mut self) -> bool {
+        if let Some(sample) = self.sample.take() {
+            return self.follow(sample);
+        }
         let serves = self.service == Service::Serve;
         self.until_show = if serves { PUBLISH_INTERVAL } else { 1 };
         self.turns = self.turns.wrapping_add(self.until_show.into());
@@ -285,8 +313,104 @@ impl<T: Transport> Poller<T> {
             return self.turn_without_device();
         }
         self.show_all();
+        self.until_sample = self.until_sample.saturating_sub(1);
+        let wants = |lane: &Box<Lane>| lane.wants();
+        if self.until_sample == 0 && self.lanes.iter().flatten().any(wants) {
+            return self.sampled_turn();
+        }
         self.pair.queue.service();
         self.busy_turn()
+    }
+
+    /// [`Poller::busy_turn`], of whose requests the first is timed.
+    #[cold]
+    fn sampled_turn(&mut self) -> bool {
+        self.pair.queue.service();
+        let mut busy = self.collect();
+        let mut before = [0_u64; MAX_ENTRIES as usize / 64];
+        for cid in self.pair.queue.outstanding_cids() {
+            before[cid.index() / 64] |= 1 << (cid.index() % 64);
+        }
+        let seen = Instant::now();
+        for lane in self.lanes.iter_mut().flatten() {
+            busy |= lane.fetch(&mut self.pair);
+        }
+        if busy {
+            self.pair.queue.ring();
+            let rung = Instant::now();
+            let is_new = |cid: &Cid| before[cid.index() / 64] >> (cid.index() % 64) & 1 == 0;
+            let new = self.pair.queue.outstanding_cids().find(is_new);
+            for lane in self.lanes.iter_mut().flatten() {
+                lane.publish();
+            }
+            if let Some(cid) = new {
+                let (CommandContext::Whole { lane, .. } | CommandContext::Part { lane, .. }) =
+                    *self.pair.context(cid);
+                self.until_sample = SAMPLE_INTERVAL;
+                self.sample = Some(Sample {
+                    cid,
+                    lane,
+                    seen,
+                    rung,
+                    patience: SAMPLE_PATIENCE,
+                });
+                self.hurry();
+            }
+        }
+        self.busy_turns = self.busy_turns.wrapping_add(busy.into());
+        busy
+    }
+
+    /// A turn while a timed request is at the device.
+    #[cold]
+    fn follow(&mut self, mut sample: Sample) -> bool {
+        self.until_show = PUBLISH_INTERVAL;
+        self.turns = self.turns.wrapping_add(PUBLISH_INTERVAL.into());
+        self.pair.queue.service();
+        let (mut busy, mut completed) = (false, None);
+        for _ in 0..POLL_BUDGET {
+            let Some(completion) = self.pair.queue.poll() else {
+                break;
+            };
+            if completion.cid == sample.cid && completed.is_none() {
+                completed = Some(Instant::now());
+            }
+            busy = true;
+            self.complete(completion);
+        }
+        for lane in self.lanes.iter_mut().flatten() {
+            busy |= lane.fetch(&mut self.pair);
+        }
+        if busy {
+            self.pair.queue.ring();
+        }
+        for (place, lane) in self.lanes.iter_mut().enumerate() {
+            let Some(lane) = lane.as_mut().filter(|_| busy) else {
+                continue;
+            };
+            let Some(completed) = completed.filter(|_| place == usize::from(sample.lane)) else {
+                lane.publish();
+                continue;
+            };
+            let (used, signalled) = lane.publish_timed();
+            let stages = lane.stages();
+            stages.record(Stage::Submit, sample.rung.duration_since(sample.seen));
+            stages.record(Stage::Device, completed.duration_since(sample.rung));
+            stages.record(Stage::Used, used.duration_since(completed));
+            if let Some(signalled) = signalled {
+                stages.record(Stage::Signal, signalled.duration_since(used));
+            }
+        }
+        sample.patience -= 1;
+        if completed.is_none() && sample.patience > 0 {
+            self.sample = Some(sample);
+            self.hurry();
+            if self.turns.is_multiple_of(PUBLISH_INTERVAL.into()) {
+                self.show_all();
+            }
+        }
+        self.busy_turns = self.busy_turns.wrapping_add(busy.into());
+        busy
     }
 
     /// The next turn is to look at [`Poller::service`] again.
@@ -552,6 +676,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
 
     fn suspend(&mut self, service: Service) {
         self.pair.queue.disconnect();
+        self.sample = None;
         self.service = service;
         self.hurry();
         self.health.oldest.store(0, Ordering::Relaxed);
