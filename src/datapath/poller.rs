@@ -314,8 +314,8 @@ impl<T: Transport> Poller<T> {
         }
         self.show_all();
         self.until_sample = self.until_sample.saturating_sub(1);
-        let wants = |lane: &Box<Lane>| lane.wants();
-        if self.until_sample == 0 && self.lanes.iter().flatten().any(wants) {
+        let mut lanes = self.lanes.iter().flatten();
+        if self.until_sample == 0 && lanes.any(|lane| lane.wants()) {
             return self.sampled_turn();
         }
         self.pair.queue.service();
