@@ -64,6 +64,7 @@ pub mod datapath;
 pub mod host;
 pub mod plan;
 pub mod reactor;
+pub mod scsi;
 pub mod sim;
 pub mod stats;
 pub mod vhost;

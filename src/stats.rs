@@ -85,12 +85,18 @@ counters! {
     errors,
     /// Chains that were no request: loops, addresses outside memory, missing status bytes.
     malformed,
-    /// Requests that ended with UNSUPP.
+    /// Requests that ended with UNSUPP; of a SCSI host, with another response than OK.
     unsupported,
     /// Requests whose data went through a buffer of ours, because the device could not reach it in place.
     bounced,
     /// Requests that took more than one NVMe command.
     split,
+    /// SCSI commands that ended well without the device.
+    immediate,
+    /// SCSI commands that ended with CHECK CONDITION without the device, or were for nobody.
+    checks,
+    /// Task management functions of a SCSI host.
+    tasks,
 }
 
 /// Counters for people: one row for each virtqueue and a row of totals, first what the guest asked for, then what the
@@ -156,6 +162,13 @@ const RINGS: &[Column] = &[
     ("idle", |c| percent(c.idle_polls, c.polls)),
 ];
 
+/// Of SCSI hosts.
+const SCSI: &[Column] = &[
+    ("immediate", |c| grouped(c.immediate)),
+    ("checks", |c| grouped(c.checks)),
+    ("tasks", |c| grouped(c.tasks)),
+];
+
 /// Longest disk name shown. Of a longer socket path the end tells more than the beginning.
 const DISK_WIDTH: usize = 24;
 
@@ -163,7 +176,13 @@ impl fmt::Display for CounterTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.block(REQUESTS, f)?;
         writeln!(f)?;
-        self.block(RINGS, f)
+        self.block(RINGS, f)?;
+        let is_scsi = |c: &QueueCounters| c.immediate + c.checks + c.tasks > 0;
+        if self.rows.iter().any(|row| is_scsi(&row.counters)) {
+            writeln!(f)?;
+            self.block(SCSI, f)?;
+        }
+        Ok(())
     }
 }
 

@@ -100,7 +100,7 @@ impl Rig {
     }
 
     /// A guest and its lane, for the caller to attach.
-    pub fn make_guest(&self, setup: &GuestSetup) -> (RigGuest, Box<Lane>) {
+    pub fn make_guest(&self, setup: &GuestSetup) -> (RigGuest, Lane) {
         let base = Gpa(0x10_0000);
         let config = SimGuestConfig {
             layout: setup.layout,
@@ -173,7 +173,7 @@ impl Rig {
             queue_size: setup.queue_size,
             _table: table,
         };
-        (guest, Box::new(lane))
+        (guest, lane)
     }
 
     /// One turn of every poller.
