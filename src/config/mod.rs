@@ -278,7 +278,7 @@ pub enum ConfigError {
         "a disk needs either path=... (a socket to create) or fd=... (one already listening): {found}"
     )]
     SocketChoice { found: &'static str },
-    #[error("socket {socket} is given to two disks: each disk needs its own")]
+    #[error("socket {socket} is given to two disks or hosts: each needs its own")]
     DuplicateSocket { socket: Socket },
     #[error("disk {disk}: there is no device {device} (devices: {known})")]
     UnknownDevice {

@@ -49,7 +49,7 @@ pub struct LaneConfig {
 
 /// The requests of a block device.
 #[derive(Debug)]
-pub(in super::super) struct Blk {
+pub(in crate::datapath) struct Blk {
     /// Of the guest's memory.
     main: MainRegion<HEADER_BYTES>,
     limits: BlkLimits,
@@ -307,7 +307,7 @@ impl RequestLane<Blk> {
 
     /// The command that was all of the request at `head` has completed.
     #[inline(always)]
-    pub(in super::super) fn request_done(
+    pub(in crate::datapath) fn request_done(
         &mut self,
         head: HeadIndex,
         status: StatusByte,

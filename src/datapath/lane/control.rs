@@ -99,7 +99,7 @@ pub struct ControlConfig {
 
 /// A control queue in service.
 #[derive(Debug)]
-pub(in super::super) struct ControlLane {
+pub(in crate::datapath) struct ControlLane {
     config: ControlConfig,
     chain: Chain,
     waiting: Option<Waiting>,

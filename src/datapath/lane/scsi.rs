@@ -54,7 +54,7 @@ pub struct ScsiLaneConfig {
 
 /// The commands of a SCSI host.
 #[derive(Debug)]
-pub(in super::super) struct Scsi {
+pub(in crate::datapath) struct Scsi {
     sizes: Sizes,
     nexus: Arc<Nexus>,
     namespaces: Arc<[Nsid]>,
@@ -84,7 +84,7 @@ struct Gate {
 
 /// Where an answer goes, and what it says beside the status.
 #[derive(Clone, Copy, Debug)]
-pub(in super::super) struct Place {
+pub(in crate::datapath) struct Place {
     response: ResponsePlace,
     residual: u32,
     /// If the command fails.
