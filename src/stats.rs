@@ -279,6 +279,9 @@ mod tests {
             unsupported: base + 17,
             bounced: base + 18,
             split: base + 19,
+            immediate: base + 20,
+            checks: base + 21,
+            tasks: base + 22,
         }
     }
 
@@ -378,6 +381,31 @@ disk                 vq core qp  commands SQ doorbells CQ doorbells notification
 /run/tandem/vm0.sock  1    3  2         0            0            0             0       0     0          0          0  0.0%
 total                           1,234,600       40,000       20,000        39,999       0     0 10,000,000  9,999,999 99.9%
 "
+        );
+    }
+
+    #[test]
+    fn table_of_a_scsi_host_has_a_third_block() {
+        let counters = QueueCounters {
+            immediate: 1_234,
+            tasks: 5,
+            ..QueueCounters::default()
+        };
+        let mut table = CounterTable::default();
+        table.push("a", 0, 3, 1, counters);
+        table.push("a", 2, 3, 1, QueueCounters::default());
+        let table = table.to_string();
+        let third = table.split("\n\n").nth(2);
+        assert_eq!(
+            third,
+            Some(
+                "\
+disk  vq core qp immediate checks tasks
+a      0    3  1     1,234      0     5
+a      2    3  1         0      0     0
+total                1,234      0     5
+"
+            )
         );
     }
 

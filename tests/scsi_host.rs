@@ -45,6 +45,9 @@ const INCORRECT_LUN: u8 = 12;
 const FIRST: [u8; 8] = [1, 0, 0x40, 0, 0, 0, 0, 0];
 const SECOND: [u8; 8] = [1, 2, 0x41, 0x2c, 0, 0, 0, 0];
 
+/// Address, length and flags of each descriptor of a chain.
+type Buffers = Vec<(u64, u32, u16)>;
+
 struct Host {
     device: Device,
     model: ModelHandle,
@@ -397,7 +400,7 @@ fn write_10(lba: u32, blocks: u8) -> [u8; 10] {
 #[test]
 fn data_goes_to_the_logical_unit_that_is_addressed_and_comes_back() {
     let mut host = Host::new();
-    let bytes: Vec<u8> = (0..4096_u32).map(|at| (at * 7 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..4096_u32).map(|at| ((at * 7) >> 3) as u8).collect();
     assert_eq!(
         host.command(SECOND, &write_10(40, 8), &bytes, 0),
         good(0, 0)
@@ -633,7 +636,7 @@ fn any_framing_of_header_and_response_works() {
 fn chains_that_are_no_request_come_back_and_harm_nothing() {
     let mut host = Host::new();
     let slot = |host: &Host| Host::slot(host.next_head);
-    let cases: [fn(u64) -> Vec<(u64, u32, u16)>; 6] = [
+    let cases: [fn(u64) -> Buffers; 6] = [
         |slot| vec![(slot, 51, 0)],
         |slot| vec![(slot, 51, 0), (slot + 0x400, 107, WRITE)],
         |slot| vec![(slot + 0x400, 108, WRITE), (slot, 51, 0)],

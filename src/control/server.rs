@@ -203,9 +203,7 @@ impl Server {
     ) -> Result<(), ServerError> {
         let disks = plan.disks.iter().filter(|disk| disk.device == index);
         let hosts = plan.hosts.iter().filter(|host| host.device == index);
-        let kinds = disks
-            .map(|disk| Planned::Disk(disk))
-            .chain(hosts.map(|host| Planned::Host(host)));
+        let kinds = disks.map(Planned::Disk).chain(hosts.map(Planned::Host));
         let planned: Vec<Planned<'_>> = kinds.collect();
         let cores: Vec<usize> = planned
             .iter()

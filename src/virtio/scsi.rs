@@ -99,12 +99,6 @@ impl ResponsePlace {
         })
     }
 
-    /// Its length.
-    #[must_use]
-    pub fn len(&self) -> u32 {
-        self.len.into()
-    }
-
     fn write(&self, bytes: &[u8]) {
         let mut rest = bytes;
         for piece in &self.pieces[..usize::from(self.count)] {
@@ -126,37 +120,35 @@ pub struct ScsiRequest {
 }
 
 impl ScsiRequest {
-    /// The CDB, as long as the configuration space says.
+    /// The CDB, as long as the configuration space says. `None` of a request that is too short.
     #[must_use]
-    pub fn cdb(&self) -> &[u8] {
-        &self.cdb[..usize::from(self.cdb_len)]
+    pub fn cdb(&self) -> Option<&[u8]> {
+        let cdb = &self.cdb[..usize::from(self.cdb_len)];
+        (!cdb.is_empty()).then_some(cdb)
     }
 }
 
-/// Takes a command and the place of its response off the chain just popped.
-///
-/// # Errors
-/// A chain that is no request; with a place where that can be said, if there is one.
-pub fn parse(chain: &mut Chain, sizes: Sizes) -> Result<ScsiRequest, Option<ResponsePlace>> {
+/// Takes a command and the place of its response off the chain just popped. `None` if there is no place for an answer: its
+/// head goes back with nothing written.
+pub fn parse(chain: &mut Chain, sizes: Sizes) -> Option<ScsiRequest> {
     // A faulty chain shows nothing.
-    let place = ResponsePlace::take(chain, RESPONSE_BYTES + sizes.sense).ok_or(None)?;
-    let mut bytes = [0; HEADER_BYTES + MAX_SIZE as usize];
-    let header = &mut bytes[..HEADER_BYTES + sizes.cdb as usize];
-    if !chain.take_readable(header) {
-        return Err(Some(place));
-    }
+    let place = ResponsePlace::take(chain, RESPONSE_BYTES + sizes.sense)?;
     let mut request = ScsiRequest {
         lun: [0; 8],
         cdb: [0; MAX_SIZE as usize],
-        // At most 256.
-        cdb_len: u16::try_from(sizes.cdb).unwrap_or(0),
+        cdb_len: 0,
         place,
     };
-    // The id is for task management, which does without; attribute, priority and CRN order commands, of which each is
-    // carried out as it comes.
-    request.lun.copy_from_slice(&bytes[..8]);
-    request.cdb.copy_from_slice(&bytes[HEADER_BYTES..]);
-    Ok(request)
+    let mut bytes = [0; HEADER_BYTES + MAX_SIZE as usize];
+    if chain.take_readable(&mut bytes[..HEADER_BYTES + sizes.cdb as usize]) {
+        // The id is for task management, which does without; attribute, priority and CRN order commands, of which each
+        // is carried out as it comes.
+        request.lun.copy_from_slice(&bytes[..8]);
+        request.cdb.copy_from_slice(&bytes[HEADER_BYTES..]);
+        // At most 256.
+        request.cdb_len = u16::try_from(sizes.cdb).unwrap_or(0);
+    }
+    Some(request)
 }
 
 /// How a command ended.
@@ -187,7 +179,7 @@ pub fn finish(place: &ResponsePlace, ending: &Ending<'_>) -> u32 {
     bytes[12..12 + len].copy_from_slice(&ending.sense[..len]);
     place.write(&bytes[..usize::from(place.len)]);
     // Chains hold fewer than 2^32 bytes, the response included.
-    place.len().wrapping_add(ending.data_in)
+    u32::from(place.len).wrapping_add(ending.data_in)
 }
 
 /// What the control queue carries.
@@ -244,5 +236,5 @@ pub fn parse_control(chain: &mut Chain) -> Option<(Control, ResponsePlace)> {
 pub fn finish_control(place: &ResponsePlace, response: u8) -> u32 {
     let bytes = [0, 0, 0, 0, response];
     place.write(&bytes[bytes.len() - usize::from(place.len).min(5)..]);
-    place.len()
+    place.len.into()
 }

@@ -196,19 +196,10 @@ impl Front for Scsi {
             }
             lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
             lane.counters.errors += 1;
-            let written = match scsi::parse(&mut lane.chain, lane.front.sizes) {
-                Ok(request) => {
-                    let residual = lane.buffers();
-                    finish(
-                        &request.place,
-                        translate(Status::INTERNAL_ERROR),
-                        residual,
-                        0,
-                    )
-                }
-                Err(Some(place)) => refuse(&place, response::FAILURE),
-                Err(None) => 0,
-            };
+            let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
+                let outcome = translate(Status::INTERNAL_ERROR);
+                finish(&request.place, outcome, lane.buffers(), 0)
+            });
             lane.answer(lane.chain.head(), written);
         }
     }
@@ -324,15 +315,16 @@ impl RequestLane<Scsi> {
     /// The chain that was just popped becomes a command.
     fn start<T: Transport>(&mut self, pair: &mut Pair<T>) {
         let head = self.chain.head();
-        let request = match scsi::parse(&mut self.chain, self.front.sizes) {
-            Ok(request) => request,
-            Err(place) => {
-                self.counters.malformed += 1;
-                let written = place.map_or(0, |place| refuse(&place, response::FAILURE));
-                return self.answer(head, written);
-            }
+        let Some(request) = scsi::parse(&mut self.chain, self.front.sizes) else {
+            self.counters.malformed += 1;
+            return self.answer(head, 0);
         };
         let place = request.place;
+        let Some(cdb) = request.cdb() else {
+            self.counters.malformed += 1;
+            let written = refuse(&place, response::FAILURE);
+            return self.answer(head, written);
+        };
         let (readable, writable) = (self.chain.readable_len(), self.chain.writable_len());
         if readable > 0 && writable > 0 {
             // Data both ways needs VIRTIO_SCSI_F_INOUT, which is not offered.
@@ -347,13 +339,14 @@ impl RequestLane<Scsi> {
                 return self.answer(head, written);
             }
         };
-        let cdb = Cdb::new(request.cdb());
+        let cdb = Cdb::new(cdb);
         let nexus = Arc::clone(&self.front.nexus);
         let unit = nexus.find(address);
         let wanted = nexus.parameter_bytes(unit, &cdb);
         if u64::from(wanted) > readable {
             return self.refuse(head, &place, response::OVERRUN);
         }
+        let residual = self.buffers();
         let parameters = &mut self.front.parameters[..(wanted as usize).min(MAX_PARAMETER_BYTES)];
         let mut done = 0;
         for segment in self.chain.readable() {
@@ -365,8 +358,6 @@ impl RequestLane<Scsi> {
             data_in: DataIn::new(&mut self.front.data_in),
             ranges: &mut self.ranges,
         };
-        let residual = self.chain.readable_len() + self.chain.writable_len();
-        let residual = u32::try_from(residual).unwrap_or(u32::MAX);
         match nexus.execute(address, unit, &mut exchange) {
             Action::Good => {
                 let data = exchange.data_in.as_slice();
