@@ -1,7 +1,8 @@
 //! The command line as clap sees it: `tandem serve`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
-//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores` and `--log` replace what it says.
+//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll` and `--log` replace
+//! what it says.
 //! clap ends the process with code 2 on a bad flag; so does `main` on a [`ConfigError`].
 
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::args::BenchArgs;
 use crate::config::{
     BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel, Options,
-    ScsiOptions,
+    Polling, ScsiOptions,
 };
 use crate::host::command::{ListArgs, SetupArgs};
 
@@ -52,9 +53,13 @@ pub struct ServeArgs {
     /// A vhost-user-scsi host: path=/run/tandem/vm0.sock,queues=4,lun=0:0:ns1,lun=1:0:ns2 (repeatable)
     #[arg(long, value_name = "SPEC")]
     pub scsi: Vec<ScsiOptions>,
-    /// Cores that busy-poll, each fully used from start to end: 0-3,5
+    /// Cores that poll, each fully used from start to end (but see --poll): 0-3,5
     #[arg(long, value_name = "LIST")]
     pub cores: Option<CoreList>,
+    /// always, or adaptive: cores sleep while nothing happens, and the first request after that takes longer
+    /// [default: always]
+    #[arg(long, value_name = "MODE")]
+    pub poll: Option<Polling>,
     /// Serve real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
     #[arg(long)]
     pub unsafe_noiommu: bool,
@@ -105,6 +110,7 @@ impl ServeArgs {
             DeviceOptions::allow_noiommu(&mut options.device)?;
         }
         options.server.cores = self.cores.clone().or(options.server.cores);
+        options.server.poll = self.poll.or(options.server.poll);
         options.server.log = self.log.or(options.server.log);
         options.resolve()
     }

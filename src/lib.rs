@@ -1,5 +1,6 @@
 //! Tandem: a polled-mode userspace storage server. Each guest virtqueue rides in tandem with one NVMe queue pair, on
 //! one pinned core that busy-polls both rings: no lock, no allocation, no interrupt and no system call per request.
+//! Where it is asked to ([`config::Polling::Adaptive`]) a core sleeps while nothing happens.
 //!
 //! ```text
 //!  guest avail ring                                                 guest used ring, then the call eventfd
@@ -22,7 +23,7 @@
 //! | [`control`] | the life of the process: devices, sockets, one [`control::session`] per front-end |
 //! | [`host`] | the machine's SSDs: who uses them, handing them to vfio-pci and back |
 //! | [`vhost`] | a front-end's memory: mapped here and for the device, faults contained |
-//! | [`reactor`] | a pinned core with a mailbox and pollers |
+//! | [`reactor`] | a pinned core with a mailbox and pollers; when it sleeps and what wakes it |
 //! | [`datapath`] | lanes (a virtqueue in service) and pollers (a queue pair and its lanes) |
 //! | [`virtio`] | virtqueues (split and packed), descriptor walk, virtio-blk, virtio-scsi; knows no NVMe |
 //! | [`scsi`] | SCSI commands, sense data, logical units; knows neither virtio nor NVMe |
@@ -46,7 +47,8 @@
 //! - **I6** What a guest wrote is read once, validated, and then only the copy is used.
 //! - **I7** One thread touches a queue pair or a virtqueue: ownership moves by value.
 //! - **I8** Every wait has a deadline, every loop a bound.
-//! - **I9** Nothing on a reactor allocates, locks, formats or blocks; its only system call is the write to an eventfd.
+//! - **I9** Nothing on a reactor allocates, locks, formats or blocks; its only system call is the write to an eventfd,
+//!   and what it takes to fall asleep and wake up.
 //! - **I10** The device is not trusted for indices, nor the guest for anything.
 //! - **I11** A completed FLUSH makes every earlier completed write durable; a guest without FLUSH gets write-through.
 //! - **I12** Shutdown returns every queue pair and leaves the controller clean (CC.SHN).

@@ -15,7 +15,7 @@ use std::fmt;
 
 use crate::config::{
     ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, Isolation, LunPlace,
-    Medium, Socket,
+    Medium, Polling, Socket,
 };
 
 /// What the machine has.
@@ -54,6 +54,7 @@ pub struct Plan {
     pub hosts: Vec<HostPlan>,
     /// The cores that get a reactor, in the order configured.
     pub cores: Vec<Core>,
+    pub poll: Polling,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,6 +162,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
         disks,
         hosts,
         cores,
+        poll: config.poll,
     })
 }
 
@@ -234,10 +236,17 @@ impl fmt::Display for Plan {
                 core.id,
                 count(polled, "virtqueue")
             )?;
-            match core.numa_node {
-                Some(node) => writeln!(f, " (NUMA node {node})")?,
-                None => writeln!(f)?,
+            if let Some(node) = core.numa_node {
+                write!(f, " (NUMA node {node})")?;
             }
+            writeln!(
+                f,
+                "{}",
+                match self.poll {
+                    Polling::Always => "",
+                    Polling::Adaptive => ", sleeps while nothing happens",
+                }
+            )?;
         }
         Ok(())
     }

@@ -240,6 +240,9 @@ fn server_is_measured_in_every_way_of_its_rings() {
         ["packed", "off", "off", "off"],
         ["packed", "on", "on", "off"],
         ["packed", "off", "on", "on"],
+        ["split", "on", "armed", "on"],
+        ["packed", "on", "armed", "on"],
+        ["packed", "off", "armed", "off"],
     ] {
         let [ring, indirect, interrupts, event_idx] = ways;
         let result = measured(
@@ -265,7 +268,7 @@ fn server_is_measured_in_every_way_of_its_rings() {
             "{ways:?}"
         );
         let notified = number(job, "/tandem/cost_per_io/notifications") > 0.0;
-        assert_eq!(notified, interrupts == "on", "{ways:?}");
+        assert_eq!(notified, interrupts != "off", "{ways:?}");
     }
 }
 
@@ -749,6 +752,10 @@ fn what_makes_no_sense_is_refused_with_2_before_anything_is_measured() {
             &["no room"],
         ),
         (&["--interrupts", "on"], &["a --device is only polled"]),
+        (
+            &["--interrupts", "armed"],
+            &["--interrupts armed: a --device"],
+        ),
         (&["--park"], &["--park", "model:ram"]),
         (&["--vhost-user", "x,ring=round"], &["ring: `round`"]),
         (

@@ -9,7 +9,7 @@ use tandem::cli::{Cli, Command};
 use tandem::config::{
     BlkOptions, BlockSize, ByteSize, Config, ConfigError, ControllerConfig, CoreId, CoreList,
     DeviceConfig, DeviceOptions, DiskConfig, HostConfig, Isolation, LogLevel, LunPlace,
-    MAX_DEVICE_NAME, Medium, ModelConfig, OnDeviceLoss, Options, PciTarget, Socket,
+    MAX_DEVICE_NAME, Medium, ModelConfig, OnDeviceLoss, Options, PciTarget, Polling, Socket,
 };
 use tandem::plan::{Topology, plan};
 
@@ -132,6 +132,8 @@ fn render_flags(config: &Config) -> Vec<String> {
     let mut flags = vec![
         "--cores".to_owned(),
         config.cores.to_string(),
+        "--poll".to_owned(),
+        config.poll.to_string(),
         "--log".to_owned(),
         config.log.to_string(),
     ];
@@ -172,8 +174,8 @@ fn render_toml(config: &Config, bare: bool) -> String {
         text
     };
     let mut text = format!(
-        "[server]\ncores = \"{}\"\nlog = \"{}\"\n",
-        config.cores, config.log
+        "[server]\ncores = \"{}\"\npoll = \"{}\"\nlog = \"{}\"\n",
+        config.cores, config.poll, config.log
     );
     for device in &config.devices {
         text += &format!(
@@ -247,6 +249,7 @@ prop_compose! {
         models in prop::collection::vec(any_device(), 1..4),
         disks in prop::collection::vec(any_disk(), 1..6),
         cores in prop::collection::vec(0..200usize, 1..12),
+        adaptive in any::<bool>(),
         log in prop::sample::select(LogLevel::ALL.to_vec()),
     ) -> Config {
         let devices: Vec<DeviceConfig> = models
@@ -279,7 +282,8 @@ prop_compose! {
                 }
             })
             .collect();
-        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), log }
+        let poll = if adaptive { Polling::Adaptive } else { Polling::Always };
+        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, log }
     }
 }
 
@@ -363,6 +367,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
         }],
         hosts: vec![],
         cores: [CoreId(0), CoreId(1)].into_iter().collect(),
+        poll: Polling::Always,
         log: LogLevel::Info,
     };
     assert_eq!(file, expected);
@@ -517,7 +522,7 @@ fn file_with_unknown_field_names_file_line_and_field() {
     );
     assert_eq!(
         refusal("[server]\ncore = \"0\"\n"),
-        "vm.toml:2: unknown field `core`, expected `cores` or `log`\n  2 | core = \"0\""
+        "vm.toml:2: unknown field `core`, expected one of `cores`, `poll`, `log`\n  2 | core = \"0\""
     );
 }
 

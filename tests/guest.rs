@@ -216,6 +216,78 @@ fn packed_rings_of_any_kind_lose_nothing() {
     }
 }
 
+/// At most 2 % of a core while guests do nothing, and nothing lost before, meanwhile or after.
+#[test]
+fn server_that_sleeps_leaves_its_core_to_others_while_guests_are_idle() {
+    const IDLE: Duration = Duration::from_secs(10);
+    let lab = Lab::new("adaptive");
+    let server = Server::start(
+        &lab,
+        &[
+            "--poll",
+            "adaptive",
+            "--device",
+            "model:ram,size=256M,name=ram",
+            "--blk",
+            "path=vm0.sock,queues=4,device=ram",
+            "--device",
+            "model:file,path=disk.img,size=256M,name=file",
+            "--blk",
+            "path=vm1.sock,queues=2,device=file",
+        ],
+    );
+    let job = "
+        facts vda
+        facts vdb
+        step 'verify split' fio_verify /dev/vda 4 4m
+        step mkfs mkfs.ext4 -q /dev/vdb
+        step mount mount -t ext4 /dev/vdb /mnt
+        step write sh -c 'mkdir /mnt/f && for i in $(seq 8); do dd if=/dev/urandom of=/mnt/f/$i bs=64k count=$i; done'
+        step sums sh -c 'cd /mnt/f && sha256sum * >/mnt/sums'
+        step umount umount /mnt
+        fact idle yes
+        sleep 14
+        fact awake yes
+        step 'mount again' mount -t ext4 /dev/vdb /mnt
+        step check sh -c 'cd /mnt/f && sha256sum -c /mnt/sums'
+        step 'umount again' umount /mnt
+        step fsck e2fsck -fn /dev/vdb
+        step 'verify split again' fio_verify /dev/vda 4 4m
+        step 'verify packed' fio_verify /dev/vdb 2 2m
+        step 'one by one' sh -c 'for i in $(seq 20); do dd if=/dev/vda of=/dev/null bs=4k count=1 skip=$i iflag=direct; sleep 0.1; done'";
+    let disks = ["vm0.sock,num-queues=4", "vm1.sock,num-queues=2,packed=on"];
+    let mut guest = Guest::boot(&lab, &Setup::new(&disks, job));
+    guest.tells("idle");
+    std::thread::sleep(Duration::from_secs(1));
+    let before = server.cpu_time();
+    std::thread::sleep(IDLE);
+    let used = server.cpu_time() - before;
+    assert!(
+        used <= IDLE / 50,
+        "{used:?} of a core in {IDLE:?} of nothing"
+    );
+    server.report();
+    let idle = server.sleeps();
+    guest.tells("awake");
+    let facts = guest.ends_well();
+    assert!(
+        has_feature(&facts, "vdb", F_RING_PACKED) && !has_feature(&facts, "vda", F_RING_PACKED)
+    );
+    server.report();
+    let sleeps = server.sleeps();
+    // The reads one by one each found it asleep.
+    assert!(
+        sleeps.kicks >= idle.kicks + 20 && sleeps.sleeps >= sleeps.kicks,
+        "{idle:?} {sleeps:?}"
+    );
+    // Those of the image file's workers, and the front-end's comings and goings.
+    assert!(sleeps.interrupts > 0 && sleeps.messages > 0, "{sleeps:?}");
+    let report = server.end_well();
+    assert_eq!(report.queues.len(), 6);
+    let used = |queue: &report::Queue| queue.get("commands") > 0 && queue.get("notifications") > 0;
+    assert!(report.queues.iter().all(used), "{report:?}");
+}
+
 #[test]
 fn slow_controller_with_small_queues_and_commands_loses_nothing() {
     let lab = Lab::new("slow");
@@ -561,23 +633,30 @@ fn sigterm_with_a_busy_guest_ends_within_a_second_and_removes_the_sockets() {
 
 #[test]
 fn idle_guest_goes_on_after_a_crash_and_restart_of_the_server() {
-    idle_guest_goes_on_after_a_crash("reconnect", "");
+    idle_guest_goes_on_after_a_crash("reconnect", "", "always");
 }
 
 #[test]
 fn idle_guest_with_packed_rings_goes_on_after_a_crash_and_restart_of_the_server() {
-    idle_guest_goes_on_after_a_crash("packed-reconnect", ",packed=on");
+    idle_guest_goes_on_after_a_crash("packed-reconnect", ",packed=on", "always");
+}
+
+#[test]
+fn idle_guest_with_packed_rings_goes_on_after_its_server_crashed_asleep() {
+    idle_guest_goes_on_after_a_crash("asleep-reconnect", ",packed=on", "adaptive");
 }
 
 #[test]
 fn idle_guest_with_chains_in_packed_rings_goes_on_after_a_crash_and_restart_of_the_server() {
     let properties = ",packed=on,indirect_desc=off";
-    idle_guest_goes_on_after_a_crash("packed-direct-reconnect", properties);
+    idle_guest_goes_on_after_a_crash("packed-direct-reconnect", properties, "always");
 }
 
-fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str) {
+fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str, poll: &str) {
     let lab = Lab::new(name);
     let arguments = [
+        "--poll",
+        poll,
         "--device",
         "model:file,path=disk.img,size=256M",
         "--blk",
@@ -607,6 +686,9 @@ fn idle_guest_goes_on_after_a_crash(name: &str, properties: &str) {
     };
     let mut guest = Guest::boot(&lab, &setup);
     guest.tells("idle");
+    if poll == "adaptive" {
+        std::thread::sleep(Duration::from_secs(1));
+    }
     server.crash();
     let server = Server::start(&lab, &arguments);
     guest.ends_well();
@@ -782,4 +864,28 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
     assert!(
         report.total("discards") > 0 && report.total("flushes") > 0 && report.total("zeroes") > 0
     );
+}
+
+#[test]
+fn resets_of_a_scsi_host_whose_cores_sleep_are_answered() {
+    let lab = Lab::new("scsi-sleep");
+    let scsi = "path=vm0.sock,queues=2,lun=0:0:ns1";
+    let device = "model:ram,size=256M";
+    let arguments = ["--poll", "adaptive", "--device", device, "--scsi", scsi];
+    let server = Server::start(&lab, &arguments);
+    // Nothing else happens: every core sleeps between two resets.
+    let job = "
+        step modules modprobe -a virtio_scsi sd_mod sg
+        step 'the disk is there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && break; sleep 0.1; done'
+        step resets sh -c 'for i in $(seq 10); do sg_reset -d /dev/sda || exit 1; sg_turs -n 2 /dev/sda; sleep 0.2; done'
+        step verify fio_verify /dev/sda 2 2m";
+    let more = ["--scsi", "vm0.sock,num_queues=2"];
+    let setup = Setup {
+        cpus: 2,
+        more: &more,
+        ..Setup::new(&[], job)
+    };
+    Guest::boot(&lab, &setup).ends_well();
+    let report = server.end_well();
+    assert_eq!(report.total("tasks"), 10, "{report:?}");
 }

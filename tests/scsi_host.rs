@@ -154,7 +154,7 @@ impl Host {
         let lun = |number| Lun::new(number).unwrap();
         let units = vec![(0, lun(0), unit(1)), (2, lun(300), unit(2))];
         let nexus = Arc::new(Nexus::new(Arc::new(Target::new(units))));
-        let barrier = Arc::new(Barrier::new(1));
+        let barrier = Arc::new(Barrier::new(1).unwrap());
         let mut poller = device.create_poller().unwrap().1;
         let signal = || Arc::new(Signal::new().unwrap());
         let lanes = vec![LaneId(1), LaneId(2)];
@@ -171,6 +171,7 @@ impl Host {
             volatile_cache: true,
             call: signal(),
             error: signal(),
+            kick: None,
             shared: Arc::default(),
         }));
         poller.attach(Lane::control(ControlConfig {
@@ -182,6 +183,7 @@ impl Host {
             barrier,
             call: signal(),
             error: signal(),
+            kick: None,
             shared: Arc::default(),
         }));
         let mut host = Host {

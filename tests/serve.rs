@@ -351,10 +351,11 @@ fn socket_that_is_handed_over_is_served_and_stays() {
     let fd = listener.as_raw_fd();
     let mut command = serve(&RAM);
     command.args(["--blk", "fd=9,queues=2"]);
-    // SAFETY: dup2 is async-signal-safe; it hands the socket over under a number that survives exec.
+    // SAFETY: both are async-signal-safe; they hand the socket over under a number that survives exec, also when it has
+    // that number already: then dup2 alone would leave it to be closed.
     unsafe {
         command.pre_exec(move || match libc::dup2(fd, 9) {
-            9 => Ok(()),
+            9 if libc::fcntl(9, libc::F_SETFD, 0) == 0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
         });
     }

@@ -55,7 +55,8 @@ const ROOMS: Rooms = &[
             "nvme_driver::fault",
         ],
     ),
-    ("reactor", &["datapath", "stats"]),
+    // How it is woken is the seam that devices have too.
+    ("reactor", &["datapath", "stats", "nvme_driver::transport"]),
     (
         "datapath",
         &["virtio", "scsi", "block", "stats", "nvme_driver"],

@@ -32,7 +32,7 @@ use lab::{Lab, bound, eventually};
 use load::{Compared, Load, Oracle, SECTOR};
 use report::Report;
 use serde_json::Value;
-use server::{Server, server_binary};
+use server::{Server, Sleeps, server_binary};
 
 type Facts = HashMap<String, String>;
 
@@ -190,6 +190,36 @@ fn load_on_the_embedded_controller_is_what_its_image_holds() {
     assert_eq!((before, queue_pairs(&report)), (0, 4));
     let compared = assert_image_holds(&lab, "disk.img", Load::parse(LOAD));
     assert!(compared.discarded > 0, "{compared:?}");
+}
+
+/// Commands of an image file end on worker threads, which wake the reactor.
+#[test]
+fn load_on_a_server_that_sleeps_is_what_its_image_holds() {
+    let lab = Lab::new("sleeps");
+    let server = Server::start(&lab, &[&["--poll", "adaptive"], &EMBEDDED[..]].concat());
+    let output = agent(&lab, &["load", LOAD, "vm0.sock"]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    eventually(Duration::from_secs(10), "the client is gone", || {
+        server
+            .log()
+            .contains("front-end disconnected")
+            .then_some(())
+    });
+    let before = server.cpu_time();
+    std::thread::sleep(Duration::from_secs(5));
+    let used = server.cpu_time() - before;
+    assert!(
+        used <= Duration::from_millis(100),
+        "{used:?} in 5 s of nothing"
+    );
+    server.report();
+    let sleeps = server.sleeps();
+    assert!(
+        sleeps.sleeps > 0 && sleeps.kicks > 0 && sleeps.interrupts > 0 && sleeps.messages > 0,
+        "{sleeps:?}"
+    );
+    assert_eq!(queue_pairs(&server.end_well()), 4);
+    assert_image_holds(&lab, "disk.img", Load::parse(LOAD));
 }
 
 #[test]
@@ -392,6 +422,44 @@ fn four_virtqueues_on_four_hardware_queue_pairs_lose_nothing_and_reach_nothing_e
         faults.iter().all(|line| line.contains("00:06.0")),
         "{faults:#?}"
     );
+}
+
+/// Completions that take long are told by MSI-X, and a server with nothing to do leaves its core alone.
+#[test]
+fn server_that_sleeps_is_woken_by_the_interrupts_of_its_ssd_and_loses_nothing() {
+    let lab = Lab::new("asleep");
+    medium(&lab, "a.img", 64);
+    let job = format!(
+        "
+        . /machine.sh
+        step bind bind 0000:00:05.0
+        step serve serve a --poll adaptive --device pci:0000:00:05.0 --blk path=/tmp/vm0.sock,queues=4
+        told load taskset 2 agent load {LOAD} /tmp/vm0.sock
+        sleep 1
+        fact cpu.before $(cpu a)
+        sleep 10
+        fact cpu.after $(cpu a)
+        told 'load again' taskset 2 agent load {LOAD} /tmp/vm0.sock
+        step finish finish a
+        tells report /tmp/a.out
+        step 'no faults' no_faults"
+    );
+    let facts = machine(&lab, &["--ssd", "a.img,max_ioqpairs=8,mdts=4"], &job);
+    let report = report_of(&facts, "report");
+    assert_eq!((report.queues.len(), queue_pairs(&report)), (4, 4));
+    let line = facts["report"].split("core 0: ").nth(1).unwrap();
+    let sleeps = Sleeps::parse(line);
+    assert!(
+        sleeps.interrupts > 0 && sleeps.kicks > 0 && sleeps.messages > 0,
+        "{sleeps:?}"
+    );
+    let cpu = |when: &str| facts[&format!("cpu.{when}")].parse::<u64>().unwrap();
+    let used = cpu("after") - cpu("before");
+    assert!(
+        used <= 20,
+        "{used} centiseconds of CPU time in 10 s of nothing"
+    );
+    assert_image_holds(&lab, "a.img", Load::parse(LOAD));
 }
 
 #[test]

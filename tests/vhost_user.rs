@@ -4,7 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tandem::config::{CoreId, Options};
+use tandem::config::{CoreId, Options, Polling};
 use tandem::control::server::Server;
 use tandem::plan::{Topology, plan};
 use tandem::sim::front_end::feature::*;
@@ -32,6 +32,10 @@ struct Rig {
 
 impl Rig {
     fn start(device: &str, disks: &[(&str, &str)]) -> Rig {
+        Rig::start_polling(device, disks, Polling::Always)
+    }
+
+    fn start_polling(device: &str, disks: &[(&str, &str)], poll: Polling) -> Rig {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("tandem-vu-{}-{count}", std::process::id()));
@@ -45,6 +49,7 @@ impl Rig {
                 .push(format!("path={}{more}", path.display()).parse().unwrap());
         }
         options.server.cores = Some("0".parse().unwrap());
+        options.server.poll = Some(poll);
         let config = options.resolve().unwrap();
         let plan = plan(&config, &Topology::from_online_cores([CoreId(0)])).unwrap();
         Rig {
@@ -364,7 +369,8 @@ fn packed_queue_restarted_from_its_base_goes_on_where_it_stood() {
 #[test]
 fn packed_queue_whose_front_end_lost_its_base_goes_on_where_it_stood() {
     let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
-    for requests in 0..40 {
+    for round in 0..80 {
+        let (requests, asleep) = (round / 2, round % 2 == 1);
         let front_end = rig.connect("a");
         front_end.negotiate();
         let mut guest = Guest::with_layout(RingLayout::Packed, 16, 0);
@@ -376,6 +382,11 @@ fn packed_queue_whose_front_end_lost_its_base_goes_on_where_it_stood() {
         // What QEMU says after a crash of the server: the base it started with.
         let again = rig.connect("a");
         again.negotiate();
+        if asleep {
+            // As a server leaves it that dies in its sleep: kicks are enabled.
+            let flags = Gpa(guest.device_event().0 + 2);
+            guest.driver.write(flags, &[0, 0]);
+        }
         guest.start(&again, 0, PACKED);
         assert_eq!(guest.write(3, &[requests; 512]), status::OK);
         assert_eq!(guest.read(3, 512), vec![requests; 512]);
@@ -386,10 +397,90 @@ fn packed_queue_whose_front_end_lost_its_base_goes_on_where_it_stood() {
         let mut left = [0; 4];
         guest.driver.read(guest.device_event(), &mut left);
         assert_eq!(left[2..], [1, 0], "kicks are disabled");
+        if asleep {
+            left[2] = 0;
+        }
         let mut cleared = Guest::with_layout(RingLayout::Packed, 16, 0);
         cleared.driver.write(cleared.device_event(), &left);
         cleared.start(&again, 0, PACKED);
         assert_eq!(cleared.read(3, 512), vec![requests; 512]);
+    }
+}
+
+/// Until the reactor sleeps.
+fn fall_asleep(rig: &Rig) {
+    let sleeps = || {
+        let report = rig.report();
+        let (_, rest) = report.split_once("sleeps ").expect("an adaptive reactor");
+        let digits = rest.split(',').next().unwrap();
+        digits.parse::<u64>().unwrap()
+    };
+    let before = sleeps();
+    let start = Instant::now();
+    while sleeps() == before {
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "it does not sleep"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn queue_without_a_kick_eventfd_is_looked_at_by_a_reactor_that_sleeps() {
+    for layout in [RingLayout::Split, RingLayout::Packed] {
+        let rig = Rig::start_polling("model:ram,size=64M", &[("a", "")], Polling::Adaptive);
+        let front_end = rig.connect("a");
+        front_end.negotiate();
+        let mut guest = Guest::with_layout(layout, 16, 0);
+        let features = if layout == RingLayout::Split {
+            FEATURES
+        } else {
+            PACKED
+        };
+        guest.start(&front_end, 0, features);
+        // Bit 8: there is none.
+        front_end.send(SET_VRING_KICK, &0x100_u64.to_le_bytes(), &[]);
+        let _ = front_end.ask_u64(GET_QUEUE_NUM);
+        fall_asleep(&rig);
+        let start = Instant::now();
+        for i in 0..10 {
+            std::thread::sleep(Duration::from_millis(5));
+            assert_eq!(guest.write(i, &[i as u8; 512]), status::OK);
+        }
+        // A sleep that only a kick ends is of a second.
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            start.elapsed()
+        );
+        assert_eq!(guest.read(9, 512), vec![9; 512]);
+    }
+}
+
+#[test]
+fn kick_eventfd_that_is_replaced_wakes_a_reactor_that_sleeps() {
+    let rig = Rig::start_polling("model:ram,size=64M", &[("a", "")], Polling::Adaptive);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let mut guest = Guest::new(16, 0);
+    let (mut kick, _call) = guest.start(&front_end, 0, FEATURES);
+    for i in 0..10 {
+        fall_asleep(&rig);
+        let request = SimRequest::new(request_type::OUT, i, 512, false);
+        guest.driver.submit(&request, &[7; 512]).unwrap();
+        assert!(guest.driver.publish(), "it sleeps, and wants no kick");
+        let start = Instant::now();
+        kick.write_all(&1_u64.to_ne_bytes()).unwrap();
+        assert_eq!(guest.wait().status, status::OK);
+        assert!(
+            start.elapsed() < Duration::from_millis(500),
+            "{:?}",
+            start.elapsed()
+        );
+        kick = eventfd();
+        front_end.send(SET_VRING_KICK, &0_u64.to_le_bytes(), &[kick.as_fd()]);
+        let _ = front_end.ask_u64(GET_QUEUE_NUM);
     }
 }
 
@@ -958,6 +1049,32 @@ fn busy_guest() -> (Rig, FrontEnd, Guest, (File, File)) {
     let guest = Guest::new(64, 0);
     let descriptors = guest.start(&front_end, 0, FEATURES);
     (rig, front_end, guest, descriptors)
+}
+
+#[test]
+fn report_says_where_the_time_of_sampled_requests_went() {
+    let (rig, _front_end, mut guest, _descriptors) = busy_guest();
+    let start = Instant::now();
+    // One turn in a thousand looks for a request to time.
+    let [sampled, signalled] = loop {
+        work_hard(&mut guest, 20);
+        let report = rig.report();
+        let (_, stages) = report.split_once(" sampled ").expect("a table of stages");
+        let row: Vec<&str> = stages.lines().nth(1).unwrap().split_whitespace().collect();
+        // Disk, virtqueue, samples, then p50 and p99 of submit, device, used, signal.
+        assert_eq!(row.len(), 11, "{report}");
+        let count = row[2].replace(',', "").parse::<u64>().unwrap();
+        if count >= 20 || start.elapsed() > Duration::from_secs(60) {
+            let time = |column: usize| row[column].replace(',', "").parse::<u64>().unwrap_or(0);
+            for column in [3, 5, 7] {
+                assert!((4..1_000_000_000).contains(&time(column)), "{report}");
+            }
+            break [count, time(9)];
+        }
+    };
+    assert!(sampled >= 20, "{sampled} samples");
+    // Half of the rounds want none.
+    assert!(signalled < 1_000_000_000);
 }
 
 #[test]

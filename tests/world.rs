@@ -5,6 +5,8 @@
 mod common;
 #[path = "world/recovery.rs"]
 mod recovery;
+#[path = "world/sleep.rs"]
+mod sleep;
 
 use std::collections::HashMap;
 use std::time::Duration;

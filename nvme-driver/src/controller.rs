@@ -58,6 +58,8 @@ pub struct Controller<T: Transport, S> {
     transport: T,
     space: Arc<DmaSpace>,
     cap: Cap,
+    /// Whoever polls the queue pairs may sleep.
+    interrupts: bool,
     state: S,
 }
 
@@ -147,10 +149,19 @@ impl<T: Transport> Controller<T, Disabled> {
             transport,
             space,
             cap,
+            interrupts: false,
             state: Disabled { _private: () },
         };
         controller.disable()?;
         Ok(controller)
+    }
+
+    /// Gives queue pairs an interrupt each, as far as the device has them, for pollers that sleep
+    /// ([`QueuePair::request_interrupt`]). Stays so over resets. Without this, interrupts are off.
+    #[must_use]
+    pub fn with_interrupts(mut self) -> Self {
+        self.interrupts = true;
+        self
     }
 
     /// Enables the controller, identifies it and asks for `queue_pairs` I/O queue pairs; fewer may be granted.
@@ -177,8 +188,11 @@ impl<T: Transport> Controller<T, Disabled> {
             .write32(offset::AQA, admin_queue_attributes(ADMIN_ENTRIES));
         self.transport.write64(offset::ASQ, asq.0);
         self.transport.write64(offset::ACQ, acq.0);
-        // Interrupts stay off: no vector is ever unmasked.
-        self.transport.write32(offset::INTMS, u32::MAX);
+        // No vector is ever unmasked here. MSI-X has masks of its own, and whoever uses it leaves this register alone.
+        let msix = self.interrupts && self.transport.enable_interrupts(queue_pairs);
+        if !msix {
+            self.transport.write32(offset::INTMS, u32::MAX);
+        }
         self.transport.write32(offset::CC, Cc::enabled().0);
 
         let state = Enabled {
@@ -194,6 +208,7 @@ impl<T: Transport> Controller<T, Disabled> {
             transport: self.transport,
             space: self.space,
             cap: self.cap,
+            interrupts: self.interrupts,
             state,
         };
         match enabled.bring_up(queue_pairs) {
@@ -551,10 +566,11 @@ impl<T: Transport> Controller<T, Enabled<T>> {
     fn tell_of(&mut self, queue: &QueuePair<T>) -> Result<(), (Error, bool)> {
         let (sq, cq) = queue.ring_addresses();
         let (id, entries) = (queue.id(), queue.depth() + 1);
+        let vector = self.transport.vector(id);
         let answered = |error: &Error| matches!(error, Error::Command { .. });
         let created = self.execute_at(
             "creating an I/O completion queue",
-            SubmissionEntry::create_io_cq(id, entries),
+            SubmissionEntry::create_io_cq(id, entries, vector),
             cq,
         );
         if let Err(error) = created {
@@ -679,6 +695,7 @@ impl<T: Transport> Controller<T, Enabled<T>> {
                 transport: self.transport,
                 space: self.space,
                 cap: self.cap,
+                interrupts: self.interrupts,
                 state,
             },
             result,

@@ -76,6 +76,14 @@ told() {
     grep '^TANDEM ' /tmp/step || true
 }
 
+# cpu NAME: CPU time of a server so far, in centiseconds.
+cpu() {
+    # After the name, which ends with a parenthesis: user and system time are the 12th and 13th field.
+    cpu_user=$(sed 's/.*) //' "/proc/$(cat "/tmp/$1.pid")/stat" | cut -d ' ' -f 12)
+    cpu_system=$(sed 's/.*) //' "/proc/$(cat "/tmp/$1.pid")/stat" | cut -d ' ' -f 13)
+    echo $((cpu_user + cpu_system))
+}
+
 # no_faults: the IOMMU has blocked nothing since the machine started.
 no_faults() {
     ! dmesg | grep 'DMAR:.*fault'

@@ -60,14 +60,15 @@ pub struct BenchArgs {
         help_heading = "Targets"
     )]
     pub indirect: OnOff,
-    /// Sleep until told of a completion, instead of polling (not with --device)
+    /// on: sleep until told of a completion, instead of polling (not with --device). armed: ask to be told, as a guest
+    /// does when it has found nothing, and poll all the same (vhost-user): what signals cost the server
     #[arg(
         long,
-        value_name = "on|off",
+        value_name = "on|off|armed",
         default_value = "off",
         help_heading = "Targets"
     )]
-    pub interrupts: OnOff,
+    pub interrupts: Interrupts,
     /// vhost-user: negotiate VIRTIO_F_EVENT_IDX if the server has it
     #[arg(
         long,
@@ -291,6 +292,24 @@ impl fmt::Display for RingKind {
         f.write_str(match self {
             Self::Split => "split",
             Self::Packed => "packed",
+        })
+    }
+}
+
+/// Whether signals are wanted, and waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Interrupts {
+    On,
+    Off,
+    Armed,
+}
+
+impl fmt::Display for Interrupts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::On => "on",
+            Self::Off => "off",
+            Self::Armed => "armed",
         })
     }
 }

@@ -12,6 +12,7 @@ use super::stats::Counters;
 use super::target::{Info, Keeper, Needs, Pool, Target};
 use crate::config::{ControllerConfig, DeviceConfig, Medium};
 use crate::control::claim;
+use crate::control::device::Interrupts;
 
 /// Opens the controller and a queue pair for each job.
 ///
@@ -33,7 +34,11 @@ pub fn open(config: &DeviceConfig, needs: &Needs) -> anyhow::Result<Box<dyn Targ
                 Medium::File { path, .. } => format!("model:file,path={}", path.display()),
                 Medium::Null { .. } => "model:null".to_owned(),
             };
-            let target = open_on(claim::make_model(&config.name, model)?, &medium, needs)?;
+            let target = open_on(
+                claim::make_model(&config.name, model, Interrupts::Off)?,
+                &medium,
+                needs,
+            )?;
             if needs.verify && !model.medium.keeps_data() {
                 let _ = target.close();
                 bail!("--verify: {medium} keeps nothing that could be verified: use model:ram");

@@ -45,7 +45,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use crate::config::{ControllerConfig, DeviceOptions};
-use args::{BenchArgs, Job, JobOptions, OutputFormat};
+use args::{BenchArgs, Interrupts, Job, JobOptions, OutputFormat};
 use session::{Results, Session};
 use slots::Wishes;
 use spec::ServerSpec;
@@ -169,8 +169,12 @@ fn open(args: &BenchArgs, jobs: &[Job], session: &mut Session) -> anyhow::Result
             .max()
             .flatten(),
     };
-    if args.interrupts.is_on() && !args.device.is_empty() {
-        bail!("--interrupts on: a --device is only polled; leave one of the two out");
+    let interrupts = args.interrupts;
+    if interrupts != Interrupts::Off && !args.device.is_empty() {
+        bail!("--interrupts {interrupts}: a --device is only polled; leave one of the two out");
+    }
+    if interrupts == Interrupts::Armed && !args.file.is_empty() {
+        bail!("--interrupts armed: a --file has nothing to arm; leave one of the two out");
     }
     let mut devices = args.device.clone();
     if args.unsafe_noiommu {
@@ -199,14 +203,14 @@ fn open(args: &BenchArgs, jobs: &[Job], session: &mut Session) -> anyhow::Result
         ring: args.ring,
         indirect: args.indirect.is_on(),
         event_idx: args.event_idx.is_on(),
-        interrupts: args.interrupts.is_on(),
+        interrupts,
         hugepages: args.hugepages,
     };
     for spec in &args.vhost_user {
         targets.push(open_server(spec, &args.vhost_user, wishes, needs)?);
     }
     for path in &args.file {
-        let interrupts = args.interrupts.is_on();
+        let interrupts = interrupts == Interrupts::On;
         targets.push(file::open(path, interrupts, args.overwrite_data, &needs)?);
     }
     for target in targets.iter() {

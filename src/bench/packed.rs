@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64, fence};
 use std::time::Duration;
 
+use super::args::Interrupts;
 use super::engine::{Done, Queue, SPINS};
 use super::io::Io;
 use super::slots::{DriverRing, INDIRECT, Memory, NEXT, RingConfig, Signals, Slots};
@@ -72,6 +73,8 @@ pub struct PackedRing {
     first: Option<(u16, u64)>,
     /// Entries since then.
     added: u16,
+    /// A signal was asked for at the next used entry.
+    armed: bool,
     signals: Signals,
 }
 
@@ -145,6 +148,18 @@ impl PackedRing {
         }
     }
 
+    /// Asks for a signal at the next used entry; whoever asks looks once more.
+    fn arm(&mut self) {
+        self.armed = true;
+        if self.config.event_idx {
+            let wrap = if self.used.wrap { WRAP } else { 0 };
+            self.write_event(EVENT_DESC << 16 | u32::from(self.used.index | wrap));
+        }
+        // Full barrier between asking for a signal and looking once more; pairs with the server's between publishing
+        // its used descriptors and reading what we ask for.
+        fence(SeqCst);
+    }
+
     fn write_event(&self, event: u32) {
         // SAFETY: the structure resolved in `new`.
         unsafe { self.driver_event.as_ref() }.store(event.to_le(), Relaxed);
@@ -167,9 +182,10 @@ impl DriverRing for PackedRing {
             used: Place::START,
             first: None,
             added: 0,
+            armed: true,
             signals,
         };
-        if !config.interrupts {
+        if config.interrupts == Interrupts::Off {
             ring.write_event(EVENT_DISABLE << 16);
         }
         ring
@@ -216,12 +232,17 @@ impl Queue for PackedRing {
 
     #[inline]
     fn poll(&mut self, done: &mut Vec<Done>) -> anyhow::Result<()> {
+        if self.config.interrupts == Interrupts::Armed && !self.armed && self.next_used().is_none()
+        {
+            self.arm();
+        }
         // Each round takes a request that was in flight, so this ends (I8).
         while let Some(rest) = self.next_used() {
             let slot = (rest >> 32 & 0xffff) as u32;
             let (entries, failure) = self.slots.finish(slot)?;
             let entries = if self.config.indirect { 1 } else { entries };
             self.used.step(entries, self.config.size);
+            self.armed = false;
             done.push(Done { slot, failure });
         }
         Ok(())
@@ -229,23 +250,22 @@ impl Queue for PackedRing {
 
     #[inline]
     fn spin(&mut self, done: &mut Vec<Done>) -> anyhow::Result<()> {
-        if !self.config.interrupts {
+        let waits = match self.config.interrupts {
+            Interrupts::Off => true,
+            Interrupts::Armed => self.armed,
+            Interrupts::On => false,
+        };
+        if waits {
             let _ = (0..SPINS).find(|_| self.next_used().is_some());
         }
         self.poll(done)
     }
 
     fn sleep(&mut self, timeout: Duration) -> anyhow::Result<bool> {
-        if !self.config.interrupts {
+        if self.config.interrupts != Interrupts::On {
             return Ok(false);
         }
-        if self.config.event_idx {
-            let wrap = if self.used.wrap { WRAP } else { 0 };
-            self.write_event(EVENT_DESC << 16 | u32::from(self.used.index | wrap));
-        }
-        // Full barrier between asking for a signal and looking once more; pairs with the server's between publishing
-        // its used descriptors and reading what we ask for.
-        fence(SeqCst);
+        self.arm();
         if self.next_used().is_none() {
             self.signals.wait(timeout)?;
         }
@@ -261,7 +281,7 @@ impl Queue for PackedRing {
     }
 
     fn counters(&self) -> Counters {
-        self.signals.counters()
+        self.signals.counters(self.config.interrupts)
     }
 }
 

@@ -10,6 +10,7 @@
 //! The server is another process that may write anywhere in this memory at any time. So indices are ours, memory is
 //! reached as atomics or by copies (I1), and what a ring says was used is checked (I10).
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::ptr::NonNull;
@@ -23,7 +24,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::MemfdFlags;
 
-use super::args::RingKind;
+use super::args::{Interrupts, RingKind};
 use super::device::noise;
 use super::engine::Queue;
 use super::io::{Io, Op};
@@ -60,7 +61,7 @@ pub struct Wishes {
     pub ring: RingKind,
     pub indirect: bool,
     pub event_idx: bool,
-    pub interrupts: bool,
+    pub interrupts: Interrupts,
     pub hugepages: bool,
 }
 
@@ -128,7 +129,7 @@ pub struct RingConfig {
     pub ring: RingKind,
     pub indirect: bool,
     pub event_idx: bool,
-    pub interrupts: bool,
+    pub interrupts: Interrupts,
     stride: u64,
     noise: bool,
 }
@@ -234,7 +235,8 @@ pub trait DriverRing: Queue + Sized {
 pub struct Signals {
     kick: File,
     call: File,
-    counters: Counters,
+    doorbells: u64,
+    notifications: Cell<u64>,
 }
 
 impl Signals {
@@ -243,14 +245,15 @@ impl Signals {
         Signals {
             kick,
             call,
-            counters: Counters::default(),
+            doorbells: 0,
+            notifications: Cell::new(0),
         }
     }
 
     /// # Errors
     /// When the system refuses.
     pub fn kick(&mut self) -> anyhow::Result<()> {
-        self.counters.doorbells += 1;
+        self.doorbells += 1;
         match self.kick.write(&1u64.to_ne_bytes()) {
             Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => {
                 Err(error).context("cannot kick")
@@ -270,18 +273,32 @@ impl Signals {
         match poll(&mut call, Some(&timeout)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Ok(_) => {
-                let mut count = [0; 8];
-                let _ = self.call.read(&mut count);
-                self.counters.notifications += 1;
+                let _ = self.take();
+                self.notifications.update(|count| count + 1);
             }
             Err(error) => return Err(error).context("cannot wait for the server's signal"),
         }
         Ok(())
     }
 
+    /// How often the server signalled since this was asked last.
+    fn take(&self) -> u64 {
+        let mut count = [0; 8];
+        let read = (&self.call).read(&mut count);
+        read.map_or(0, |_| u64::from_ne_bytes(count))
+    }
+
+    /// Where nobody waits for signals they are counted by the eventfd.
     #[must_use]
-    pub fn counters(&self) -> Counters {
-        self.counters
+    pub fn counters(&self, interrupts: Interrupts) -> Counters {
+        if interrupts == Interrupts::Armed {
+            self.notifications
+                .set(self.notifications.get() + self.take());
+        }
+        Counters {
+            doorbells: self.doorbells,
+            notifications: self.notifications.get(),
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 
-use super::args::{OnOff, RingKind};
+use super::args::{Interrupts, OnOff, RingKind};
 use super::slots::Wishes;
 use crate::config::split_at_commas;
 
@@ -18,7 +18,7 @@ pub struct ServerSpec {
     pub ring: Option<RingKind>,
     pub indirect: Option<OnOff>,
     pub event_idx: Option<OnOff>,
-    pub interrupts: Option<OnOff>,
+    pub interrupts: Option<Interrupts>,
     pub hugepages: Option<OnOff>,
     /// The process that serves, if it is not the one that made the socket.
     pub pid: Option<u32>,
@@ -33,7 +33,7 @@ impl ServerSpec {
             ring: self.ring.unwrap_or(all.ring),
             indirect: or(self.indirect, all.indirect),
             event_idx: or(self.event_idx, all.event_idx),
-            interrupts: or(self.interrupts, all.interrupts),
+            interrupts: self.interrupts.unwrap_or(all.interrupts),
             hugepages: or(self.hugepages, all.hugepages),
         }
     }
@@ -103,7 +103,7 @@ mod tests {
             ring: RingKind::Split,
             indirect: true,
             event_idx: true,
-            interrupts: false,
+            interrupts: Interrupts::Off,
             hugepages: false,
         };
         let spec: ServerSpec = "a,,b.sock,ring=packed,indirect=off,pid=77".parse().unwrap();

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 
+use super::args::Interrupts;
 use super::engine::{Done, Queue, SPINS};
 use super::io::Io;
 use super::slots::{
@@ -32,7 +33,7 @@ pub struct SplitRing {
     avail_index: u16,
     published: u16,
     last_used: u16,
-    /// Where `used_event` was put last, so that it is never reached.
+    /// Where `used_event` was put last.
     event: u16,
     signals: Signals,
 }
@@ -99,6 +100,18 @@ impl SplitRing {
         }
     }
 
+    /// Asks for a signal at the next completion; whoever asks looks once more.
+    fn arm(&mut self) {
+        self.event = self.last_used;
+        if self.config.event_idx {
+            self.avail_word(self.config.size + 2)
+                .store(self.event.to_le(), Relaxed);
+        }
+        // Full barrier between asking for a signal and looking once more; pairs with the server's between publishing
+        // its used index and reading what we ask for.
+        fence(SeqCst);
+    }
+
     #[inline]
     fn used_index(&self) -> u16 {
         // Acquire pairs with the server's release of its used elements, statuses and data.
@@ -146,7 +159,7 @@ impl DriverRing for SplitRing {
             event: 0,
             signals,
         };
-        if !config.interrupts {
+        if config.interrupts == Interrupts::Off {
             ring.avail_word(0).store(NO_INTERRUPT.to_le(), Relaxed);
             ring.silence();
         }
@@ -187,6 +200,9 @@ impl Queue for SplitRing {
     fn poll(&mut self, done: &mut Vec<Done>) -> anyhow::Result<()> {
         let index = self.used_index();
         if index == self.last_used {
+            if self.config.interrupts == Interrupts::Armed && self.event != index {
+                self.arm();
+            }
             return Ok(());
         }
         while self.last_used != index {
@@ -203,7 +219,9 @@ impl Queue for SplitRing {
             self.last_used = self.last_used.wrapping_add(1);
             done.push(Done { slot, failure });
         }
-        if !self.config.interrupts && self.last_used.wrapping_sub(self.event) > 0x4000 {
+        if self.config.interrupts == Interrupts::Off
+            && self.last_used.wrapping_sub(self.event) > 0x4000
+        {
             self.silence();
         }
         Ok(())
@@ -211,23 +229,22 @@ impl Queue for SplitRing {
 
     #[inline]
     fn spin(&mut self, done: &mut Vec<Done>) -> anyhow::Result<()> {
-        if !self.config.interrupts {
+        let waits = match self.config.interrupts {
+            Interrupts::Off => true,
+            Interrupts::Armed => self.event == self.last_used,
+            Interrupts::On => false,
+        };
+        if waits {
             let _ = (0..SPINS).find(|_| self.used_index() != self.last_used);
         }
         self.poll(done)
     }
 
     fn sleep(&mut self, timeout: Duration) -> anyhow::Result<bool> {
-        if !self.config.interrupts {
+        if self.config.interrupts != Interrupts::On {
             return Ok(false);
         }
-        if self.config.event_idx {
-            self.avail_word(self.config.size + 2)
-                .store(self.last_used.to_le(), Relaxed);
-        }
-        // Full barrier between asking for a signal and looking once more; pairs with the server's between publishing
-        // its used index and reading what we ask for.
-        fence(SeqCst);
+        self.arm();
         if self.used_index() == self.last_used {
             self.signals.wait(timeout)?;
         }
@@ -243,6 +260,6 @@ impl Queue for SplitRing {
     }
 
     fn counters(&self) -> Counters {
-        self.signals.counters()
+        self.signals.counters(self.config.interrupts)
     }
 }

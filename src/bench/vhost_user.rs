@@ -131,7 +131,7 @@ fn connect<R: DriverRing + 'static>(
             config.size,
             switch(config.indirect),
             switch(config.event_idx),
-            switch(wishes.interrupts),
+            wishes.interrupts,
             if wishes.hugepages { ", huge pages" } else { "" },
         ),
         capacity: disk.capacity,
@@ -378,6 +378,8 @@ impl<R: DriverRing> Keeper<R> for Wire {
 mod tests {
     use super::*;
 
+    use super::super::args::Interrupts;
+
     const NEEDS: Needs = Needs {
         queues: 1,
         depth: 1,
@@ -410,7 +412,7 @@ mod tests {
             ring: RingKind::Split,
             indirect: true,
             event_idx: true,
-            interrupts: false,
+            interrupts: Interrupts::Off,
             hugepages: false,
         };
         let spec = path.to_str().unwrap().parse().unwrap();

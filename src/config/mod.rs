@@ -30,7 +30,7 @@ pub use options::{
     BlkOptions, DeviceOptions, MediumKind, Options, ScsiOptions, ServerOptions, SpecError,
 };
 pub use values::{
-    BlockSize, ByteSize, CoreId, CoreList, LogLevel, LunPlace, OnDeviceLoss, ValueError,
+    BlockSize, ByteSize, CoreId, CoreList, LogLevel, LunPlace, OnDeviceLoss, Polling, ValueError,
 };
 
 /// Everything `tandem serve` was asked for.
@@ -44,6 +44,8 @@ pub struct Config {
     pub hosts: Vec<HostConfig>,
     /// The cores that busy-poll. Never empty, none twice.
     pub cores: CoreList,
+    /// Whether those cores sleep while nothing happens.
+    pub poll: Polling,
     pub log: LogLevel,
 }
 
@@ -335,6 +337,7 @@ impl Options {
             disks,
             hosts,
             cores: self.server.cores.ok_or(ConfigError::NoCores)?,
+            poll: self.server.poll.unwrap_or_default(),
             log: self.server.log.unwrap_or_default(),
         })
     }

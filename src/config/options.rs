@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use super::ConfigError;
 use super::values::{
     BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, LunPlace,
-    OnDeviceLoss, Pci, Serial, SocketPath, Switch, ValueError, Within,
+    OnDeviceLoss, Pci, Polling, Serial, SocketPath, Switch, ValueError, Within,
 };
 
 /// A configuration as written; [`Options::resolve`] completes and checks it.
@@ -27,11 +27,12 @@ pub struct Options {
     pub scsi: Vec<ScsiOptions>,
 }
 
-/// `[server]`, or `--cores` and `--log`.
+/// `[server]`, or `--cores`, `--poll` and `--log`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerOptions {
     pub cores: Option<CoreList>,
+    pub poll: Option<Polling>,
     pub log: Option<LogLevel>,
 }
 

@@ -74,7 +74,8 @@ from_scalar!(
     LunPlace,
     Kind,
     Pci,
-    OnDeviceLoss
+    OnDeviceLoss,
+    Polling
 );
 
 /// A number of bytes; K, M, G and T are powers of 1024.
@@ -406,6 +407,37 @@ impl fmt::Display for OnDeviceLoss {
         f.write_str(match self {
             Self::Error => "error",
             Self::Hold => "hold",
+        })
+    }
+}
+
+/// What a core does while nothing happens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub enum Polling {
+    /// It looks.
+    #[default]
+    Always,
+    /// It looks for a while, then it sleeps until it is woken.
+    Adaptive,
+}
+
+impl FromStr for Polling {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "always" => Ok(Self::Always),
+            "adaptive" => Ok(Self::Adaptive),
+            _ => refuse(format!("`{text}` is neither always nor adaptive")),
+        }
+    }
+}
+
+impl fmt::Display for Polling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Always => "always",
+            Self::Adaptive => "adaptive",
         })
     }
 }

@@ -6,7 +6,7 @@ use nvme_driver::vfio::VfioTransport;
 use nvme_driver::vfio::pci::{PciAddress, Sysfs, VFIO_DRIVER};
 use nvme_model::{Model, ModelHandle};
 
-use super::device::{Device, DeviceError};
+use super::device::{Device, DeviceError, Interrupts};
 use crate::config::{ControllerConfig, DeviceConfig, Medium, ModelConfig, PciTarget};
 
 /// Claims one device and asks for a queue pair for each of `virtqueues`. An embedded controller comes with its other
@@ -17,27 +17,31 @@ use crate::config::{ControllerConfig, DeviceConfig, Medium, ModelConfig, PciTarg
 pub fn open_device(
     config: &DeviceConfig,
     virtqueues: usize,
+    interrupts: Interrupts,
 ) -> Result<(Device, Option<ModelHandle>), DeviceError> {
     // At least one, so that a device without disks can be identified.
     let wanted = u16::try_from(virtqueues.max(1)).unwrap_or(u16::MAX);
     match &config.controller {
         ControllerConfig::Pci(PciTarget::Address(address)) => {
-            Ok((claim_pci(config, *address, wanted)?, None))
+            let device = claim_pci(config, *address, wanted, interrupts)?;
+            Ok((device, None))
         }
         ControllerConfig::Pci(PciTarget::Serial(serial)) => {
-            Ok((find_by_serial(config, serial, wanted)?.1, None))
+            let (_, device) = find_by_serial(config, serial, wanted, interrupts)?;
+            Ok((device, None))
         }
         ControllerConfig::Model(model) => {
-            let transport = make_model(&config.name, model)?;
+            let transport = make_model(&config.name, model, interrupts)?;
             let handle = transport.handle();
             // Only one whose reset failed is given up. What memory held is gone with it; an image file is still there,
             // and where nothing was kept nothing is missing.
             let (name, model) = (config.name.clone(), model.clone());
             let again = Box::new(move || match model.medium {
                 Medium::Ram { .. } => Err(DeviceError::Lost { name: name.clone() }),
-                Medium::File { .. } | Medium::Null { .. } => make_model(&name, &model),
+                Medium::File { .. } | Medium::Null { .. } => make_model(&name, &model, interrupts),
             });
-            let device = Device::open(&config.name, transport, wanted, again)?;
+            let name = &config.name;
+            let device = Device::open_with(name, transport, wanted, interrupts, again)?;
             Ok((device, Some(handle)))
         }
     }
@@ -49,6 +53,7 @@ fn find_by_serial(
     config: &DeviceConfig,
     serial: &str,
     wanted: u16,
+    interrupts: Interrupts,
 ) -> Result<(PciAddress, Device), DeviceError> {
     let functions = Sysfs::default().functions().unwrap_or_default();
     let mut others = Vec::new();
@@ -57,7 +62,7 @@ fn find_by_serial(
             continue;
         }
         let address = function.address;
-        match claim_pci(config, address, wanted) {
+        match claim_pci(config, address, wanted, interrupts) {
             Ok(device) if ascii_field(&device.identity.sn) == serial => {
                 return Ok((address, device));
             }
@@ -87,7 +92,7 @@ pub fn locate(config: &DeviceConfig, target: &PciTarget) -> Result<PciAddress, D
     match target {
         PciTarget::Address(address) => Ok(*address),
         PciTarget::Serial(serial) => {
-            let (address, device) = find_by_serial(config, serial, 1)?;
+            let (address, device) = find_by_serial(config, serial, 1, Interrupts::Off)?;
             device.shutdown()?;
             Ok(address)
         }
@@ -98,17 +103,22 @@ fn claim_pci(
     config: &DeviceConfig,
     address: PciAddress,
     wanted: u16,
+    interrupts: Interrupts,
 ) -> Result<Device, DeviceError> {
     let isolation = config.isolation;
     let claim = move || Ok(VfioTransport::claim_with(address, isolation)?);
-    Device::open(&config.name, claim()?, wanted, Box::new(claim))
+    Device::open_with(&config.name, claim()?, wanted, interrupts, Box::new(claim))
 }
 
 /// An embedded controller.
 ///
 /// # Errors
 /// When its medium cannot be had.
-pub fn make_model(name: &str, model: &ModelConfig) -> Result<Model, DeviceError> {
+pub fn make_model(
+    name: &str,
+    model: &ModelConfig,
+    interrupts: Interrupts,
+) -> Result<Model, DeviceError> {
     let namespaces = u64::from(model.namespaces.max(1));
     let (medium, size) = match &model.medium {
         Medium::Ram { size } => (nvme_model::Medium::Ram, Some(*size)),
@@ -128,6 +138,7 @@ pub fn make_model(name: &str, model: &ModelConfig) -> Result<Model, DeviceError>
         latency: model.latency,
         jitter: model.jitter,
         serial: model.serial.clone(),
+        interrupts: interrupts == Interrupts::OnRequest,
         ..nvme_model::ModelConfig::default()
     })
     .map_err(|error| DeviceError::Model {

@@ -88,6 +88,24 @@ pub enum Condition {
     GivenUp,
 }
 
+/// Whether queue pairs have interrupts, for reactors that sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupts {
+    /// They are polled only.
+    Off,
+    /// As far as the device has them.
+    OnRequest,
+}
+
+impl Interrupts {
+    fn of<T: Transport>(self, controller: Controller<T, Disabled>) -> Controller<T, Disabled> {
+        match self {
+            Interrupts::Off => controller,
+            Interrupts::OnRequest => controller.with_interrupts(),
+        }
+    }
+}
+
 /// All pollers of one device, on loan from their reactors.
 pub type Pollers = Vec<Box<dyn Poll>>;
 
@@ -145,6 +163,7 @@ struct Controlled<T: Transport> {
     controller: Option<Controller<T, Enabled<T>>>,
     space: Arc<DmaSpace>,
     claim: Claim<T>,
+    interrupts: Interrupts,
     wanted: u16,
     identity: Box<IdentifyController>,
     namespaces: Vec<NamespaceInfo>,
@@ -357,6 +376,7 @@ where
     fn regain(&mut self, pollers: &mut Pollers) -> Result<(), DeviceError> {
         let transport = (self.claim)()?;
         let disabled = Controller::with_space(transport, Arc::clone(&self.space))?;
+        let disabled = self.interrupts.of(disabled);
         self.go_on(disabled, pollers, true)
     }
 
@@ -415,8 +435,26 @@ impl Device {
         T: Transport + 'static,
         T::Port: 'static,
     {
+        Device::open_with(name, transport, queue_pairs, Interrupts::Off, claim)
+    }
+
+    /// The same; with interrupts, queue pairs can wake reactors that sleep.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn open_with<T>(
+        name: &str,
+        transport: T,
+        queue_pairs: u16,
+        interrupts: Interrupts,
+        claim: Claim<T>,
+    ) -> Result<Device, DeviceError>
+    where
+        T: Transport + 'static,
+        T::Port: 'static,
+    {
         let no_write_zeroes = transport.quirks().no_write_zeroes;
-        let disabled = Controller::new(transport)?;
+        let disabled = interrupts.of(Controller::new(transport)?);
         let mut controller = disabled.enable(queue_pairs).map_err(|(_, error)| error)?;
         let mut namespaces = Vec::new();
         for nsid in controller.active_namespaces()? {
@@ -441,6 +479,7 @@ impl Device {
                 controller: Some(controller),
                 space,
                 claim,
+                interrupts,
                 wanted: queue_pairs,
                 identity,
                 namespaces,

@@ -6,7 +6,7 @@ use nvme_driver::spec::{IdentifyController, IdentifyNamespace, ascii_field};
 use serde_json::{Map, Value, json};
 
 use super::claim::open_device;
-use super::device::{Device, DeviceError, NamespaceInfo};
+use super::device::{Device, DeviceError, Interrupts, NamespaceInfo};
 use crate::config::DeviceConfig;
 
 /// One field: its name, its value as a number or string, and as text.
@@ -150,7 +150,7 @@ fn as_object(fields: Vec<Field>) -> Map<String, Value> {
 /// # Errors
 /// When it cannot be claimed, or not be shut down.
 pub fn describe(config: &DeviceConfig, json: bool) -> Result<String, DeviceError> {
-    let (device, _) = open_device(config, 1)?;
+    let (device, _) = open_device(config, 1, Interrupts::Off)?;
     let text = if json {
         format!("{:#}\n", to_json(&device))
     } else {

@@ -17,18 +17,18 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::claim::open_device;
-use super::device::{Device, DeviceError};
+use super::device::{Device, DeviceError, Interrupts};
 use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
-use crate::config::{ControllerConfig, CoreId, Socket};
+use crate::config::{ControllerConfig, CoreId, Polling, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, HostPlan, Plan};
-use crate::reactor::{PollerId, Reactor, ReactorError};
+use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
 use crate::scsi::{LogicalUnit, Lun, Target, UnitIds};
-use crate::stats::{CounterTable, SharedCounters};
+use crate::stats::{CounterTable, SharedCounters, StageTable};
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -71,6 +71,8 @@ pub struct Server {
     models: Vec<(String, ModelHandle)>,
     exports: Vec<Arc<Export>>,
     reactors: Vec<Reactor>,
+    /// Of each reactor, also after its end.
+    handles: Vec<ReactorHandle>,
     /// Every poller, with the index of its device.
     pollers: Vec<(usize, Place)>,
     /// One for each device.
@@ -124,6 +126,7 @@ impl Server {
             models: Vec::new(),
             exports: Vec::new(),
             reactors: Vec::new(),
+            handles: Vec::new(),
             pollers: Vec::new(),
             keepers: Arc::new([]),
             stop: Arc::new(Stop::new()?),
@@ -141,6 +144,10 @@ impl Server {
     }
 
     fn bring_up(&mut self, plan: &Plan, listeners: Vec<Listener>) -> Result<(), ServerError> {
+        let (mode, interrupts) = match plan.poll {
+            Polling::Always => (Mode::Always, Interrupts::Off),
+            Polling::Adaptive => (Mode::Adaptive, Interrupts::OnRequest),
+        };
         for device in &plan.devices {
             if let ControllerConfig::Model(model) = &device.config.controller
                 && !model.medium.keeps_data()
@@ -150,14 +157,16 @@ impl Server {
                     "the medium is null: data written is lost, and reads return whatever is in the guest's buffer"
                 );
             }
-            let (device, handle) = open_device(&device.config, device.virtqueues)?;
+            let (device, handle) = open_device(&device.config, device.virtqueues, interrupts)?;
             self.models
                 .extend(handle.map(|handle| (device.name.clone(), handle)));
             self.devices.push(Arc::new(device));
         }
         for core in &plan.cores {
-            self.reactors.push(Reactor::start(core.id.0)?);
+            self.reactors.push(Reactor::start(core.id.0, mode)?);
         }
+        let handles = self.reactors.iter().map(Reactor::handle);
+        self.handles = handles.cloned().collect();
         for (index, device) in self.devices.clone().iter().enumerate() {
             self.create_exports(plan, index, device)?;
         }
@@ -284,7 +293,16 @@ impl Server {
                 );
             }
         }
-        let mut report = table.to_string();
+        let mut stages = StageTable::default();
+        for disk in &self.exports {
+            for (i, queue) in disk.queues.iter().enumerate() {
+                stages.push(&disk.name, disk.virtqueue(i), &queue.counters.stages);
+            }
+        }
+        let mut report = format!("{table}\n{stages}");
+        for handle in &self.handles {
+            report.push_str(&format!("core {}: {}\n", handle.core(), handle.stats()));
+        }
         for (name, keeper) in self.keepers.iter() {
             report.push_str(&match keeper.try_lock() {
                 Ok(keeper) => keeper.report(),

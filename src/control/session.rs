@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,7 +29,7 @@ use super::device::Device;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
 use crate::datapath::{Barrier, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal};
-use crate::reactor::{PollerId, ReactorHandle};
+use crate::reactor::{Mode, PollerId, ReactorHandle};
 use crate::scsi::{Nexus, Target};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
@@ -262,6 +263,8 @@ struct Vring {
     running: Option<LaneId>,
     call: Arc<Signal>,
     error: Arc<Signal>,
+    /// For a reactor that sleeps. `None`: the front-end says that the ring is to be polled.
+    kick: Option<OwnedFd>,
 }
 
 impl Vring {
@@ -275,6 +278,7 @@ impl Vring {
             running: None,
             call: Arc::new(Signal::new()?),
             error: Arc::new(Signal::new()?),
+            kick: None,
         })
     }
 }
@@ -301,15 +305,18 @@ struct Initiator {
 
 impl Initiator {
     /// One that has just come, or was reset, if `export` is for initiators.
-    fn of(export: &Export) -> Option<Initiator> {
-        match &export.kind {
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    fn of(export: &Export) -> io::Result<Option<Initiator>> {
+        Ok(match &export.kind {
             Kind::Disk(_) => None,
             Kind::Host(host) => Some(Initiator {
                 nexus: Arc::new(Nexus::new(Arc::clone(&host.target))),
                 // All but the control queue.
-                barrier: Arc::new(Barrier::new(export.queues.len() - 1)),
+                barrier: Arc::new(Barrier::new(export.queues.len() - 1)?),
             }),
-        }
+        })
     }
 }
 
@@ -345,7 +352,7 @@ impl Session {
             .collect::<io::Result<_>>()?;
         let memory = MemoryTable::new(Arc::clone(&disk.device.space));
         Ok(Session {
-            initiator: Initiator::of(&disk),
+            initiator: Initiator::of(&disk)?,
             disk,
             owned: false,
             features: 0,
@@ -490,6 +497,8 @@ impl Session {
     ) -> VhostResult<Lane> {
         let (export, vring) = (&self.disk, &self.vrings[index]);
         let [call, error] = [&vring.call, &vring.error].map(Arc::clone);
+        let kick = vring.kick.as_ref().map(OwnedFd::try_clone).transpose();
+        let kick = kick.map_err(VhostError::ReqHandlerError)?;
         let shared = Arc::clone(&export.queues[polled].counters);
         let volatile_cache = export.device.has_volatile_cache();
         let host = match &export.kind {
@@ -506,6 +515,7 @@ impl Session {
                     deallocate: export.device.can_deallocate(),
                     call,
                     error,
+                    kick,
                     shared,
                 }));
             }
@@ -528,6 +538,7 @@ impl Session {
                 volatile_cache,
                 call,
                 error,
+                kick,
                 shared,
             }),
             None => Lane::control(ControlConfig {
@@ -538,6 +549,7 @@ impl Session {
                 barrier,
                 call,
                 error,
+                kick,
                 shared,
             }),
         })
@@ -611,13 +623,13 @@ impl Session {
         self.quiesce()?;
         for vring in &mut self.vrings {
             (vring.size, vring.base, vring.addresses) = (0, 0, None);
-            (vring.kicked, vring.enabled) = (false, false);
+            (vring.kicked, vring.enabled, vring.kick) = (false, false, None);
         }
         self.features = 0;
         if let Some(disk) = self.disk.disk() {
             disk.writeback.store(true, Ordering::Relaxed);
         }
-        self.initiator = Initiator::of(&self.disk);
+        self.initiator = Initiator::of(&self.disk).map_err(VhostError::ReqHandlerError)?;
         Ok(())
     }
 }
@@ -745,7 +757,19 @@ impl VhostUserBackendReqHandlerMut for Session {
         if let Some(file) = &fd {
             require_eventfd(file).map_err(VhostError::ReqHandlerError)?;
         }
-        // The ring is polled: the descriptor itself is not needed. Its arrival starts the ring, kick or no kick.
+        if let Some(polled) = self.disk.polled(index)
+            && let queue = &self.disk.queues[polled]
+            && queue.reactor.mode() == Mode::Adaptive
+        {
+            let kick = fd.map(OwnedFd::from);
+            if let Some(lane) = self.vrings[index].running {
+                let clone = kick.as_ref().map(OwnedFd::try_clone).transpose();
+                let clone = clone.map_err(VhostError::ReqHandlerError)?;
+                queue.reactor.replace_kick(queue.poller, lane, clone);
+            }
+            self.vrings[index].kick = kick;
+        }
+        // A ring that is always polled needs no descriptor. Its arrival starts the ring, kick or no kick.
         self.vrings[index].kicked = true;
         self.start_queue(index)
     }

@@ -11,17 +11,19 @@ mod control;
 mod scsi;
 
 use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nvme_driver::MAX_ENTRIES;
 use nvme_driver::spec::{Cid, LbaRange, MAX_BLOCKS, Nsid, Status, SubmissionEntry};
-use nvme_driver::transport::{Iova, Transport};
+use nvme_driver::transport::{Armed, Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
 use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
 use super::signal::Signal;
 use crate::block::{BlockRange, RangeList};
-use crate::stats::{QueueCounters, SharedCounters};
+use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
 use crate::virtio::virtqueue::{HeadIndex, RingError, Virtqueue};
@@ -192,6 +194,11 @@ pub(super) trait Front: fmt::Debug + Sized {
         true
     }
 
+    /// Whether there is anything to do that nothing would tell a sleeping poller of.
+    fn is_wanted(_lane: &RequestLane<Self>) -> bool {
+        false
+    }
+
     /// Takes up to `most` requests from the ring and starts them.
     fn fetch<T: Transport>(lane: &mut RequestLane<Self>, pair: &mut Pair<T>, most: u16);
 
@@ -240,6 +247,7 @@ struct LaneParts {
     deallocate: bool,
     call: Arc<Signal>,
     error: Arc<Signal>,
+    kick: Option<OwnedFd>,
     shared: Arc<SharedCounters>,
 }
 
@@ -322,6 +330,45 @@ impl Lane {
 
     pub(super) fn is_drained(&self) -> bool {
         on_lane!(&self.0, lane => lane.is_drained())
+    }
+
+    /// The files that wake a poller for it, of which [`Lane::kick`] is one.
+    pub fn wakers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let barrier = match &self.0 {
+            Kind::Scsi(lane) => Some(lane.waker()),
+            Kind::Blk(_) | Kind::Control(_) => None,
+        };
+        self.kick().into_iter().chain(barrier)
+    }
+
+    /// The kick eventfd. Nobody reads it: it is watched edge-triggered.
+    #[must_use]
+    pub fn kick(&self) -> Option<BorrowedFd<'_>> {
+        on_lane!(&self.0, lane => lane.kick())
+    }
+
+    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        on_lane!(&mut self.0, lane => lane.replace_kick(kick))
+    }
+
+    /// The poller wants to sleep: asks the guest for a kick. What is it that nothing would tell of?
+    pub(super) fn arm(&mut self) -> Armed {
+        on_lane!(&mut self.0, lane => lane.arm())
+    }
+
+    /// The poller is awake.
+    pub(super) fn disarm(&mut self) {
+        on_lane!(&mut self.0, lane => lane.disarm());
+    }
+
+    /// [`Self::publish`], and when it did what: when the guest could see it, and when it had its signal if it wanted one.
+    #[cold]
+    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
+        on_lane!(&mut self.0, lane => lane.publish_timed())
+    }
+
+    pub(super) fn stages(&self) -> &StageTimes {
+        on_lane!(&self.0, lane => lane.stages())
     }
 
     /// It leaves its poller, drained.
@@ -469,6 +516,37 @@ impl<F: Front> RequestLane<F> {
 
     fn is_drained(&self) -> bool {
         self.state == State::Draining && self.queue.in_flight() == 0 && self.work.is_none()
+    }
+
+    fn kick(&self) -> Option<BorrowedFd<'_>> {
+        self.config.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        std::mem::replace(&mut self.config.kick, kick)
+    }
+
+    fn arm(&mut self) -> Armed {
+        if F::is_wanted(self) {
+            return Armed::Pending;
+        }
+        // Work that is being issued waits for completions, and so does a lane that fetches nothing.
+        if self.state != State::Running || self.work.is_some() {
+            return Armed::Yes;
+        }
+        match self.queue.request_kicks() {
+            Ok(true) => Armed::Pending,
+            Ok(false) if self.config.kick.is_none() => Armed::Never,
+            Ok(false) => Armed::Yes,
+            Err(error) => {
+                self.break_ring(&error);
+                Armed::Yes
+            }
+        }
+    }
+
+    fn disarm(&mut self) {
+        self.queue.suppress_kicks();
     }
 
     fn publish_counters(&self) {
@@ -933,6 +1011,22 @@ impl<F: Front> RequestLane<F> {
             self.signal();
         }
         F::published(self);
+    }
+
+    #[cold]
+    fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
+        self.queue.publish_used();
+        let used = Instant::now();
+        let wants = self.queue.needs_signal();
+        if wants {
+            self.signal();
+        }
+        F::published(self);
+        (used, wants.then(Instant::now))
+    }
+
+    fn stages(&self) -> &StageTimes {
+        &self.config.shared.stages
     }
 }
 

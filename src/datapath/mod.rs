@@ -8,5 +8,5 @@ pub mod poller;
 pub mod signal;
 
 pub use lane::{Barrier, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig};
-pub use poller::{PairHealth, Poll, Poller, Service};
+pub use poller::{Load, PairHealth, Poll, Poller, Service, Waker};
 pub use signal::Signal;

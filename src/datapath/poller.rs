@@ -5,6 +5,7 @@
 //! most one signal each.
 
 use std::any::Any;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,17 +13,22 @@ use std::time::{Duration, Instant};
 use nvme_driver::MAX_ENTRIES;
 use nvme_driver::dma::{DmaError, DmaSpace};
 use nvme_driver::spec::{Cid, Status, io_opcode};
-use nvme_driver::transport::Transport;
+use nvme_driver::transport::{Armed, Transport};
 use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
 use super::lane::{CommandContext, Kind, Lane, LaneId, Pair, max_segments};
+use crate::stats::Stage;
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
 const POLL_BUDGET: usize = 64;
 /// A lane's counters are shown to others, and the clock is looked at, every so many turns.
 const PUBLISH_INTERVAL: u32 = 1024;
+/// Every so many of those turns, a request is timed on its way.
+const SAMPLE_INTERVAL: u32 = 16;
+/// Turns that a timed request may take: it is forgotten then.
+const SAMPLE_PATIENCE: u32 = 1 << 18;
 /// What the age of commands is counted in.
 const ERA: Duration = Duration::from_millis(250);
 
@@ -71,6 +77,24 @@ impl PairHealth {
     }
 }
 
+/// What is at a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Commands submitted so far.
+    pub submitted: u64,
+    /// Those of them that have not completed.
+    pub outstanding: u16,
+}
+
+/// A file that becomes readable when a poller has something to do.
+#[derive(Clone, Copy, Debug)]
+pub enum Waker<'a> {
+    /// A guest's kick.
+    Kick(BorrowedFd<'a>),
+    /// The device's interrupt.
+    Interrupt(BorrowedFd<'a>),
+}
+
 /// What a reactor drives: one turn at a time, whatever the transport. The one virtual call of a turn is here.
 pub trait Poll: Send {
     /// One turn. `true` when there was anything to do.
@@ -85,6 +109,19 @@ pub trait Poll: Send {
     fn lanes(&self) -> usize;
     /// What others may know of its queue pair meanwhile.
     fn health(&self) -> Arc<PairHealth>;
+    /// What is at the device.
+    fn load(&self) -> Load;
+    /// The reactor wants to sleep: asks guests for kicks and the device for an interrupt, and says whether anything has
+    /// happened meanwhile, or would without being told.
+    fn arm(&mut self) -> Armed;
+    /// The reactor is awake: takes back what was asked for.
+    fn disarm(&mut self);
+    /// Every file that [`Poll::arm`] may make use of. Nobody reads them: they are watched edge-triggered.
+    fn wakers(&self, each: &mut dyn FnMut(Waker<'_>));
+    /// Another kick eventfd for a lane. Gives back the one before.
+    fn replace_kick(&mut self, lane: LaneId, kick: Option<OwnedFd>) -> Option<OwnedFd>;
+    /// Shows others how it is: turns do so every so often, and there will be none for a while.
+    fn show(&mut self);
     /// Carries on with what is at the device and takes nothing new, until nothing is there or `deadline` has passed.
     /// `true` when nothing is. For the control thread that has the poller.
     fn settle(&mut self, deadline: Duration) -> bool;
@@ -94,6 +131,21 @@ pub trait Poll: Send {
     fn into_any(self: Box<Self>) -> Box<dyn Any>;
     /// The poller, for its maker.
     fn as_any(&mut self) -> &mut dyn Any;
+}
+
+/// A request that is timed, at the device. While it is there every turn is a rare one, so that the others need not ask
+/// whether there is one.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    cid: Cid,
+    /// Its lane's place.
+    lane: u16,
+    /// The turn that found it looked at the avail rings.
+    seen: Instant,
+    /// The submission queue's doorbell was rung.
+    rung: Instant,
+    /// Turns that it may still take.
+    patience: u32,
 }
 
 /// One queue pair and its lanes.
@@ -113,6 +165,9 @@ pub struct Poller<T: Transport> {
     /// Turns, busy turns and completion doorbells that the lanes' counters know of.
     counted: [u64; 3],
     service: Service,
+    sample: Option<Sample>,
+    /// Rare turns until the next sample.
+    until_sample: u32,
     /// When the current era began.
     era: Instant,
     health: Arc<PairHealth>,
@@ -145,6 +200,8 @@ impl<T: Transport> Poller<T> {
             busy_turns: 0,
             counted: [0; 3],
             service: Service::Serve,
+            sample: None,
+            until_sample: 1,
             era: Instant::now(),
             health: Arc::default(),
         })
@@ -246,15 +303,114 @@ impl<T: Transport> Poller<T> {
     /// A turn that has more to do than to look for work: every so many, and each while there is no device.
     #[cold]
     fn rare_turn(&mut self) -> bool {
+        if let Some(sample) = self.sample.take() {
+            return self.follow(sample);
+        }
         let serves = self.service == Service::Serve;
         self.until_show = if serves { PUBLISH_INTERVAL } else { 1 };
         self.turns = self.turns.wrapping_add(self.until_show.into());
         if !serves {
             return self.turn_without_device();
         }
-        self.show();
+        self.show_all();
+        self.until_sample = self.until_sample.saturating_sub(1);
+        let mut lanes = self.lanes.iter().flatten();
+        if self.until_sample == 0 && lanes.any(|lane| lane.wants()) {
+            return self.sampled_turn();
+        }
         self.pair.queue.service();
         self.busy_turn()
+    }
+
+    /// [`Poller::busy_turn`], of whose requests the first is timed.
+    #[cold]
+    fn sampled_turn(&mut self) -> bool {
+        self.pair.queue.service();
+        let mut busy = self.collect();
+        let mut before = [0_u64; MAX_ENTRIES as usize / 64];
+        for cid in self.pair.queue.outstanding_cids() {
+            before[cid.index() / 64] |= 1 << (cid.index() % 64);
+        }
+        let seen = Instant::now();
+        for lane in self.lanes.iter_mut().flatten() {
+            busy |= lane.fetch(&mut self.pair);
+        }
+        if busy {
+            self.pair.queue.ring();
+            let rung = Instant::now();
+            let is_new = |cid: &Cid| before[cid.index() / 64] >> (cid.index() % 64) & 1 == 0;
+            let new = self.pair.queue.outstanding_cids().find(is_new);
+            for lane in self.lanes.iter_mut().flatten() {
+                lane.publish();
+            }
+            if let Some(cid) = new {
+                let (CommandContext::Whole { lane, .. } | CommandContext::Part { lane, .. }) =
+                    *self.pair.context(cid);
+                self.until_sample = SAMPLE_INTERVAL;
+                self.sample = Some(Sample {
+                    cid,
+                    lane,
+                    seen,
+                    rung,
+                    patience: SAMPLE_PATIENCE,
+                });
+                self.hurry();
+            }
+        }
+        self.busy_turns = self.busy_turns.wrapping_add(busy.into());
+        busy
+    }
+
+    /// A turn while a timed request is at the device.
+    #[cold]
+    fn follow(&mut self, mut sample: Sample) -> bool {
+        self.until_show = PUBLISH_INTERVAL;
+        self.turns = self.turns.wrapping_add(PUBLISH_INTERVAL.into());
+        self.pair.queue.service();
+        let (mut busy, mut completed) = (false, None);
+        for _ in 0..POLL_BUDGET {
+            let Some(completion) = self.pair.queue.poll() else {
+                break;
+            };
+            if completion.cid == sample.cid && completed.is_none() {
+                completed = Some(Instant::now());
+            }
+            busy = true;
+            self.complete(completion);
+        }
+        for lane in self.lanes.iter_mut().flatten() {
+            busy |= lane.fetch(&mut self.pair);
+        }
+        if busy {
+            self.pair.queue.ring();
+        }
+        for (place, lane) in self.lanes.iter_mut().enumerate() {
+            let Some(lane) = lane.as_mut().filter(|_| busy) else {
+                continue;
+            };
+            let Some(completed) = completed.filter(|_| place == usize::from(sample.lane)) else {
+                lane.publish();
+                continue;
+            };
+            let (used, signalled) = lane.publish_timed();
+            let stages = lane.stages();
+            stages.record(Stage::Submit, sample.rung.duration_since(sample.seen));
+            stages.record(Stage::Device, completed.duration_since(sample.rung));
+            stages.record(Stage::Used, used.duration_since(completed));
+            if let Some(signalled) = signalled {
+                stages.record(Stage::Signal, signalled.duration_since(used));
+            }
+        }
+        sample.patience -= 1;
+        if completed.is_none() && sample.patience > 0 {
+            self.sample = Some(sample);
+            self.hurry();
+            if self.turns.is_multiple_of(PUBLISH_INTERVAL.into()) {
+                self.show_all();
+            }
+        }
+        self.busy_turns = self.busy_turns.wrapping_add(busy.into());
+        busy
     }
 
     /// The next turn is to look at [`Poller::service`] again.
@@ -308,7 +464,7 @@ impl<T: Transport> Poller<T> {
 
     /// Shows others how the lanes and the queue pair are.
     #[cold]
-    fn show(&mut self) {
+    fn show_all(&mut self) {
         self.count_turns();
         if self.era.elapsed() < ERA {
             return;
@@ -447,6 +603,60 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         Arc::clone(&self.health)
     }
 
+    fn load(&self) -> Load {
+        Load {
+            submitted: self.pair.queue.counters().commands,
+            outstanding: self.pair.queue.outstanding(),
+        }
+    }
+
+    #[cold]
+    fn arm(&mut self) -> Armed {
+        let mut armed = match self.service {
+            Service::Serve => self.pair.queue.request_interrupt(),
+            Service::Fail => Armed::Yes,
+            // Nothing is taken from the rings. A lane that is asked back has its requests failed in the next turn.
+            Service::Hold if self.draining > 0 => return Armed::Pending,
+            Service::Hold => return Armed::Yes,
+        };
+        // With no room at the device nothing new is taken before a completion.
+        if armed == Armed::Pending || self.pair.queue.room() == 0 {
+            return armed;
+        }
+        for lane in self.lanes.iter_mut().flatten() {
+            armed = match (armed, lane.arm()) {
+                (_, Armed::Pending) => return Armed::Pending,
+                (Armed::Yes, Armed::Yes) => Armed::Yes,
+                _ => Armed::Never,
+            };
+        }
+        armed
+    }
+
+    #[cold]
+    fn disarm(&mut self) {
+        self.pair.queue.suppress_interrupt();
+        for lane in self.lanes.iter_mut().flatten() {
+            lane.disarm();
+        }
+    }
+
+    fn wakers(&self, each: &mut dyn FnMut(Waker<'_>)) {
+        let interrupt = self.pair.queue.interrupt().map(Waker::Interrupt);
+        let lanes = self.lanes.iter().flatten();
+        let kicks = lanes.flat_map(|lane| lane.wakers().map(Waker::Kick));
+        interrupt.into_iter().chain(kicks).for_each(each);
+    }
+
+    fn replace_kick(&mut self, id: LaneId, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        let found = self.lanes.iter_mut().flatten().find(|lane| lane.id() == id);
+        found.and_then(|lane| lane.replace_kick(kick))
+    }
+
+    fn show(&mut self) {
+        self.show_all();
+    }
+
     #[cold]
     fn settle(&mut self, deadline: Duration) -> bool {
         let start = Instant::now();
@@ -464,6 +674,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
 
     fn suspend(&mut self, service: Service) {
         self.pair.queue.disconnect();
+        self.sample = None;
         self.service = service;
         self.hurry();
         self.health.oldest.store(0, Ordering::Relaxed);

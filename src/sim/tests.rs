@@ -2,7 +2,7 @@
 //! to the given number of preemptions. `scripts/loom-rings` runs them, and expects each canary to make one fail.
 //!
 //! A stale word shows as a wrong request, a copy that races with the other side as a causality violation, a signal
-//! that got lost as a deadlock.
+//! or a kick that got lost as a wait without an end.
 
 use super::{Framing, SimCompletion, SimGuest, SimGuestConfig, SimRegion, SimRequest, heap_memory};
 use crate::virtio::blk::{HEADER_BYTES, request_type};
@@ -254,6 +254,70 @@ fn sleeps(layout: RingLayout, event_idx: bool) {
     sleeping_guest(layout, 4, event_idx, both_at_once);
 }
 
+/// The device as a reactor runs it that sleeps: `count` requests, asleep whenever there is none. `kicks` is the eventfd.
+fn serve_asleep(mut queue: Virtqueue, memory: &GuestMemory, count: u64, kicks: &EventFd) {
+    let mut chain = Chain::new(4);
+    let mut served = 0;
+    while served < count {
+        for _ in 0..queue.available().unwrap() {
+            if !queue.pop(memory, &mut chain).unwrap() {
+                break;
+            }
+            served += 1;
+            answer(&mut queue, &mut chain, served);
+        }
+        queue.publish_used();
+        if served < count && !queue.request_kicks().unwrap() {
+            let mut kicks_so_far = kicks.0.lock().unwrap();
+            while *kicks_so_far == 0 {
+                kicks_so_far = kicks.1.wait(kicks_so_far).unwrap();
+            }
+            *kicks_so_far = 0;
+        }
+        queue.suppress_kicks();
+    }
+}
+
+/// The guest of a device that sleeps: it kicks when it is asked to, once for each request, and then only looks.
+fn send_and_look(mut guest: SimGuest, kicks: &EventFd) {
+    for sector in [1, 2] {
+        let (request, data) = write_request(sector);
+        guest.submit(&request, &data).unwrap();
+        if guest.publish() {
+            *kicks.0.lock().unwrap() += 1;
+            kicks.1.notify_one();
+        }
+    }
+    let mut idle = 0;
+    for sector in [1, 2] {
+        let completion = loop {
+            match guest.poll_used() {
+                Some(completion) => break completion,
+                None => thread::yield_now(),
+            }
+            idle += 1;
+            assert!(
+                idle < MAX_IDLE,
+                "the device answers nothing: it sleeps, and its kick got lost"
+            );
+        };
+        check(completion, sector);
+    }
+}
+
+fn sleeping_device(layout: RingLayout, event_idx: bool) {
+    explore(Some(4), move || {
+        let (guest, mut queue) = queue(layout, 4, event_idx);
+        queue.suppress_kicks();
+        let memory = std::sync::Arc::clone(guest.memory());
+        let eventfd = EventFd::default();
+        let kicks = Arc::clone(&eventfd);
+        let guest = thread::spawn(move || send_and_look(guest, &kicks));
+        serve_asleep(queue, &memory, 2, &eventfd);
+        guest.join().unwrap();
+    });
+}
+
 /// The same for each layout.
 macro_rules! rings {
     ($($layout:ident: $ring:expr),*) => {$(
@@ -278,6 +342,16 @@ macro_rules! rings {
             #[test]
             fn sleeping_guest_without_event_idx_misses_no_signal() {
                 sleeps($ring, false);
+            }
+
+            #[test]
+            fn sleeping_device_with_event_idx_misses_no_kick() {
+                sleeping_device($ring, true);
+            }
+
+            #[test]
+            fn sleeping_device_without_event_idx_misses_no_kick() {
+                sleeping_device($ring, false);
             }
         }
     )*};

@@ -27,6 +27,7 @@ const DESC_F_USED: u16 = 1 << 15;
 /// What of an entry's flags says whose it is.
 const LAP: u16 = DESC_F_AVAIL | DESC_F_USED;
 /// Virtio 1.2, 2.8.10 "Event Suppression Structure Format": the flags, in the upper half of the structure.
+const EVENT_ENABLE: u32 = 0;
 const EVENT_DISABLE: u32 = 1;
 const EVENT_DESC: u32 = 2;
 const EVENT_FLAGS_SHIFT: u32 = 16;
@@ -219,7 +220,9 @@ impl PackedRing {
         let event = u32::from_le(unsafe { self.device_event.as_ref() }.load(Acquire));
         let bits = (event & 0xffff) as u16;
         let (at, size) = (Position::from_bits(bits), self.size());
-        if event >> EVENT_FLAGS_SHIFT != EVENT_DISABLE || at.index >= size {
+        let flags = event >> EVENT_FLAGS_SHIFT;
+        // A driver's zeroes look like a device at entry 0 that slept: what the ring says tells them apart.
+        if (flags != EVENT_DISABLE && flags != EVENT_ENABLE) || at.index >= size {
             return None;
         }
         let flags = |index| {
@@ -422,7 +425,7 @@ impl Ring for PackedRing {
         // More than a lap without a decision is as good as a lap: whatever the guest waits for was passed.
         self.undecided = self.undecided.saturating_add(self.unpublished);
         self.unpublished = 0;
-        // While kicks are disabled the position beside the flags says nothing to the guest. It tells the next device
+        // While kicks are disabled, or enabled for any request, the position beside the flags says nothing to the guest. It tells the next device
         // where this one stood, as the used index of a split ring does: packed rings have nothing else that does.
         self.write_device_event();
     }
@@ -460,6 +463,13 @@ impl Ring for PackedRing {
 
     fn suppress_kicks(&mut self) {
         self.kicks = EVENT_DISABLE;
+        self.write_device_event();
+    }
+
+    /// At any request, with EVENT_IDX too: then the position beside the flags goes on saying where we stand, as it does
+    /// while kicks are disabled (`publish_used`).
+    fn request_kicks(&mut self) {
+        self.kicks = EVENT_ENABLE;
         self.write_device_event();
     }
 }

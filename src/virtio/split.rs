@@ -320,4 +320,14 @@ impl Ring for SplitRing {
             self.used_word(0).store(USED_F_NO_NOTIFY.to_le(), Relaxed);
         }
     }
+
+    /// With EVENT_IDX a guest kicks when it passes `avail_event`: at the entry that we would take next.
+    fn request_kicks(&mut self) {
+        if self.event_idx {
+            self.used_word(4 + 8 * (usize::from(self.mask) + 1))
+                .store(self.next_avail.to_le(), Relaxed);
+        } else {
+            self.used_word(0).store(0, Relaxed);
+        }
+    }
 }

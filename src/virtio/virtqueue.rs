@@ -11,7 +11,7 @@
 //! One turn, in this order; each step says whom its ordering pairs with:
 //! [`Virtqueue::available`] -> [`Virtqueue::pop`] while there is room for a request -> ... ->
 //! [`Virtqueue::push_used`] per finished request -> [`Virtqueue::publish_used`] once ->
-//! [`Virtqueue::needs_signal`] once. A request that finds no room is simply not popped: it stays in the avail
+//! [`Virtqueue::needs_signal`] once. Before its poller sleeps, [`Virtqueue::request_kicks`]. A request that finds no room is simply not popped: it stays in the avail
 //! ring until the next turn.
 
 use super::chain::{Chain, Descriptor, DescriptorTable, Layout, Sole};
@@ -26,7 +26,7 @@ use thiserror::Error;
 /// The largest queue we serve. Virtio allows 32768; QEMU's block front-ends stop at 1024.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// The two orderings and the fence below are what makes the rings work between two cores. Each can be removed by
+/// The two orderings and the fences below are what makes the rings work between two cores. Each can be removed by
 /// a `canary-*` feature, on which `scripts/loom-rings` must fail: x86 itself would forgive the loss of the first two.
 pub(super) const AVAIL_ACQUIRE: Ordering = match cfg!(feature = "canary-no-avail-acquire") {
     true => Relaxed,
@@ -301,6 +301,8 @@ pub(super) trait Ring {
     fn wants_signal(&self, fresh: u16) -> bool;
     /// Tells the guest not to kick.
     fn suppress_kicks(&mut self);
+    /// Tells the guest to kick at the next request.
+    fn request_kicks(&mut self);
 }
 
 /// Which heads are in flight: the entries that each took in the ring, 0 when it is not in flight. A number each: nothing
@@ -507,9 +509,27 @@ impl Virtqueue {
         self.signal_requested = true;
     }
 
-    /// Tells the guest not to kick: the ring is polled. Once after the start is enough.
+    /// Tells the guest not to kick: the ring is polled. Once after the start is enough, and after each
+    /// [`Self::request_kicks`].
     pub fn suppress_kicks(&mut self) {
         on_ring!(&mut self.ring, ring => ring.suppress_kicks());
+    }
+
+    /// For whoever wants to sleep: tells the guest to kick at the next request, then looks once more. `true` when there is
+    /// a request already: no kick may follow for it.
+    ///
+    /// # Errors
+    /// As [`Self::available`].
+    pub fn request_kicks(&mut self) -> Result<bool, RingError> {
+        let late = cfg!(feature = "canary-look-before-kicks");
+        let before = late && self.available()? > 0;
+        on_ring!(&mut self.ring, ring => ring.request_kicks());
+        // Pairs with the driver's full barrier between making a request available and asking whether to kick: either we
+        // see the request, or it sees that we want to be kicked.
+        if !cfg!(feature = "canary-no-kick-fence") {
+            fence(SeqCst);
+        }
+        Ok(before || (!late && self.available()? > 0))
     }
 }
 

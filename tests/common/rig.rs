@@ -1,18 +1,19 @@
 //! A server's data path without its threads: one device, its pollers, and simulated guests on lanes.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nvme_driver::spec::Nsid;
 use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
-use tandem::control::device::{Device, DeviceError};
+use tandem::control::device::{Device, DeviceError, Interrupts};
 use tandem::datapath::{Lane, LaneConfig, LaneId, Poll, Signal};
 use tandem::sim::{SimGuest, SimGuestConfig};
 use tandem::vhost::memory::{MemoryTable, RegionInfo};
 use tandem::virtio::blk::{BlkLimits, RangeLimits};
 use tandem::virtio::memory::Gpa;
-use tandem::virtio::virtqueue::RingLayout;
+use tandem::virtio::virtqueue::{RingLayout, Virtqueue, VirtqueueConfig};
 
 pub const SERIAL: &[u8; 20] = b"rig-serial\0\0\0\0\0\0\0\0\0\0";
 
@@ -64,6 +65,10 @@ impl Rig {
     /// Opens the device and makes a poller of every queue pair that it grants.
     pub fn new(config: ModelConfig) -> Rig {
         let wanted = config.queues;
+        let interrupts = match config.interrupts {
+            true => Interrupts::OnRequest,
+            false => Interrupts::Off,
+        };
         let transport = Model::new(config).unwrap();
         let model = transport.handle();
         let slot = model.clone();
@@ -73,7 +78,8 @@ impl Rig {
                 error,
             })
         };
-        let device = Device::open("rig", transport, wanted, Box::new(claim)).unwrap();
+        let device =
+            Device::open_with("rig", transport, wanted, interrupts, Box::new(claim)).unwrap();
         Rig::of(device, model)
     }
 
@@ -133,8 +139,28 @@ impl Rig {
             start += len;
         }
         let memory = table.snapshot().unwrap();
-        let driver = SimGuest::new(Arc::clone(&memory), config).unwrap();
-        let id = LaneId(0x1000 + driver.virtqueue_config().used.addr().get() as u64);
+        let driver = SimGuest::new(memory, config).unwrap();
+        let config = driver.virtqueue_config();
+        let lane = self.make_lane(&driver, config, None, setup.write_through);
+        let guest = RigGuest {
+            driver,
+            indirect: setup.indirect,
+            lane: lane.id(),
+            queue_size: setup.queue_size,
+            _table: table,
+        };
+        (guest, lane)
+    }
+
+    /// A lane for the queue of `driver`, from where `queue` says.
+    pub fn make_lane(
+        &self,
+        driver: &SimGuest,
+        queue: VirtqueueConfig,
+        kick: Option<OwnedFd>,
+        write_through: bool,
+    ) -> Lane {
+        let id = LaneId(0x1000 + queue.used.addr().get() as u64);
         let namespace = self.device.namespace(Nsid(1)).unwrap();
         let geometry = Geometry::new(
             namespace.block_size.trailing_zeros(),
@@ -146,11 +172,11 @@ impl Rig {
             max_sectors: 0x7f_ff80,
             max_segments: 256,
         };
-        let lane = Lane::new(LaneConfig {
+        Lane::new(LaneConfig {
             id,
             // SAFETY: the lane holds the memory, and is the only one that serves this queue.
-            queue: unsafe { driver.virtqueue() }.unwrap(),
-            memory,
+            queue: unsafe { Virtqueue::new(queue) }.unwrap(),
+            memory: Arc::clone(driver.memory()),
             limits: BlkLimits {
                 geometry,
                 flush: true,
@@ -159,21 +185,14 @@ impl Rig {
             },
             nsid: Nsid(1),
             serial: *SERIAL,
-            write_through: setup.write_through,
+            write_through,
             volatile_cache: self.device.has_volatile_cache(),
             deallocate: self.device.can_deallocate(),
             call: Arc::new(Signal::new().unwrap()),
             error: Arc::new(Signal::new().unwrap()),
+            kick,
             shared: Arc::default(),
-        });
-        let guest = RigGuest {
-            driver,
-            indirect: setup.indirect,
-            lane: id,
-            queue_size: setup.queue_size,
-            _table: table,
-        };
-        (guest, lane)
+        })
     }
 
     /// One turn of every poller.

@@ -101,6 +101,25 @@ impl Server {
         eventually(SERVER_DEADLINE, "a report", || self.report_since(before))
     }
 
+    /// CPU time so far, to a hundredth of a second.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id())).unwrap();
+        // The name, which may contain anything, ends with the last parenthesis; user and system time are 11 further on.
+        let fields = stat.rsplit_once(") ").unwrap().1.split(' ');
+        let ticks = fields
+            .skip(11)
+            .take(2)
+            .map(|field| field.parse::<u64>().unwrap());
+        Duration::from_millis(ticks.sum::<u64>() * 10)
+    }
+
+    /// What it printed last of its reactor's sleeps.
+    #[track_caller]
+    pub fn sleeps(&self) -> Sleeps {
+        let output = self.output();
+        Sleeps::parse(output.rsplit("\ncore 0: ").next().unwrap())
+    }
+
     /// Ends it (SIGTERM).
     pub fn end(mut self) -> End {
         let before = self.output().len();
@@ -147,6 +166,28 @@ impl Server {
             );
         }
         end.report
+    }
+}
+
+/// How a reactor in adaptive mode slept.
+#[derive(Debug)]
+pub struct Sleeps {
+    pub sleeps: u64,
+    pub kicks: u64,
+    pub interrupts: u64,
+    pub messages: u64,
+}
+
+impl Sleeps {
+    /// Of its line in a report.
+    #[track_caller]
+    pub fn parse(text: &str) -> Sleeps {
+        Sleeps {
+            sleeps: number_after(text, "sleeps "),
+            kicks: number_after(text, "by kick "),
+            interrupts: number_after(text, "interrupt "),
+            messages: number_after(text, "message "),
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use client::{Client, DEADLINE, Pages};
+use client::{Client, DEADLINE, Pages, publish};
 use load::{Action, Kind, Load, MAX_DATA, Oracle, Plan, SECTOR};
 use memmap2::{MmapOptions, MmapRaw};
 use nvme_driver::dma::{DmaAccess, DmaBuffer, Iova};
@@ -110,7 +110,7 @@ impl Stream {
     }
 
     /// Sends what can be sent. `depth` requests at most are in flight.
-    fn submit(&mut self, queue: &mut SimGuest, depth: usize) {
+    fn submit(&mut self, queue: &mut SimGuest, kick: &File, depth: usize) {
         while self.in_flight.len() < depth {
             let Some(action) = self.held.take().or_else(|| self.plan.next()) else {
                 break;
@@ -129,7 +129,7 @@ impl Stream {
             let reused = self.in_flight.insert(head, action);
             assert!(reused.is_none(), "head {head} is in use");
         }
-        queue.publish();
+        publish(queue, kick);
     }
 
     /// `None` when the ring has no room.
@@ -229,8 +229,9 @@ fn run_load(text: &str, sockets: &[&str], pages: Pages, endures: bool) {
     loop {
         let (mut over, mut ended) = (true, 0);
         for (_, client, streams) in &mut clients {
-            for (queue, stream) in client.queues.iter_mut().zip(streams) {
-                stream.submit(queue, DEPTH);
+            let queues = client.queues.iter_mut().zip(&client.kicks);
+            for ((queue, kick), stream) in queues.zip(streams) {
+                stream.submit(queue, kick, DEPTH);
                 while let Some(completion) = queue.poll_used() {
                     stream.end(queue, completion);
                     ended += 1;
@@ -401,7 +402,7 @@ fn survive(seconds: u64, socket: &Path) {
                 }
                 in_flight.insert(head, what);
             }
-            driver.publish();
+            publish(driver, &client.kicks[queue]);
             while let Some(completion) = driver.poll_used() {
                 assert_eq!(completion.status, status::OK);
                 match in_flight.remove(&completion.head).expect("not sent") {

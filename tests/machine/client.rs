@@ -1,6 +1,8 @@
 //! A polled vhost-user-blk client: a front-end, a guest's memory with a canary around everything that the server may
 //! touch, and a virtqueue driver for each queue.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,6 +35,8 @@ const FEATURES: u64 = F_PROTOCOL
 pub struct Client {
     front_end: FrontEnd,
     pub queues: Vec<SimGuest>,
+    /// The kick eventfd of each.
+    pub kicks: Vec<File>,
     /// Where the canaries begin: in front of the queues and behind them.
     canaries: [u64; 2],
     pub shared: SharedMemory,
@@ -44,6 +48,13 @@ pub enum Pages {
     Ordinary,
     /// Of 2 MiB.
     Huge,
+}
+
+/// Shows the server what was submitted, and kicks it if it wants that.
+pub fn publish(queue: &mut SimGuest, mut kick: &File) {
+    if queue.publish() {
+        kick.write_all(&1_u64.to_ne_bytes()).expect("an eventfd");
+    }
 }
 
 impl Client {
@@ -93,9 +104,9 @@ impl Client {
             drivers[0].write(Gpa(at), &vec![CANARY; CANARY_BYTES as usize]);
         }
         front_end.share(FEATURES, &shared);
-        for (index, driver) in (0..).zip(&drivers) {
-            front_end.start_queue(index, driver, &shared);
-        }
+        let numbered = (0..).zip(&drivers);
+        let kicks = numbered.map(|(index, driver)| front_end.start_queue(index, driver, &shared).0);
+        let kicks = kicks.collect();
         let mut queues = drivers;
         for queue in &mut queues {
             queue.disable_signals();
@@ -103,6 +114,7 @@ impl Client {
         Some(Client {
             front_end,
             queues,
+            kicks,
             canaries,
             shared,
         })
@@ -149,7 +161,7 @@ impl Client {
     pub fn request(&mut self, request: &SimRequest, data: &[u8]) -> SimCompletion {
         let queue = &mut self.queues[0];
         queue.submit(request, data).expect("an idle queue");
-        queue.publish();
+        publish(queue, &self.kicks[0]);
         let start = Instant::now();
         loop {
             if let Some(completion) = queue.poll_used() {

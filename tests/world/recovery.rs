@@ -11,7 +11,7 @@ use tandem::config::OnDeviceLoss;
 use tandem::control::device::{Device, DeviceError};
 use tandem::control::recovery::{Keeper, Patience, Place};
 use tandem::datapath::{Lane, LaneId};
-use tandem::reactor::{PollerId, Reactor};
+use tandem::reactor::{Mode, PollerId, Reactor};
 use tandem::sim::{SimCompletion, SimRequest};
 use tandem::virtio::blk::{request_type, status};
 
@@ -40,7 +40,7 @@ impl Scene {
     fn of(mut rig: Rig, on_loss: OnDeviceLoss, patience: Patience) -> Scene {
         let (guest, lane) = rig.make_guest(&GuestSetup::default());
         let poller = rig.pollers.remove(0);
-        let reactor = Reactor::start(0).unwrap();
+        let reactor = Reactor::start(0, Mode::Always).unwrap();
         let handle = reactor.handle().clone();
         let place = Place {
             reactor: handle.clone(),

@@ -550,7 +550,7 @@ impl<T: Transport> Bench<T> {
     /// A completion queue for a submission queue of a case, without a line.
     fn with_completion_queue(&mut self, run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let id = QueueId(FREE_QUEUE);
-        let mut entry = SubmissionEntry::create_io_cq(id, 64);
+        let mut entry = SubmissionEntry::create_io_cq(id, 64, None);
         entry.prp1 = U64::new(self.rings.iova(0).0);
         let created = self.controller.admin_command(entry)?.status;
         if !created.is_success() {
@@ -573,7 +573,7 @@ impl<T: Transport> Bench<T> {
     pub fn create_and_delete_queues(&mut self) -> Result<()> {
         let id = QueueId(u16::try_from(self.rng.within(2, u64::from(QUEUES)))?);
         let entries = u16::try_from(self.rng.within(2, 64))?;
-        let mut cq = SubmissionEntry::create_io_cq(id, entries);
+        let mut cq = SubmissionEntry::create_io_cq(id, entries, None);
         cq.prp1 = U64::new(self.rings.iova(0).0);
         let mut sq = SubmissionEntry::create_io_sq(id, entries);
         sq.prp1 = U64::new(self.rings.iova(PAGE_SIZE).0);

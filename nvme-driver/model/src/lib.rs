@@ -9,11 +9,12 @@
 //! ```
 //! It is strict: what the specification forbids is counted ([`ModelHandle::driver_errors`]) or fails as the
 //! specification says, so that a driver that works here has not been forgiven anything. It shares the wire structures
-//! and the transport seam with the driver and no other code. No interrupts, no SGLs, no metadata, no fused commands;
+//! and the transport seam with the driver and no other code. No interrupt vectors, no SGLs, no metadata, no fused commands;
 //! each submission queue has the completion queue of its own identifier.
 //!
 //! A queue is serviced by the thread that polls it ([`nvme_driver::transport::QueuePort::service`]): no thread of its
-//! own, no allocation, no system call. Start at [`Model`], then `queue`.
+//! own, no allocation, no system call. A poller that wants to sleep can, while all that it waits for is at the workers.
+//! Start at [`Model`], then `queue`.
 
 mod admin;
 mod durability;
@@ -25,13 +26,14 @@ mod registers;
 mod shared;
 mod worker;
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nvme_driver::spec::{Nsid, PAGE_SIZE, QueueId, Status};
-use nvme_driver::transport::{DmaDomain, Notice, QueuePort, Transport};
+use nvme_driver::transport::{Armed, Bell, DmaDomain, Notice, QueuePort, Transport};
 
 pub use queue::IoCounters;
 
@@ -107,6 +109,11 @@ pub struct ModelConfig {
     pub jitter: Duration,
     /// What both are measured with.
     pub clock: Clock,
+    /// Who polls a queue may sleep: workers wake it ([`QueuePort::interrupt`]), and are woken instead of looking for work.
+    /// Commands that are delayed need the poller's turns all the same.
+    pub interrupts: bool,
+    /// With `interrupts`: somebody calls [`ModelHandle::carry_on`], so that delayed commands complete by themselves.
+    pub by_itself: bool,
     /// Remember what a power failure would lose ([`ModelHandle::fail_power`]); memory only, and slow.
     pub track_durability: bool,
     /// Serial number, at most 20 characters of ASCII.
@@ -134,6 +141,8 @@ impl Default for ModelConfig {
             latency: Duration::ZERO,
             jitter: Duration::ZERO,
             clock: Clock::Monotonic,
+            interrupts: false,
+            by_itself: false,
             track_durability: false,
             serial: "model-0".to_owned(),
             seed: 0,
@@ -360,8 +369,12 @@ impl Transport for Model {
             self.shared
                 .driver_error("doorbells of an impossible queue or stride");
         }
+        let slot = Arc::clone(slot?);
+        let bell = self.shared.config.interrupts.then(|| slot.lock().bell());
         Some(ModelPort {
-            slot: Arc::clone(slot?),
+            slot,
+            // Without a file descriptor it is polled.
+            bell: bell.flatten(),
             shared: Arc::clone(&self.shared),
         })
     }
@@ -390,6 +403,7 @@ impl Transport for Model {
 #[derive(Debug)]
 pub struct ModelPort {
     slot: Arc<Slot>,
+    bell: Option<Arc<Bell>>,
     shared: Arc<Shared>,
 }
 
@@ -423,6 +437,25 @@ impl QueuePort for ModelPort {
     #[inline(never)]
     fn service(&mut self) {
         self.slot.service(&self.shared);
+    }
+
+    fn interrupt(&self) -> Option<BorrowedFd<'_>> {
+        self.bell.as_deref().map(AsFd::as_fd)
+    }
+
+    fn arm(&mut self) -> Armed {
+        let Some(bell) = &self.bell else {
+            return Armed::Never;
+        };
+        bell.attention().listen();
+        // After that: what a worker finishes from now on is told.
+        self.slot.waits_for(&self.shared)
+    }
+
+    fn disarm(&mut self) {
+        if let Some(bell) = &self.bell {
+            bell.attention().ignore();
+        }
     }
 }
 
@@ -479,6 +512,14 @@ impl ModelHandle {
     /// The next I/O command with this opcode never ends, unless it is aborted. `false` when too many are programmed.
     pub fn hang_next(&self, opcode: u8) -> bool {
         self.shared.add_fault(opcode, None)
+    }
+
+    /// A round of every I/O queue, as hardware goes on by itself while its driver sleeps; who sleeps is told of completions.
+    /// For controllers that were made `by_itself`.
+    pub fn carry_on(&self) {
+        for slot in self.shared.slots.iter().skip(1) {
+            slot.lock().carry_on(slot, &self.shared);
+        }
     }
 
     /// The controller stops: CSTS.CFS, until it is reset.

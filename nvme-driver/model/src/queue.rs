@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use crossbeam::queue::ArrayQueue;
 use nvme_driver::spec::{CompletionEntry, Status, SubmissionEntry, io_opcode};
+use nvme_driver::transport::{Armed, Bell};
 
 use crate::admin;
 use crate::io::{self, Inline};
@@ -64,6 +65,15 @@ impl Slot {
     pub(crate) fn unring(&self) {
         self.sq_tail.store(NOT_RUNG, Ordering::Relaxed);
         self.cq_head.store(NOT_RUNG, Ordering::Relaxed);
+    }
+
+    /// What a poller that wants to sleep has to wait for.
+    pub(crate) fn waits_for(&self, shared: &Shared) -> Armed {
+        match self.queue.try_lock() {
+            Ok(queue) => queue.waits_for(self, shared),
+            // A control thread is changing the queue.
+            Err(_) => Armed::Pending,
+        }
     }
 
     /// One service round, unless a control thread is changing the queue at this moment.
@@ -184,6 +194,8 @@ pub(crate) struct DeviceQueue {
     /// Commands at the workers.
     handed: u32,
     done: Arc<ArrayQueue<Done>>,
+    /// Wakes the poller.
+    bell: Option<Arc<Bell>>,
     turns: u64,
     arrivals: u64,
     rng: u64,
@@ -211,6 +223,7 @@ impl DeviceQueue {
             stalled: None,
             handed: 0,
             done: Arc::new(ArrayQueue::new(1)),
+            bell: None,
             turns: 0,
             arrivals: 0,
             rng: seed,
@@ -234,6 +247,44 @@ impl DeviceQueue {
         };
         locate(&mut self.sq, size_of::<SubmissionEntry>(), Direction::Read);
         locate(&mut self.cq, size_of::<CompletionEntry>(), Direction::Write);
+    }
+
+    /// The one that wakes whoever polls this queue. `None` when there is no file descriptor left.
+    pub(crate) fn bell(&mut self) -> Option<Arc<Bell>> {
+        if self.bell.is_none() {
+            self.bell = Bell::new().ok().map(Arc::new);
+        }
+        self.bell.clone()
+    }
+
+    /// The poller has asked to be woken: is there anything that it has to do itself?
+    fn waits_for(&self, slot: &Slot, shared: &Shared) -> Armed {
+        if self.sq.is_none() || shared.fatal.load(Ordering::Relaxed) {
+            // Nothing happens here any more: whoever deals with that wakes the poller.
+            return Armed::Yes;
+        }
+        let tail = slot.sq_tail.load(Ordering::Acquire);
+        let limit = self.cq.map_or(0, |cq| cq.entries);
+        let unfetched = tail != self.sq_head && tail != NOT_RUNG && self.outstanding < limit;
+        if unfetched || !self.done.is_empty() || !self.ready.is_empty() || self.stalled.is_some() {
+            return Armed::Pending;
+        }
+        if self.delayed.is_empty() || shared.config.by_itself {
+            Armed::Yes
+        } else {
+            Armed::Never
+        }
+    }
+
+    /// A round without the poller.
+    pub(crate) fn carry_on(&mut self, slot: &Slot, shared: &Shared) {
+        let before = self.cq_tail;
+        self.service(slot, shared);
+        if self.cq_tail != before
+            && let Some(bell) = &self.bell
+        {
+            bell.ring();
+        }
     }
 
     pub(crate) fn has_sq(&self) -> bool {
@@ -484,9 +535,12 @@ impl DeviceQueue {
                 self.complete(cid, status, 0);
             }
             Inline::NeedsWorker => {
-                let done = Arc::clone(&self.done);
-                match shared.jobs.push(Job { entry, done }) {
+                let (done, bell) = (Arc::clone(&self.done), self.bell.clone());
+                match shared.jobs.push(Job { entry, done, bell }) {
                     Ok(()) => {
+                        if shared.config.interrupts {
+                            shared.wake_workers();
+                        }
                         self.count(shared, &entry);
                         self.handed += 1;
                     }

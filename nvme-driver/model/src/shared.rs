@@ -16,7 +16,7 @@ use crate::durability::Durability;
 use crate::iommu::{Dma, DmaTable};
 use crate::media::Media;
 use crate::queue::Slot;
-use crate::worker::Job;
+use crate::worker::{Bed, Job, WORKERS};
 use crate::{Clock, ModelConfig};
 
 /// Commands that may wait for a worker, over all queues. A queue that finds no room keeps its command.
@@ -52,6 +52,8 @@ pub(crate) struct Shared {
     pub(crate) jobs: ArrayQueue<Job>,
     /// Workers end.
     pub(crate) stop: AtomicBool,
+    /// Those that sleep until they are woken.
+    pub(crate) beds: [Bed; WORKERS],
     pub(crate) violations: AtomicU64,
     pub(crate) driver_errors: AtomicU64,
     /// CSTS.CFS.
@@ -93,6 +95,7 @@ impl Shared {
             durability,
             jobs: ArrayQueue::new(JOBS),
             stop: AtomicBool::new(false),
+            beds: Default::default(),
             violations: AtomicU64::new(0),
             driver_errors: AtomicU64::new(0),
             fatal: AtomicBool::new(false),
@@ -105,6 +108,11 @@ impl Shared {
             started: Instant::now(),
             config,
         })
+    }
+
+    /// There is work, or the end.
+    pub(crate) fn wake_workers(&self) {
+        self.beds.iter().for_each(Bed::wake);
     }
 
     /// The driver did what the specification forbids: for tests to assert zero.

@@ -146,6 +146,14 @@ impl<P: QueuePort> Doorbells<P> {
     pub(crate) fn service(&mut self) {
         self.port.service();
     }
+
+    pub(crate) fn port(&self) -> &P {
+        &self.port
+    }
+
+    pub(crate) fn port_mut(&mut self) -> &mut P {
+        &mut self.port
+    }
 }
 
 /// Apart, so that hardware's path stays short.

@@ -12,6 +12,7 @@ pub(crate) mod slots;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,12 +21,12 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U64};
 
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
-use crate::mmio::AtomicU64;
+use crate::mmio::{AtomicU64, fence};
 use crate::spec::{
     Cid, DsmRange, LbaRange, MAX_BLOCKS, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status,
     SubmissionEntry, Transfer,
 };
-use crate::transport::{Iova, Transport};
+use crate::transport::{Armed, Iova, QueuePort, Transport};
 use doorbells::Doorbells;
 use prp::{DataSegment, PrpError};
 use ring::{CompletionRing, SubmissionRing};
@@ -366,6 +367,47 @@ impl<T: Transport> QueuePair<T> {
     #[must_use]
     pub fn has_completion(&self) -> bool {
         self.cq.has_entry()
+    }
+
+    /// The eventfd of the controller's interrupt for this queue pair; see [`QueuePort::interrupt`].
+    #[must_use]
+    pub fn interrupt(&self) -> Option<BorrowedFd<'_>> {
+        self.doorbells.as_ref()?.port().interrupt()
+    }
+
+    /// For whoever wants to sleep: asks the controller for an interrupt at the next completion, then looks once more.
+    /// Without outstanding commands there is nothing to wait for, and nothing is asked.
+    pub fn request_interrupt(&mut self) -> Armed {
+        let late = cfg!(feature = "canary-look-before-interrupt");
+        if self.outstanding() == 0 || self.doorbells.is_none() {
+            return Armed::Yes;
+        }
+        // A controller tells of new entries only when it knows that we have seen those before (NVM Express Base 2.0,
+        // "Interrupts": a message is sent when the first unacknowledged entry arrives).
+        if !cfg!(feature = "canary-no-head-before-sleep") {
+            self.report_head();
+        }
+        let before = late && self.has_completion();
+        let armed = match &mut self.doorbells {
+            Some(doorbells) => doorbells.port_mut().arm(),
+            None => Armed::Yes,
+        };
+        // Pairs with the controller posting an entry and then deciding about an interrupt: either we see the entry, or
+        // it sees what we asked for.
+        if !cfg!(feature = "canary-no-interrupt-fence") {
+            fence(Ordering::SeqCst);
+        }
+        if before || (!late && self.has_completion()) {
+            return Armed::Pending;
+        }
+        armed
+    }
+
+    /// Asks for no interrupts: the queue pair is polled.
+    pub fn suppress_interrupt(&mut self) {
+        if let Some(doorbells) = &mut self.doorbells {
+            doorbells.port_mut().disarm();
+        }
     }
 
     /// The next completed command, if any. An entry that names another queue, no outstanding command, or an impossible

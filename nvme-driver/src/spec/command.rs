@@ -301,10 +301,12 @@ impl SubmissionEntry {
 
     /// Create I/O Completion Queue: `entries` long, physically contiguous, interrupts off.
     #[must_use]
-    pub fn create_io_cq(queue: QueueId, entries: u16) -> SubmissionEntry {
+    pub fn create_io_cq(queue: QueueId, entries: u16, vector: Option<u16>) -> SubmissionEntry {
+        // IEN, and IV in the upper half.
+        let interrupt = vector.map_or(0, |vector| u32::from(vector) << 16 | 1 << 1);
         SubmissionEntry {
             cdw10: U32::new(u32::from(queue.0) | (u32::from(entries.wrapping_sub(1)) << 16)),
-            cdw11: U32::new(1), // PC = 1, IEN = 0
+            cdw11: U32::new(1 | interrupt), // PC = 1
             ..SubmissionEntry::new(admin_opcode::CREATE_IO_CQ, Nsid::NONE)
         }
     }

@@ -95,7 +95,7 @@ fn admin_commands_match_the_specification() {
         FeatureId::VolatileWriteCache,
     ));
     assert_eq!((d[0], d[10]), (0x0a, 0x06));
-    let d = dwords(&SubmissionEntry::create_io_cq(QueueId(5), 1024));
+    let d = dwords(&SubmissionEntry::create_io_cq(QueueId(5), 1024, None));
     assert_eq!((d[0], d[10], d[11]), (0x05, 0x03ff_0005, 0x0000_0001)); // PC = 1, IEN = 0
     let d = dwords(&SubmissionEntry::create_io_sq(QueueId(5), 1024));
     assert_eq!((d[0], d[10], d[11]), (0x01, 0x03ff_0005, 0x0005_0001)); // CQID 5, PC = 1

@@ -3,15 +3,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use super::msix::Vector;
 use crate::fault::{FaultGuard, Lost, Poisoned};
-use crate::transport::QueuePort;
+use crate::transport::{Armed, QueuePort};
 
 /// One part of the BAR that is mapped.
 #[derive(Debug)]
@@ -133,11 +134,12 @@ impl Bar {
     }
 }
 
-/// The two doorbells of one queue pair.
+/// The two doorbells of one queue pair, and its interrupt if it has one.
 #[derive(Debug)]
 pub struct VfioPort {
     sq: NonNull<u32>,
     cq: NonNull<u32>,
+    vector: Option<Vector>,
     /// Keeps both mapped.
     _bar: Arc<Bar>,
 }
@@ -151,8 +153,17 @@ impl VfioPort {
         Some(VfioPort {
             sq: bar.register(sq)?,
             cq: bar.register(cq)?,
+            vector: None,
             _bar: Arc::clone(bar),
         })
+    }
+
+    /// With the interrupt of the queue pair.
+    pub(super) fn with_vector(self, vector: Vector) -> VfioPort {
+        VfioPort {
+            vector: Some(vector),
+            ..self
+        }
     }
 }
 
@@ -168,6 +179,21 @@ impl QueuePort for VfioPort {
     fn ring_cq(&mut self, head: u16) {
         // SAFETY: as above.
         unsafe { self.cq.as_ptr().write_volatile(u32::from(head).to_le()) };
+    }
+
+    fn interrupt(&self) -> Option<BorrowedFd<'_>> {
+        self.vector.as_ref().map(AsFd::as_fd)
+    }
+
+    fn arm(&mut self) -> Armed {
+        let on = self.vector.as_mut().is_some_and(Vector::switch_on);
+        if on { Armed::Yes } else { Armed::Never }
+    }
+
+    fn disarm(&mut self) {
+        if let Some(vector) = &mut self.vector {
+            vector.switch_off();
+        }
     }
 }
 

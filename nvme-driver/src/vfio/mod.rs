@@ -3,7 +3,7 @@
 //! ```text
 //!  sysfs (pci) --> group viable? --> container + group --> device: command register, reset, BAR0 (bar), event lines
 //!                                         |                                |
-//!              Type1Domain (domain), or OwnMemory (physical)          VfioTransport, VfioPort
+//!              Type1Domain (domain), or OwnMemory (physical)          VfioTransport, VfioPort (msix)
 //! ```
 //! On the kernel's container/group interface (group). The newer one (IOMMUFD, a file for each device) would replace
 //! `group` and `domain`: nothing else here knows how the device was opened.
@@ -15,13 +15,14 @@
 //! drained its pages must stay ours, as ever (a mapping outlives every command that names it); when this process dies,
 //! the kernel ends the device's bus mastering as it closes the device, and drops the pins at about the same time.
 //!
-//! Promises: interrupts stay off; the device masters the bus only while this value lives, and its command register is
-//! as before afterwards; a device that vanishes reads as all ones and never ends the process. Start at
-//! [`VfioTransport::claim`].
+//! Promises: interrupts stay off, but for the MSI-X vectors (msix) of pollers that sleep; the device masters the bus only
+//! while this value lives, and its command register is as before afterwards; a device that vanishes reads as all ones and
+//! never ends the process. Start at [`VfioTransport::claim`].
 
 mod bar;
 mod domain;
 mod group;
+mod msix;
 pub mod pci;
 mod physical;
 
@@ -44,6 +45,7 @@ use bar::Bar;
 pub use bar::VfioPort;
 use domain::{NoIommuDomain, Type1Domain};
 use group::{IsolatedDevice, OpenDevice};
+use msix::Vectors;
 use pci::{PciAddress, PciFunction, Sysfs, VFIO_DRIVER};
 
 /// Where the command register stands in configuration space.
@@ -170,10 +172,12 @@ pub struct VfioTransport {
     release_requested: EventFd,
     /// The bus has reported an error.
     bus_error: EventFd,
+    /// Interrupts of queue pairs, once they were asked for.
+    vectors: Option<Vectors>,
     /// What the command register was.
     command: u16,
     config_space: ConfigSpace,
-    _device: OpenDevice,
+    device: OpenDevice,
 }
 
 /// The device's configuration space.
@@ -297,9 +301,10 @@ impl VfioTransport {
             quirks,
             release_requested,
             bus_error,
+            vectors: None,
             command,
             config_space,
-            _device: device,
+            device,
         })
     }
 }
@@ -369,7 +374,33 @@ impl Transport for VfioTransport {
 
     fn port(&mut self, queue: QueueId, stride: u32) -> Option<VfioPort> {
         let sq = DOORBELLS + 2 * u64::from(queue.0) * u64::from(stride);
-        VfioPort::new(&self.bar, sq, sq + u64::from(stride))
+        let port = VfioPort::new(&self.bar, sq, sq + u64::from(stride))?;
+        let vector = self.vectors.as_ref().and_then(|all| all.vector(queue.0));
+        Some(match vector {
+            Some(Ok(vector)) => port.with_vector(vector),
+            // Without a file descriptor it is polled.
+            Some(Err(_)) | None => port,
+        })
+    }
+
+    fn enable_interrupts(&mut self, queues: u16) -> bool {
+        if self.vectors.is_none() {
+            let vectors = self
+                .device
+                .file()
+                .and_then(|file| Vectors::new(file, queues.saturating_add(1)));
+            match vectors {
+                Ok(vectors) => self.vectors = Some(vectors),
+                Err(error) => {
+                    tracing::warn!(device = %self.address, %error, "no interrupts: completions are polled for");
+                }
+            }
+        }
+        self.vectors.is_some()
+    }
+
+    fn vector(&self, queue: QueueId) -> Option<u16> {
+        self.vectors.as_ref()?.of(queue.0)
     }
 
     fn dma_domain(&self) -> Arc<dyn DmaDomain> {

@@ -1,6 +1,7 @@
 //! The lane of a block device. A request that one NVMe command carries out goes straight to the submission queue; the rest
 //! becomes [`Work`](super::Work).
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nvme_driver::spec::{LbaRange, Nsid, Status, Transfer};
@@ -43,6 +44,8 @@ pub struct LaneConfig {
     pub call: Arc<Signal>,
     /// The error eventfd.
     pub error: Arc<Signal>,
+    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
+    pub kick: Option<OwnedFd>,
     /// Where others read this virtqueue's counters.
     pub shared: Arc<SharedCounters>,
 }
@@ -127,6 +130,7 @@ impl RequestLane<Blk> {
             deallocate: config.deallocate,
             call: config.call,
             error: config.error,
+            kick: config.kick,
             shared: config.shared,
         };
         RequestLane::with_front(config.queue, parts, front)

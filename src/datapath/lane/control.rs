@@ -5,13 +5,19 @@
 //! are asked through a [`Barrier`]: one number that says how many functions wait, and for each lane how many it has let
 //! pass. A lane that sees that it is behind takes what its ring held, lets it all end, and says so; then it goes on.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use nvme_driver::transport::Armed;
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::{LaneId, State, max_segments, scsi};
 use crate::datapath::signal::Signal;
 use crate::scsi::{Address, Nexus};
-use crate::stats::{QueueCounters, SharedCounters};
+use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::scsi::{Control, ResponsePlace, finish_control, parse_control, response, task};
@@ -26,16 +32,29 @@ pub struct Barrier {
     wanted: AtomicU64,
     /// By lane; the highest number where there is none.
     passed: Box<[AtomicU64]>,
+    /// By lane: an eventfd that wakes its poller, should that sleep. Nobody reads it: it is watched edge-triggered.
+    wakers: Box<[OwnedFd]>,
+    /// For a lane that the barrier does not know.
+    nobody: OwnedFd,
 }
 
 impl Barrier {
     /// For `lanes` lanes, none of which is there yet.
-    #[must_use]
-    pub fn new(lanes: usize) -> Barrier {
-        Barrier {
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new(lanes: usize) -> io::Result<Barrier> {
+        let waker = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Barrier {
             wanted: AtomicU64::new(0),
             passed: (0..lanes).map(|_| AtomicU64::new(u64::MAX)).collect(),
-        }
+            wakers: (0..lanes).map(|_| waker()).collect::<Result<_, _>>()?,
+            nobody: waker()?,
+        })
+    }
+
+    pub(super) fn waker(&self, lane: usize) -> BorrowedFd<'_> {
+        self.wakers.get(lane).unwrap_or(&self.nobody).as_fd()
     }
 
     #[inline(always)]
@@ -66,7 +85,12 @@ impl Barrier {
 
     /// The number that all lanes have to pass.
     fn ask(&self) -> u64 {
-        self.wanted.fetch_add(1, Ordering::Release) + 1
+        let number = self.wanted.fetch_add(1, Ordering::Release) + 1;
+        for waker in &self.wakers {
+            // A counter at its limit has been told of already.
+            let _ = rustix::io::write(waker, &1_u64.to_ne_bytes());
+        }
+        number
     }
 
     fn is_passed(&self, number: u64) -> bool {
@@ -93,6 +117,8 @@ pub struct ControlConfig {
     pub call: Arc<Signal>,
     /// The error eventfd.
     pub error: Arc<Signal>,
+    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
+    pub kick: Option<OwnedFd>,
     /// Where others read this virtqueue's counters.
     pub shared: Arc<SharedCounters>,
 }
@@ -159,6 +185,53 @@ impl ControlLane {
         self.waiting.is_some() || (self.state == State::Running && self.config.queue.has_request())
     }
 
+    pub(super) fn kick(&self) -> Option<BorrowedFd<'_>> {
+        self.config.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        std::mem::replace(&mut self.config.kick, kick)
+    }
+
+    pub(super) fn arm(&mut self) -> Armed {
+        // Other lanes do not tell when they have let a function pass.
+        if self.waiting.is_some() {
+            return Armed::Pending;
+        }
+        if self.state != State::Running {
+            return Armed::Yes;
+        }
+        match self.config.queue.request_kicks() {
+            Ok(true) => Armed::Pending,
+            Ok(false) if self.config.kick.is_none() => Armed::Never,
+            Ok(false) => Armed::Yes,
+            Err(_) => {
+                self.break_ring();
+                Armed::Yes
+            }
+        }
+    }
+
+    pub(super) fn disarm(&mut self) {
+        self.config.queue.suppress_kicks();
+    }
+
+    /// It has no commands that would be timed.
+    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
+        self.publish();
+        (Instant::now(), None)
+    }
+
+    pub(super) fn stages(&self) -> &StageTimes {
+        &self.config.shared.stages
+    }
+
+    fn break_ring(&mut self) {
+        self.state = State::Broken;
+        self.counters.malformed += 1;
+        self.config.error.signal();
+    }
+
     pub(super) fn publish(&mut self) {
         self.config.queue.publish_used();
         if self.config.queue.needs_signal() && self.config.call.signal() {
@@ -183,9 +256,7 @@ impl ControlLane {
                 Ok(true) => {}
                 Ok(false) => break,
                 Err(_) => {
-                    self.state = State::Broken;
-                    self.counters.malformed += 1;
-                    self.config.error.signal();
+                    self.break_ring();
                     break;
                 }
             }

@@ -1,6 +1,7 @@
 //! The lane of a SCSI host: commands for the logical units of one device. What a command needs of the device becomes NVMe
 //! commands as a block request does; what it does not is answered at once.
 
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nvme_driver::spec::{Nsid, Status};
@@ -48,6 +49,8 @@ pub struct ScsiLaneConfig {
     pub call: Arc<Signal>,
     /// The error eventfd.
     pub error: Arc<Signal>,
+    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
+    pub kick: Option<OwnedFd>,
     /// Where others read this virtqueue's counters.
     pub shared: Arc<SharedCounters>,
 }
@@ -169,6 +172,12 @@ impl Front for Scsi {
         wanted == gate.passed || lane.approach(wanted)
     }
 
+    /// While the gate is closed, completions are waited for, and they tell of themselves.
+    fn is_wanted(lane: &RequestLane<Scsi>) -> bool {
+        let gate = &lane.front.gate;
+        gate.barrier.wanted() != gate.passed && !(gate.closed && lane.queue.in_flight() > 0)
+    }
+
     fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
         let commands = lane.counters.commands;
         for _ in 0..most {
@@ -265,6 +274,7 @@ impl RequestLane<Scsi> {
             deallocate: true,
             call: config.call,
             error: config.error,
+            kick: config.kick,
             shared: config.shared,
         };
         RequestLane::with_front(config.queue, parts, front)
@@ -299,6 +309,11 @@ impl RequestLane<Scsi> {
         gate.closed = false;
         gate.passed = gate.wanted;
         gate.barrier.pass(gate.number, gate.passed);
+    }
+
+    /// Task management wakes a poller that sleeps.
+    pub(super) fn waker(&self) -> BorrowedFd<'_> {
+        self.front.gate.barrier.waker(self.front.gate.number)
     }
 
     /// Nobody need wait for it any more.

@@ -3,29 +3,38 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
-use loom::sync::atomic::AtomicU32;
+use loom::sync::atomic::{AtomicBool, AtomicU32};
+use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
 use super::{Domain, PortOnly, queue_pair};
 use crate::dma::{DmaAccess, DmaBuffer, Iova};
-use crate::mmio::{AtomicU64, reads, shadow, writes};
+use crate::mmio::{AtomicU64, fence, reads, shadow, writes};
 use crate::queue_pair::{Completion, DataSegment, QueuePair};
 use crate::spec::{LbaRange, Nsid, PAGE_SIZE, Status, SubmissionEntry, io_opcode};
-use crate::transport::QueuePort;
+use crate::transport::{Armed, QueuePort};
 
 const PAGE: u32 = 4096;
 /// The queue pair's identifier.
 const SQID: u64 = 1;
 /// Three pages a command: PRP1, and a list of two.
 const PAGES: u32 = 3;
+/// Looks after which a sleeping driver is stuck: each lets it go on until it waits itself.
+const MAX_IDLE: u32 = 100;
 
 /// The two doorbell registers. A write to one is a plain store to the bus: what order it has comes from the driver.
 #[derive(Debug, Default)]
 struct Doorbells {
     sq_tail: AtomicU32,
     cq_head: AtomicU32,
+    /// The interrupt's vector is on, its eventfd, and who waits for that.
+    armed: AtomicBool,
+    eventfd: Mutex<u32>,
+    raised: Condvar,
+    /// How many completions a driver that sleeps has seen.
+    seen: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -38,6 +47,15 @@ impl QueuePort for Port {
 
     fn ring_cq(&mut self, head: u16) {
         self.0.cq_head.store(head.into(), Relaxed);
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.0.armed.store(true, Relaxed);
+        Armed::Yes
+    }
+
+    fn disarm(&mut self) {
+        self.0.armed.store(false, Relaxed);
     }
 }
 
@@ -99,7 +117,10 @@ struct Controller {
 impl Controller {
     /// Carries out `count` commands. Those to odd blocks are writes and carry `data(block)`; reads get it.
     fn run(mut self, count: u64) {
-        let mut done = 0;
+        self.carry_out(0, count);
+    }
+
+    fn carry_out(&mut self, mut done: u64, count: u64) {
         while done < count {
             // Acquire pairs with the barrier before the driver's doorbell.
             let tail = self.doorbells.sq_tail.load(Acquire);
@@ -113,6 +134,26 @@ impl Controller {
                 self.complete(&entry, done);
             }
             if done < count {
+                thread::yield_now();
+            }
+        }
+    }
+
+    /// The same for a driver that sleeps: each command is followed by its completion being seen.
+    fn run_for_sleeper(self, rounds: &[&[u64]]) {
+        let doorbells = Arc::clone(&self.doorbells);
+        let (mut controller, mut count) = (self, 0);
+        for blocks in rounds {
+            let first = count;
+            count += blocks.len() as u64;
+            controller.carry_out(first, count);
+            let mut idle = 0;
+            while u64::from(doorbells.seen.load(Relaxed)) < count {
+                idle += 1;
+                assert!(
+                    idle < MAX_IDLE,
+                    "the driver sees nothing: it sleeps, and its interrupt got lost"
+                );
                 thread::yield_now();
             }
         }
@@ -169,10 +210,18 @@ impl Controller {
             u64::from(self.sq_head) | SQID << 16 | cid << 32 | status << 48,
             Release,
         );
+        let before = self.cq_tail;
         self.cq_tail += 1;
         if self.cq_tail == self.entries {
             self.cq_tail = 0;
             self.phase ^= 1;
+        }
+        // It interrupts when the first entry arrives that the driver has not acknowledged, and not for those after it.
+        fence(SeqCst);
+        let first = self.doorbells.cq_head.load(Relaxed) == before;
+        if first && self.doorbells.armed.load(Relaxed) {
+            *self.doorbells.eventfd.lock().unwrap() += 1;
+            self.doorbells.raised.notify_one();
         }
     }
 }
@@ -235,24 +284,40 @@ fn finish(world: &mut World, block: u64) {
     }
 }
 
+/// The same for a driver that sleeps until it is interrupted.
+fn finish_asleep(world: &mut World, doorbells: &Doorbells, block: u64) {
+    while !world.queue.has_completion() {
+        if world.queue.request_interrupt() != Armed::Pending {
+            let mut interrupts = doorbells.eventfd.lock().unwrap();
+            while *interrupts == 0 {
+                interrupts = doorbells.raised.wait(interrupts).unwrap();
+            }
+            *interrupts = 0;
+        }
+        world.queue.suppress_interrupt();
+    }
+    finish(world, block);
+    doorbells.seen.fetch_add(1, Relaxed);
+}
+
 fn end(world: World) {
     assert_eq!(world.queue.counters().anomalies, 0);
     world.queue.retire();
 }
 
-/// Explores with at most 5 preemptions (`LOOM_MAX_PREEMPTIONS` goes before); loads may always see whatever the memory
+/// Explores with at most `preemptions` (`LOOM_MAX_PREEMPTIONS` goes before); loads may always see whatever the memory
 /// model allows.
-fn explore(run: impl Fn() + Send + Sync + 'static) {
+fn explore(preemptions: usize, run: impl Fn() + Send + Sync + 'static) {
     let mut model = loom::model::Builder::new();
     model.max_threads = 2;
     model.max_branches = 10_000;
-    model.preemption_bound = model.preemption_bound.or(Some(5));
+    model.preemption_bound = model.preemption_bound.or(Some(preemptions));
     model.check(run);
 }
 
 #[test]
 fn commands_one_after_the_other_reuse_slots_entries_and_buffers_unharmed() {
-    explore(|| {
+    explore(5, || {
         // Two entries: the submission queue wraps with the second command, the phase turns with the third.
         let (mut world, controller) = world(2);
         let device = thread::spawn(move || controller.run(4));
@@ -267,7 +332,7 @@ fn commands_one_after_the_other_reuse_slots_entries_and_buffers_unharmed() {
 
 #[test]
 fn commands_in_flight_together_complete_with_their_own_data() {
-    explore(|| {
+    explore(5, || {
         let (mut world, controller) = world(3);
         let device = thread::spawn(move || controller.run(4));
         for blocks in [[1, 2], [3, 4]] {
@@ -281,4 +346,32 @@ fn commands_in_flight_together_complete_with_their_own_data() {
         device.join().unwrap();
         end(world);
     });
+}
+
+fn sleeping_driver(entries: u16, rounds: &'static [&'static [u64]]) {
+    explore(3, move || {
+        let (mut world, controller) = world(entries);
+        let doorbells = Arc::clone(&controller.doorbells);
+        let device = thread::spawn(move || controller.run_for_sleeper(rounds));
+        for blocks in rounds {
+            for block in *blocks {
+                submit(&mut world, *block);
+            }
+            for block in *blocks {
+                finish_asleep(&mut world, &doorbells, *block);
+            }
+        }
+        device.join().unwrap();
+        end(world);
+    });
+}
+
+#[test]
+fn sleeping_driver_misses_no_completion_of_one_command_after_the_other() {
+    sleeping_driver(2, &[&[1], &[2]]);
+}
+
+#[test]
+fn sleeping_driver_misses_no_completion_of_commands_in_flight_together() {
+    sleeping_driver(3, &[&[1, 2]]);
 }

@@ -4,12 +4,17 @@
 //! a [`crate::QueuePair`] is compiled for its transport and its port is two stores. Only [`DmaDomain`], which no
 //! request touches, is a trait object.
 
+mod bell;
+
 use std::any::Any;
 use std::fmt::{self, Debug};
 use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use bell::{Attention, Bell};
 
 use crate::quirks::Quirks;
 use crate::spec::QueueId;
@@ -185,6 +190,17 @@ pub enum Notice {
     BusError,
 }
 
+/// What a controller answers when it is asked for an interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Armed {
+    /// The next completion makes the interrupt's file readable.
+    Yes,
+    /// Nothing will: only looking finds the next completion.
+    Never,
+    /// There is something to look at already.
+    Pending,
+}
+
 /// The doorbells of one queue pair. Moves with its queue pair to the thread that polls it (I7).
 pub trait QueuePort: Send + Debug {
     /// Writes the submission queue tail doorbell. Everything stored before is visible to the device first.
@@ -196,6 +212,20 @@ pub trait QueuePort: Send + Debug {
     /// Gives a software controller its turn on this core. Real hardware needs none.
     #[inline]
     fn service(&mut self) {}
+
+    /// The eventfd of this queue pair's interrupt, which nobody has to read: it is to be watched edge-triggered. `None`
+    /// when there is no interrupt.
+    fn interrupt(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Asks for an interrupt at the next completion. What completed before is to be looked for after this.
+    fn arm(&mut self) -> Armed {
+        Armed::Never
+    }
+
+    /// Asks for no interrupts: the queue pair is polled.
+    fn disarm(&mut self) {}
 }
 
 /// A controller's registers and DMA domain, owned by the thread that controls the device.
@@ -217,6 +247,18 @@ pub trait Transport: Send {
 
     /// The doorbells of `queue`; `stride` is CAP.DSTRD in bytes. `None` when they lie beyond what can be reached.
     fn port(&mut self, queue: QueueId, stride: u32) -> Option<Self::Port>;
+
+    /// Makes interrupts for queue pairs 1 to `queues`, as far as there are any; none is asked for yet, and ports made from
+    /// now on have theirs ([`QueuePort::interrupt`]). `true` when they are those of MSI-X, with which the mask registers
+    /// of the controller must be left alone.
+    fn enable_interrupts(&mut self, _queues: u16) -> bool {
+        false
+    }
+
+    /// The interrupt vector of a queue pair's completions. `None` when it has none.
+    fn vector(&self, _queue: QueueId) -> Option<u16> {
+        None
+    }
 
     /// The device's DMA domain.
     fn dma_domain(&self) -> Arc<dyn DmaDomain>;
