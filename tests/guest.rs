@@ -867,7 +867,7 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
 }
 
 #[test]
-fn resets_of_a_scsi_host_whose_cores_sleep_are_answered() {
+fn resets_of_a_scsi_host_with_packed_rings_whose_cores_sleep_are_answered() {
     let lab = Lab::new("scsi-sleep");
     let scsi = "path=vm0.sock,queues=2,lun=0:0:ns1";
     let device = "model:ram,size=256M";
@@ -877,15 +877,17 @@ fn resets_of_a_scsi_host_whose_cores_sleep_are_answered() {
     let job = "
         step modules modprobe -a virtio_scsi sd_mod sg
         step 'the disk is there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && break; sleep 0.1; done'
+        fact features $(cat /sys/bus/virtio/devices/virtio0/features)
         step resets sh -c 'for i in $(seq 10); do sg_reset -d /dev/sda || exit 1; sg_turs -n 2 /dev/sda; sleep 0.2; done'
         step verify fio_verify /dev/sda 2 2m";
-    let more = ["--scsi", "vm0.sock,num_queues=2"];
+    let more = ["--scsi", "vm0.sock,num_queues=2,packed=on"];
     let setup = Setup {
         cpus: 2,
         more: &more,
         ..Setup::new(&[], job)
     };
-    Guest::boot(&lab, &setup).ends_well();
+    let facts = Guest::boot(&lab, &setup).ends_well();
+    assert_eq!(facts["features"].as_bytes()[F_RING_PACKED], b'1');
     let report = server.end_well();
     assert_eq!(report.total("tasks"), 10, "{report:?}");
 }
