@@ -2,8 +2,9 @@
 //! callgrind. Everything that is counted happens inside [`turn`]; of that, the embedded controller's part happens inside
 //! its `Slot::service`.
 //!
-//! `datapath BATCH TURNS [packed]`: each turn completes BATCH 4 KiB reads of one virtqueue, a split one if nothing else is
-//! said, and takes BATCH new ones. BATCH 0 counts turns that find nothing to do.
+//! `datapath BATCH ROUNDS [packed]`: in each round the guest has BATCH new 4 KiB reads in one virtqueue, a split one if
+//! nothing else is said, and there are as many turns as it takes to get them to the device. BATCH 0 counts turns that find
+//! nothing to do.
 
 #[allow(clippy::unwrap_used)] // as in the tests that it belongs to
 #[path = "../tests/common/rig.rs"]
@@ -20,6 +21,9 @@ const BYTES: u32 = 4096;
 const DISK: u64 = 64 << 20;
 /// Turns before anything is counted: buffers touched, tables warm.
 const WARM_UP: u64 = 64;
+
+/// Requests that a poller takes in one turn, at most.
+const PER_TURN: u64 = 16;
 
 /// What is counted.
 #[inline(never)]
@@ -61,10 +65,12 @@ fn main() {
             assert!(head.is_some(), "the ring is full");
         }
         guest.driver.publish();
-        if now < WARM_UP {
-            rig.turn();
-        } else {
-            turn(&mut *rig.pollers[0]);
+        for _ in 0..batch.div_ceil(PER_TURN).max(1) {
+            if now < WARM_UP {
+                rig.turn();
+            } else {
+                turn(&mut *rig.pollers[0]);
+            }
         }
         while let Some(completion) = guest.driver.poll_used() {
             assert_eq!(completion.status, status::OK);

@@ -1,8 +1,8 @@
 //! A poller owns one NVMe queue pair and serves the lanes that ride with it: one, when the device has queue pairs
 //! enough, or several of the same reactor. It belongs to one reactor (I7) and comes back by value at the end.
 //!
-//! One turn: completions first (they free slots), then submissions, one doorbell, then the guests' used rings and at
-//! most one signal each.
+//! One turn: completions first (they free slots), the guests' used rings, then submissions, one doorbell, and at most one
+//! signal for each guest.
 
 use std::any::Any;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -422,11 +422,18 @@ impl<T: Transport> Poller<T> {
         self.until_show = 1;
     }
 
-    /// A turn with something to do: completions first, then what the lanes have for the device, then what it says to the
-    /// guests.
+    /// A turn with something to do: what has completed, then what the lanes have for the device, one doorbell, and at most
+    /// one signal for each guest.
     #[inline(never)]
     fn busy_turn(&mut self) -> bool {
         let mut busy = self.collect();
+        // Guests see it while their next requests are taken; the signal, which may take a system call, waits for the
+        // doorbell.
+        if busy {
+            for lane in self.lanes.iter_mut().flatten() {
+                lane.publish_used();
+            }
+        }
         for lane in self.lanes.iter_mut().flatten() {
             busy |= lane.fetch(&mut self.pair);
         }
@@ -488,15 +495,14 @@ impl<T: Transport> Poller<T> {
     /// Takes what has completed. `true` when anything had.
     #[inline(always)]
     fn collect(&mut self) -> bool {
-        let mut busy = false;
-        for _ in 0..POLL_BUDGET {
-            let Some(completion) = self.pair.queue.poll() else {
-                break;
-            };
-            busy = true;
+        let mut left = POLL_BUDGET;
+        while left > 0
+            && let Some(completion) = self.pair.queue.poll()
+        {
+            left = left.wrapping_sub(1);
             self.complete(completion);
         }
-        busy
+        left < POLL_BUDGET
     }
 
     // Always: a second caller, however cold, would cost each request a call.

@@ -218,7 +218,7 @@ impl CompletionRing {
     /// The controller has completed the next entry.
     #[inline(always)]
     pub(crate) fn has_entry(&self) -> bool {
-        self.words().1.load(Ordering::Relaxed) & PHASE == self.phase
+        (self.words().1.load(Ordering::Relaxed) ^ self.phase) & PHASE == 0
     }
 
     #[cold]

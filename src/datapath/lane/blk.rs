@@ -64,6 +64,16 @@ pub(in crate::datapath) struct Blk {
     cache_lost: bool,
 }
 
+/// What became of a request.
+enum Started {
+    /// A command, by the short way.
+    Short,
+    /// Commands, or an answer, by the long way.
+    Otherwise,
+    /// [`Work`].
+    Work,
+}
+
 impl Front for Blk {
     type Place = StatusByte;
 
@@ -141,16 +151,20 @@ impl RequestLane<Blk> {
     #[inline(never)]
     fn fetch_from<T: Transport, const PACKED: bool>(&mut self, pair: &mut Pair<T>, most: u16) {
         let commands = self.counters.commands;
+        let mut short = 0_u64;
         // A request that takes more than one command becomes work, which ends the round.
         for _ in 0..most {
             if let Some(sole) = self.queue.pop_sole::<_, PACKED>(&self.front.main) {
-                if !self.start_sole(pair, sole) {
-                    break;
+                match self.start_sole(pair, sole) {
+                    Started::Short => short = short.wrapping_add(1),
+                    Started::Otherwise => {}
+                    Started::Work => break,
                 }
             } else if !self.start_next(pair) {
                 break;
             }
         }
+        self.counters.commands = self.counters.commands.wrapping_add(short);
         self.count_doorbell(commands);
     }
 
@@ -170,10 +184,14 @@ impl RequestLane<Blk> {
         self.work.is_none()
     }
 
-    /// The request that was just taken, if it is a read or write that one command carries out. `false` when it became
-    /// work.
+    /// The request that was just taken, if it is a read or write that one command carries out; that command is for the
+    /// caller to count.
     #[inline(always)]
-    fn start_sole<T: Transport>(&mut self, pair: &mut Pair<T>, sole: Sole<HEADER_BYTES>) -> bool {
+    fn start_sole<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        sole: Sole<HEADER_BYTES>,
+    ) -> Started {
         let Some((write, range)) = blk::parse_sole(&sole, &self.front.limits) else {
             return self.start_held(pair, sole);
         };
@@ -193,17 +211,23 @@ impl RequestLane<Blk> {
             data_in: if write { 0 } else { len },
             status: sole.status,
         };
-        self.counters.commands = self.counters.commands.wrapping_add(1);
         self.count_transfer(write, len);
-        true
+        Started::Short
     }
 
     /// What [`RequestLane::start_sole`] leaves to [`RequestLane::start`].
     #[cold]
-    fn start_held<T: Transport>(&mut self, pair: &mut Pair<T>, sole: Sole<HEADER_BYTES>) -> bool {
+    fn start_held<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        sole: Sole<HEADER_BYTES>,
+    ) -> Started {
         let ends = self.chain.hold(&sole, &self.front.main);
         self.start(pair, ends);
-        self.work.is_none()
+        match self.work {
+            Some(_) => Started::Work,
+            None => Started::Otherwise,
+        }
     }
 
     /// The chain that was just popped becomes a request.
