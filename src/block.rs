@@ -129,6 +129,8 @@ pub enum BlockOp {
     Discard,
     /// Make the ranges of the [`RangeList`] read back as zeroes; an empty list is done at once.
     WriteZeroes,
+    /// Store the one block of the data segments to each block of the range; without data, zeroes.
+    WriteSame(BlockRange),
     /// Fill the data segments with the serial number of the disk.
     DeviceId,
 }

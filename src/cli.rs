@@ -1,7 +1,8 @@
 //! The command line as clap sees it: `tandem serve`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
-//! comes first and flags come on top: `--device` and `--blk` add to it, `--cores`, `--poll` and `--log` replace what it says.
+//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll` and `--log` replace
+//! what it says.
 //! clap ends the process with code 2 on a bad flag; so does `main` on a [`ConfigError`].
 
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::args::BenchArgs;
 use crate::config::{
     BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel, Options,
-    Polling,
+    Polling, ScsiOptions,
 };
 use crate::host::command::{ListArgs, SetupArgs};
 
@@ -49,6 +50,9 @@ pub struct ServeArgs {
     /// A vhost-user-blk disk: path=/run/tandem/vm0.sock,queues=4 (repeatable)
     #[arg(long, value_name = "SPEC")]
     pub blk: Vec<BlkOptions>,
+    /// A vhost-user-scsi host: path=/run/tandem/vm0.sock,queues=4,lun=0:0:ns1,lun=1:0:ns2 (repeatable)
+    #[arg(long, value_name = "SPEC")]
+    pub scsi: Vec<ScsiOptions>,
     /// Cores that poll, each fully used from start to end (but see --poll): 0-3,5
     #[arg(long, value_name = "LIST")]
     pub cores: Option<CoreList>,
@@ -101,6 +105,7 @@ impl ServeArgs {
         };
         options.device.extend_from_slice(&self.device);
         options.blk.extend_from_slice(&self.blk);
+        options.scsi.extend_from_slice(&self.scsi);
         if self.unsafe_noiommu {
             DeviceOptions::allow_noiommu(&mut options.device)?;
         }
@@ -152,7 +157,14 @@ Keys of --blk:
   device=NAME       needed when there are several devices
   ns=N              namespace                                 [1]
   readonly=on|off   several disks may share a namespace if all are read-only [off]
-  serial=TEXT       what the guest sees, 20 characters        [NAME-nsN]"
+  serial=TEXT       what the guest sees, 20 characters        [NAME-nsN]
+
+Keys of --scsi:
+  path=SOCKET       or fd=N, as of --blk
+  queues=N          request queues, 1 to 64                   [1]
+  device=NAME       needed when there are several devices
+  lun=T:L:nsN       namespace N is LUN L of target T; once for each
+  readonly=on|off   of all of them                            [off]"
 );
 
 #[cfg(test)]
@@ -217,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn help_names_every_key_of_device_and_blk() {
+    fn help_names_every_key_of_device_blk_and_scsi() {
         // serde lists the keys that it knows when it meets one that it does not.
         for (spec, help) in [
             (
@@ -228,6 +240,10 @@ mod tests {
             ),
             (
                 "no-such-key=1".parse::<BlkOptions>().unwrap_err(),
+                SERVE_HELP,
+            ),
+            (
+                "no-such-key=1".parse::<ScsiOptions>().unwrap_err(),
                 SERVE_HELP,
             ),
         ] {

@@ -25,7 +25,8 @@
 //! | [`vhost`] | a front-end's memory: mapped here and for the device, faults contained |
 //! | [`reactor`] | a pinned core with a mailbox and pollers; when it sleeps and what wakes it |
 //! | [`datapath`] | lanes (a virtqueue in service) and pollers (a queue pair and its lanes) |
-//! | [`virtio`] | virtqueues (split and packed), descriptor walk, virtio-blk; knows no NVMe |
+//! | [`virtio`] | virtqueues (split and packed), descriptor walk, virtio-blk, virtio-scsi; knows no NVMe |
+//! | [`scsi`] | SCSI commands, sense data, logical units; knows neither virtio nor NVMe |
 //! | [`block`] | the vocabulary between the two |
 //! | [`stats`] | counters of each virtqueue |
 //! | [`mod@bench`] | the latency benchmark: this server's parts, other servers and the kernel, in turn |
@@ -54,7 +55,8 @@
 //!
 //! # Words
 //! Names are the specifications': SQ, CQ, CID, PRP, MDTS, NSID (NVMe); virtqueue, descriptor, head, avail, used
-//! (virtio); front-end, back-end (vhost-user). Ours: a *lane* is one guest virtqueue in service, a *poller* is one
+//! (virtio); front-end, back-end (vhost-user);
+//! target, LUN, CDB, sense (SCSI). Ours: a *lane* is one guest virtqueue in service, a *poller* is one
 //! queue pair with the lanes that ride on it, a *reactor* is one core that polls.
 
 pub mod bench;
@@ -66,6 +68,7 @@ pub mod datapath;
 pub mod host;
 pub mod plan;
 pub mod reactor;
+pub mod scsi;
 pub mod sim;
 pub mod stats;
 pub mod vhost;

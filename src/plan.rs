@@ -14,7 +14,7 @@
 use std::fmt;
 
 use crate::config::{
-    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, DiskConfig, Isolation,
+    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, Isolation, LunPlace,
     Medium, Polling, Socket,
 };
 
@@ -51,6 +51,7 @@ impl Topology {
 pub struct Plan {
     pub devices: Vec<DevicePlan>,
     pub disks: Vec<DiskPlan>,
+    pub hosts: Vec<HostPlan>,
     /// The cores that get a reactor, in the order configured.
     pub cores: Vec<Core>,
     pub poll: Polling,
@@ -59,7 +60,7 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePlan {
     pub config: DeviceConfig,
-    /// Of all its disks together. Beyond the queue pairs that the controller grants, virtqueues of one core share one.
+    /// Of all its disks and hosts together, control and event queues apart. Beyond the queue pairs that the controller grants, virtqueues of one core share one.
     pub virtqueues: usize,
 }
 
@@ -75,6 +76,17 @@ pub struct DiskPlan {
     pub queue_cores: Vec<CoreId>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPlan {
+    pub socket: Socket,
+    /// Index into [`Plan::devices`].
+    pub device: usize,
+    pub readonly: bool,
+    pub luns: Vec<LunPlace>,
+    /// The core of each request queue. The control queue is polled where the first one is.
+    pub queue_cores: Vec<CoreId>,
+}
+
 /// Why the request does not fit the machine.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
@@ -84,7 +96,7 @@ pub enum PlanError {
     NoSuchCore { core: CoreId, available: CoreList },
 }
 
-/// Assigns every virtqueue of every disk to a core.
+/// Assigns every virtqueue of every disk and host to a core.
 pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
     let mut cores = Vec::with_capacity(config.cores.as_slice().len());
     for &core in config.cores.as_slice() {
@@ -116,7 +128,21 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
             nsid: disk.nsid,
             readonly: disk.readonly,
             serial: disk.serial.clone(),
-            queue_cores: place(disk, &mut spreads[disk.device], &mut load)
+            queue_cores: place(disk.queues, &mut spreads[disk.device], &mut load)
+                .into_iter()
+                .map(|slot| cores[slot].id)
+                .collect(),
+        })
+        .collect();
+    let hosts = config
+        .hosts
+        .iter()
+        .map(|host| HostPlan {
+            socket: host.socket.clone(),
+            device: host.device,
+            readonly: host.readonly,
+            luns: host.luns.clone(),
+            queue_cores: place(host.queues, &mut spreads[host.device], &mut load)
                 .into_iter()
                 .map(|slot| cores[slot].id)
                 .collect(),
@@ -134,6 +160,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
     Ok(Plan {
         devices,
         disks,
+        hosts,
         cores,
         poll: config.poll,
     })
@@ -148,10 +175,10 @@ struct Spread {
 
 /// Each queue in order goes where this disk has the fewest, then where all disks have the fewest, then to the core named
 /// first. While the device has queue pairs to spare this is a round robin that goes on from disk to disk.
-fn place(disk: &DiskConfig, spread: &mut Spread, load: &mut [usize]) -> Vec<usize> {
+fn place(queues: u16, spread: &mut Spread, load: &mut [usize]) -> Vec<usize> {
     let mut own = vec![0; load.len()];
-    let mut slots = Vec::with_capacity(disk.queues.into());
-    for _ in 0..disk.queues {
+    let mut slots = Vec::with_capacity(queues.into());
+    for _ in 0..queues {
         let cores_used = spread.virtqueues.iter().filter(|&&count| count > 0).count();
         let slot = (0..load.len())
             .filter(|&slot| cores_used < spread.limit || spread.virtqueues[slot] > 0)
@@ -188,14 +215,19 @@ impl fmt::Display for Plan {
                 f,
                 "  {}, queue@core: {}",
                 count(disk.queue_cores.len(), "virtqueue"),
-                queues(&disk.queue_cores)
+                queues(&disk.queue_cores, 0)
             )?;
+        }
+        for host in &self.hosts {
+            self.fmt_host(host, f)?;
         }
         for core in &self.cores {
             let polled = self
                 .disks
                 .iter()
-                .flat_map(|disk| &disk.queue_cores)
+                .map(|disk| &disk.queue_cores)
+                .chain(self.hosts.iter().map(|host| &host.queue_cores))
+                .flatten()
                 .filter(|&&id| id == core.id)
                 .count();
             write!(
@@ -217,6 +249,34 @@ impl fmt::Display for Plan {
             )?;
         }
         Ok(())
+    }
+}
+
+impl Plan {
+    fn fmt_host(&self, host: &HostPlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let device = self.devices[host.device].config.name.as_str();
+        let access = if host.readonly {
+            "read-only"
+        } else {
+            "read-write"
+        };
+        writeln!(f, "host    {}", host.socket)?;
+        let units = count(host.luns.len(), "logical unit");
+        writeln!(f, "  {device}, {units}, {access}; target:LUN, namespace:")?;
+        // 8 to a line keeps to 120 columns.
+        for line in host.luns.chunks(8) {
+            let places = line.iter().map(|place| {
+                let LunPlace { target, lun, nsid } = place;
+                format!("{target}:{lun} ns{nsid}")
+            });
+            writeln!(f, "    {}", places.collect::<Vec<_>>().join(", "))?;
+        }
+        writeln!(
+            f,
+            "  {}, virtqueue@core: {}; the control queue is polled with the first",
+            count(host.queue_cores.len(), "request queue"),
+            queues(&host.queue_cores, 2)
+        )
     }
 }
 
@@ -305,11 +365,12 @@ fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
-fn queues(cores: &[CoreId]) -> String {
+/// The first queue is virtqueue `first`.
+fn queues(cores: &[CoreId], first: usize) -> String {
     let cells: Vec<String> = cores
         .iter()
         .enumerate()
-        .map(|(queue, core)| format!("{queue}@{core}"))
+        .map(|(queue, core)| format!("{}@{core}", queue + first))
         .collect();
     // 16 to a line keeps a 64-queue disk within 120 columns; the continuation lines up with nothing but its disk.
     cells

@@ -88,12 +88,18 @@ counters! {
     errors,
     /// Chains that were no request: loops, addresses outside memory, missing status bytes.
     malformed,
-    /// Requests that ended with UNSUPP.
+    /// Requests that ended with UNSUPP; of a SCSI host, with another response than OK.
     unsupported,
     /// Requests whose data went through a buffer of ours, because the device could not reach it in place.
     bounced,
     /// Requests that took more than one NVMe command.
     split,
+    /// SCSI commands that ended well without the device.
+    immediate,
+    /// SCSI commands that ended with CHECK CONDITION without the device, or were for nobody.
+    checks,
+    /// Task management functions of a SCSI host.
+    tasks,
 }
 
 /// The ways of a request through the server that are timed, in order.
@@ -293,6 +299,13 @@ const RINGS: &[Column] = &[
     ("idle", |c| percent(c.idle_polls, c.polls)),
 ];
 
+/// Of SCSI hosts.
+const SCSI: &[Column] = &[
+    ("immediate", |c| grouped(c.immediate)),
+    ("checks", |c| grouped(c.checks)),
+    ("tasks", |c| grouped(c.tasks)),
+];
+
 /// Longest disk name shown. Of a longer socket path the end tells more than the beginning.
 const DISK_WIDTH: usize = 24;
 
@@ -300,7 +313,13 @@ impl fmt::Display for CounterTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.block(REQUESTS, f)?;
         writeln!(f)?;
-        self.block(RINGS, f)
+        self.block(RINGS, f)?;
+        let is_scsi = |c: &QueueCounters| c.immediate + c.checks + c.tasks > 0;
+        if self.rows.iter().any(|row| is_scsi(&row.counters)) {
+            writeln!(f)?;
+            self.block(SCSI, f)?;
+        }
+        Ok(())
     }
 }
 
@@ -414,6 +433,9 @@ mod tests {
             unsupported: base + 17,
             bounced: base + 18,
             split: base + 19,
+            immediate: base + 20,
+            checks: base + 21,
+            tasks: base + 22,
         }
     }
 
@@ -513,6 +535,31 @@ disk                 vq core qp  commands SQ doorbells CQ doorbells notification
 /run/tandem/vm0.sock  1    3  2         0            0            0             0       0     0          0          0  0.0%
 total                           1,234,600       40,000       20,000        39,999       0     0 10,000,000  9,999,999 99.9%
 "
+        );
+    }
+
+    #[test]
+    fn table_of_a_scsi_host_has_a_third_block() {
+        let counters = QueueCounters {
+            immediate: 1_234,
+            tasks: 5,
+            ..QueueCounters::default()
+        };
+        let mut table = CounterTable::default();
+        table.push("a", 0, 3, 1, counters);
+        table.push("a", 2, 3, 1, QueueCounters::default());
+        let table = table.to_string();
+        let third = table.split("\n\n").nth(2);
+        assert_eq!(
+            third,
+            Some(
+                "\
+disk  vq core qp immediate checks tasks
+a      0    3  1     1,234      0     5
+a      2    3  1         0      0     0
+total                1,234      0     5
+"
+            )
         );
     }
 

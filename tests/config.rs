@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use tandem::cli::{Cli, Command};
 use tandem::config::{
     BlkOptions, BlockSize, ByteSize, Config, ConfigError, ControllerConfig, CoreId, CoreList,
-    DeviceConfig, DeviceOptions, DiskConfig, Isolation, LogLevel, MAX_DEVICE_NAME, Medium,
-    ModelConfig, OnDeviceLoss, Options, PciTarget, Polling, Socket,
+    DeviceConfig, DeviceOptions, DiskConfig, HostConfig, Isolation, LogLevel, LunPlace,
+    MAX_DEVICE_NAME, Medium, ModelConfig, OnDeviceLoss, Options, PciTarget, Polling, Socket,
 };
 use tandem::plan::{Topology, plan};
 
@@ -283,7 +283,7 @@ prop_compose! {
             })
             .collect();
         let poll = if adaptive { Polling::Adaptive } else { Polling::Always };
-        Config { devices, disks, cores: cores.into_iter().map(CoreId).collect(), poll, log }
+        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, log }
     }
 }
 
@@ -365,6 +365,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
             readonly: false,
             serial: "d0-ns1".to_owned(),
         }],
+        hosts: vec![],
         cores: [CoreId(0), CoreId(1)].into_iter().collect(),
         poll: Polling::Always,
         log: LogLevel::Info,
@@ -517,7 +518,7 @@ fn file_with_unknown_field_names_file_line_and_field() {
     );
     assert_eq!(
         refusal("[sever]\ncores = \"0\"\n"),
-        "vm.toml:1: unknown field `sever`, expected one of `server`, `device`, `blk`\n  1 | [sever]"
+        "vm.toml:1: unknown field `sever`, expected one of `server`, `device`, `blk`, `scsi`\n  1 | [sever]"
     );
     assert_eq!(
         refusal("[server]\ncore = \"0\"\n"),
@@ -926,11 +927,11 @@ fn disks_that_collide_are_refused() {
             &device,
             &["path = \"/run/a\"", "path = \"/run//a\"\nns = 2"]
         )),
-        "socket /run//a is given to two disks: each disk needs its own"
+        "socket /run//a is given to two disks or hosts: each needs its own"
     );
     assert_eq!(
         refusal(&file(&device, &["fd = 3", "fd = 3\nns = 2"])),
-        "socket fd 3 is given to two disks: each disk needs its own"
+        "socket fd 3 is given to two disks or hosts: each needs its own"
     );
     assert_eq!(
         refusal(&file(DEVICE, &["queues = 1"])),
@@ -1032,5 +1033,137 @@ fn demo_file_and_the_flags_in_its_comment_give_the_same_config() {
     assert_eq!(
         from_flags(&flags),
         Ok(Options::read(&path).unwrap().resolve().unwrap())
+    );
+}
+
+// ---- SCSI hosts ----
+
+/// A whole file around one `[[scsi]]` body.
+fn host_file(body: &str) -> String {
+    format!(
+        "{}[[scsi]]\n{body}\n",
+        file(&format!("{DEVICE}namespaces = 4"), &[])
+    )
+}
+
+#[test]
+fn scsi_host_as_flags_and_as_a_file_is_the_same() {
+    let place = |target, lun, nsid| LunPlace { target, lun, nsid };
+    let expected = HostConfig {
+        socket: Socket::Path("/run/a,b.sock".into()),
+        queues: 4,
+        device: 0,
+        readonly: true,
+        luns: vec![place(0, 0, 1), place(1, 0, 2), place(255, 16383, 4)],
+    };
+    let body = "path = \"/run/a,b.sock\"\nqueues = 4\ndevice = \"d0\"\nreadonly = true\n\
+                lun = [\"0:0:ns1\", \"1:0:ns2\", \"255:16383:ns4\"]";
+    let as_file = from_toml(&host_file(body)).unwrap();
+    assert_eq!(as_file.hosts, [expected]);
+    assert!(as_file.disks.is_empty());
+    let spec = "lun=0:0:ns1,path=/run/a,,b.sock,queues=4,lun=1:0:ns2,device=d0,readonly=on,lun=255:16383:ns4";
+    let flags = [
+        "--cores",
+        "0",
+        "--device",
+        "model:ram,size=1G,namespaces=4",
+        "--scsi",
+        spec,
+    ];
+    assert_eq!(from_flags(&flags.map(str::to_owned)).unwrap(), as_file);
+    // The shortest.
+    let short = from_toml(&host_file("fd = 3\nlun = [\"0:0:ns1\"]")).unwrap();
+    assert_eq!((short.hosts[0].queues, short.hosts[0].readonly), (1, false));
+}
+
+#[test]
+fn scsi_host_refusals_say_what_is_wrong_with_which() {
+    for (body, reason) in [
+        (
+            "fd = 3",
+            "host fd 3: no logical unit: name at least one, for example lun=0:0:ns1",
+        ),
+        ("fd = 3\nlun = []", "no logical unit"),
+        (
+            "fd = 3\nlun = [\"0:1:ns1\", \"0:1:ns2\"]",
+            "host fd 3: target 0 has LUN 1 twice",
+        ),
+        (
+            "fd = 3\nlun = [\"0:0:ns1\", \"0:1:ns1\"]",
+            "would be served by fd 3 and by fd 3, of which both are writable",
+        ),
+        (
+            "fd = 3\nlun = [\"0:0:ns5\"]",
+            "has namespaces 1 to 4, not 5",
+        ),
+        (
+            "fd = 3\ndevice = \"d7\"\nlun = [\"0:0:ns1\"]",
+            "there is no device d7",
+        ),
+        ("lun = [\"0:0:ns1\"]", "this one has neither"),
+        (
+            "fd = 3\nlun = [\"0:0:1\"]",
+            "`0:0:1` is not a place for a logical unit: write TARGET:LUN:nsN",
+        ),
+        (
+            "fd = 3\nlun = [\"256:0:ns1\"]",
+            "`256:0:ns1` is not a place",
+        ),
+        (
+            "fd = 3\nlun = [\"0:16384:ns1\"]",
+            "`0:16384:ns1` is not a place",
+        ),
+        ("fd = 3\nlun = [\"0:0:ns0\"]", "`0:0:ns0` is not a place"),
+        (
+            "fd = 3\nserial = \"x\"\nlun = [\"0:0:ns1\"]",
+            "unknown field `serial`",
+        ),
+    ] {
+        let text = refusal(&host_file(body));
+        assert!(text.contains(reason), "{body}: {text}");
+    }
+    let shared = format!(
+        "{}[[blk]]\nfd = 4\nns = 2\n",
+        host_file("fd = 3\nlun = [\"0:0:ns2\"]")
+    );
+    assert!(refusal(&shared).contains("would be served by fd 4 and by fd 3"));
+    let one_socket = format!(
+        "{}[[blk]]\nfd = 3\nns = 2\n",
+        host_file("fd = 3\nlun = [\"0:0:ns1\"]")
+    );
+    assert!(refusal(&one_socket).contains("given to two"));
+    let twice = ["--scsi", "fd=3,fd=4,lun=0:0:ns1"].map(str::to_owned);
+    assert!(
+        from_flags(&twice)
+            .unwrap_err()
+            .contains("key `fd` is given twice")
+    );
+}
+
+#[test]
+fn plan_of_a_scsi_host_shows_units_and_request_queues() {
+    let places: Vec<String> = (0..9)
+        .map(|at| format!("\"{at}:{}:ns{}\"", at * 40, at + 1))
+        .collect();
+    let text = format!(
+        "[server]\ncores = \"0-1\"\n[[device]]\n{DEVICE}namespaces = 16\n\
+         [[blk]]\nfd = 3\nns = 16\n[[scsi]]\npath = \"/run/s\"\nqueues = 3\nlun = [{}]\n",
+        places.join(", ")
+    );
+    let config = from_toml(&text).unwrap();
+    let plan = plan(&config, &Topology::from_online_cores([0, 1].map(CoreId))).unwrap();
+    assert_eq!(plan.devices[0].virtqueues, 4);
+    let text = plan.to_string();
+    let (_, after) = text.split_once("serial \"d0-ns16\"\n").unwrap();
+    assert_eq!(
+        after,
+        "  1 virtqueue, queue@core: 0@0\n\
+         host    /run/s\n\
+         \x20 d0, 9 logical units, read-write; target:LUN, namespace:\n\
+         \x20   0:0 ns1, 1:40 ns2, 2:80 ns3, 3:120 ns4, 4:160 ns5, 5:200 ns6, 6:240 ns7, 7:280 ns8\n\
+         \x20   8:320 ns9\n\
+         \x20 3 request queues, virtqueue@core: 2@1 3@0 4@1; the control queue is polled with the first\n\
+         core    0    polls 2 virtqueues\n\
+         core    1    polls 2 virtqueues\n"
     );
 }

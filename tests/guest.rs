@@ -737,3 +737,157 @@ fn two_guests_on_two_namespaces_do_not_meet() {
         .collect();
     assert_eq!(disks, HashSet::from(["a.sock", "b.sock"]));
 }
+
+#[test]
+fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
+    let lab = Lab::new("scsi");
+    let server = Server::start(
+        &lab,
+        &[
+            "--device",
+            "model:ram,size=512M,namespaces=2",
+            "--scsi",
+            "path=vm0.sock,queues=4,lun=0:0:ns1,lun=1:300:ns2",
+        ],
+    );
+    // The second disk has a LUN that only flat addressing reaches.
+    let job = "
+        step modules modprobe -a virtio_scsi sd_mod sg
+        step 'disks are there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && [ -b /dev/sdb ] && break; sleep 0.1; done'
+        fact where.a $(ls -d /sys/block/sda/device/scsi_device/*)
+        fact where.b $(ls -d /sys/block/sdb/device/scsi_device/*)
+        fact bytes.a $(($(cat /sys/block/sda/size) * 512))
+        fact queues.a $(find /sys/block/sda/mq -mindepth 1 -maxdepth 1 | wc -l)
+        fact cache.a \"$(cat /sys/block/sda/queue/write_cache)\"
+        fact fua.a $(cat /sys/block/sda/queue/fua)
+        fact discard.a $(cat /sys/block/sda/queue/discard_max_bytes)
+        fact serial.a \"$(sg_vpd -q -p sn /dev/sda | sed -n 's/.*number: //p')\"
+        fact serial.b \"$(sg_vpd -q -p sn /dev/sdb | sed -n 's/.*number: //p')\"
+        fact inquiry \"$(sg_inq /dev/sda | tr -s ' \\n' ' ')\"
+        fact pages \"$(sg_vpd /dev/sda | tr -s ' \\n' ' ')\"
+        fact designators \"$(sg_vpd -p di /dev/sda | tr -s ' \\n' ' ')\"
+        fact limits \"$(sg_vpd -p bl /dev/sda | tr -s ' \\n' ' ')\"
+        fact thin \"$(sg_vpd -p lbpv /dev/sda | tr -s ' \\n' ' ')\"
+        fact luns.a \"$(sg_luns -q /dev/sda | tr -s ' \\n' ' ')\"
+        fact luns.b \"$(sg_luns -q -s 2 /dev/sdb | tr -s ' \\n' ' ')\"
+        fact capacity \"$(sg_readcap --16 /dev/sda | tr -s ' \\n' ' ')\"
+        fact opcodes \"$(sg_opcodes -n /dev/sda | grep -cE '^ [0-9a-f][0-9a-f] ')\"
+        fact read10 \"$(sg_opcodes -n -o 0x28 -m /dev/sda | tr -s ' \\n' ' ')\"
+        fact modes \"$(sg_modes -6 /dev/sda | tr -s ' \\n' ' ')\"
+        step ready sg_turs -n 20 /dev/sda
+        step requests sg_requests /dev/sda
+        step start sg_start --start /dev/sda
+        step stop sg_start --stop /dev/sda
+        step 'sync cache' sg_sync /dev/sda
+        step 'pattern' sh -c 'tr \"\\0\" \"\\245\" </dev/zero | dd of=/tmp/pattern bs=512 count=1 iflag=fullblock'
+        step 'write same' sg_write_same --16 -l 1000 -n 300 -i /tmp/pattern /dev/sda
+        step 'expected pattern' sh -c 'for i in $(seq 300); do cat /tmp/pattern; done >/tmp/expected'
+        step 'read pattern' sh -c 'dd if=/dev/sda bs=512 skip=1000 count=300 iflag=direct | cmp - /tmp/expected'
+        step unmap sg_unmap -l 1000 -n 300 /dev/sda
+        step 'write zeroes' sg_write_same --10 -l 1000 -n 300 /dev/sda
+        step 'read zeroes' sh -c 'dd if=/dev/sda bs=512 skip=1000 count=300 iflag=direct | cmp -n 153600 - /dev/zero'
+        step partition sh -c 'printf \"size=128MiB\\n,\\n\" | sfdisk -q /dev/sda'
+        step mkfs mkfs.ext4 -q /dev/sda1
+        step mount mount -t ext4 /dev/sda1 /mnt
+        step write sh -c 'mkdir /mnt/f && for i in $(seq 16); do dd if=/dev/urandom of=/mnt/f/$i bs=64k count=$i; done'
+        step sums sh -c 'cd /mnt/f && sha256sum * >/mnt/sums'
+        step sync sync
+        step umount umount /mnt
+        step 'mount again' mount -t ext4 /dev/sda1 /mnt
+        step check sh -c 'cd /mnt/f && sha256sum -c /mnt/sums'
+        step remove rm -r /mnt/f
+        step fstrim fstrim -v /mnt
+        step 'umount again' umount /mnt
+        step fsck e2fsck -fn /dev/sda1
+        step discard /tools/bin/blkdiscard /dev/sda2
+        step zeroes /tools/bin/blkdiscard -z -l 67108864 /dev/sda2
+        step 'read them' sh -c 'head -c 67108864 /dev/sda2 | cmp -n 67108864 - /dev/zero'
+        step verify fio_verify /dev/sdb 4 8m
+        fio_verify /dev/sdb 4 8m --time_based --runtime=4 --verify_fatal=0 --verify=0 >/tmp/load 2>&1 &
+        sleep 1
+        step 'reset under load' sg_reset -d /dev/sdb
+        step 'load goes on' wait $!
+        step 'verify after the reset' fio_verify /dev/sdb 4 4m";
+    let scsi = ["--scsi", "vm0.sock,num_queues=4"];
+    let setup = Setup {
+        more: &scsi,
+        ..Setup::new(&[], job)
+    };
+    let facts = Guest::boot(&lab, &setup).ends_well();
+    for (key, value) in [
+        ("bytes.a", "268435456"),
+        ("queues.a", "4"),
+        ("cache.a", "write back"),
+        ("fua.a", "1"),
+        ("serial.a", "d0-ns1"),
+        ("serial.b", "d0-ns2"),
+        ("opcodes", "25"),
+    ] {
+        assert_eq!(facts[key], value, "{key}: {facts:#?}");
+    }
+    for (key, words) in [
+        ("where.a", "0:0:0:0"),
+        // Linux writes a flat LUN with its addressing method.
+        ("where.b", "0:0:1:16684"),
+        ("inquiry", "version=0x06 [SPC-4]"),
+        ("inquiry", "Vendor identification: TANDEM"),
+        (
+            "pages",
+            "Supported VPD pages [sv] Unit serial number [sn] Device identification [di]",
+        ),
+        ("designators", "designator type: EUI-64 based"),
+        ("designators", "Relative target port: 0x1"),
+        ("limits", "Maximum unmap block descriptor count: 256"),
+        ("limits", "Maximum write same length: 0x400000 blocks"),
+        ("thin", "Unmap command supported (LBPU): 1"),
+        ("luns.a", "0000000000000000"),
+        ("luns.b", "412c000000000000 c101000000000000"),
+        ("capacity", "Last LBA=524287"),
+        ("capacity", "lbpme=1"),
+        ("read10", "28 18 ff ff ff ff 1f ff ff 00"),
+        ("modes", "Caching, page_control: current 00 08 12 04"),
+    ] {
+        assert!(facts[key].contains(words), "{key}: {}", facts[key]);
+    }
+    assert_ne!(facts["discard.a"], "0");
+    let report = server.end_well();
+    let (control, requests) = report.queues.split_first().unwrap();
+    assert!(control.get("tasks") >= 1, "{report:?}");
+    let pairs: HashSet<u64> = requests.iter().map(|queue| queue.get("qp")).collect();
+    assert_eq!((requests.len(), pairs.len()), (4, 4));
+    for queue in requests {
+        assert!(
+            queue.get("commands") > 0 && queue.get("notifications") > 0,
+            "idle: {queue:?}"
+        );
+    }
+    assert!(
+        report.total("discards") > 0 && report.total("flushes") > 0 && report.total("zeroes") > 0
+    );
+}
+
+#[test]
+fn resets_of_a_scsi_host_with_packed_rings_whose_cores_sleep_are_answered() {
+    let lab = Lab::new("scsi-sleep");
+    let scsi = "path=vm0.sock,queues=2,lun=0:0:ns1";
+    let device = "model:ram,size=256M";
+    let arguments = ["--poll", "adaptive", "--device", device, "--scsi", scsi];
+    let server = Server::start(&lab, &arguments);
+    // Nothing else happens: every core sleeps between two resets.
+    let job = "
+        step modules modprobe -a virtio_scsi sd_mod sg
+        step 'the disk is there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && break; sleep 0.1; done'
+        fact features $(cat /sys/bus/virtio/devices/virtio0/features)
+        step resets sh -c 'for i in $(seq 10); do sg_reset -d /dev/sda || exit 1; sg_turs -n 2 /dev/sda; sleep 0.2; done'
+        step verify fio_verify /dev/sda 2 2m";
+    let more = ["--scsi", "vm0.sock,num_queues=2,packed=on"];
+    let setup = Setup {
+        cpus: 2,
+        more: &more,
+        ..Setup::new(&[], job)
+    };
+    let facts = Guest::boot(&lab, &setup).ends_well();
+    assert_eq!(facts["features"].as_bytes()[F_RING_PACKED], b'1');
+    let report = server.end_well();
+    assert_eq!(report.total("tasks"), 10, "{report:?}");
+}

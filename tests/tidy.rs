@@ -37,6 +37,7 @@ const ROOMS: Rooms = &[
             "stats",
             "datapath",
             "virtio",
+            "scsi",
             "block",
             "nvme_driver",
             "nvme_model",

@@ -18,7 +18,7 @@ use tandem::plan::{Topology, plan};
 use tandem::sim::front_end::feature::*;
 use tandem::sim::front_end::request::*;
 use tandem::sim::front_end::*;
-use tandem::sim::{SimCompletion, SimGuest, SimGuestConfig, SimRequest};
+use tandem::sim::{RawDescriptor, SimCompletion, SimGuest, SimGuestConfig, SimRequest};
 use tandem::virtio::blk::{VirtioBlkConfig, request_type, status};
 use tandem::virtio::memory::Gpa;
 use tandem::virtio::virtqueue::RingLayout;
@@ -36,6 +36,16 @@ impl Rig {
     }
 
     fn start_polling(device: &str, disks: &[(&str, &str)], poll: Polling) -> Rig {
+        Rig::start_with(device, disks, &[], poll)
+    }
+
+    /// Disks and SCSI hosts.
+    fn start_with(
+        device: &str,
+        disks: &[(&str, &str)],
+        hosts: &[(&str, &str)],
+        poll: Polling,
+    ) -> Rig {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("tandem-vu-{}-{count}", std::process::id()));
@@ -47,6 +57,11 @@ impl Rig {
             options
                 .blk
                 .push(format!("path={}{more}", path.display()).parse().unwrap());
+        }
+        for (name, more) in hosts {
+            let path = folder.join(name);
+            let spec = format!("path={}{more}", path.display());
+            options.scsi.push(spec.parse().unwrap());
         }
         options.server.cores = Some("0".parse().unwrap());
         options.server.poll = Some(poll);
@@ -1136,4 +1151,112 @@ fn reactor_under_load_makes_no_system_call_but_writes_to_eventfds() {
         // 150 rounds wanted signals, and no round is told more often than it has requests.
         assert!((50..=1200).contains(&calls.len()), "{} writes", calls.len());
     });
+}
+
+// ---- SCSI hosts ----
+
+/// Where a command is: its header, and its response.
+const COMMAND: u64 = BASE + MEMORY - 0x1_0000;
+
+/// Offers TEST UNIT READY for LUN 0 of target 0, at a head.
+fn offer_test_unit_ready(guest: &mut SimGuest, head: u16) {
+    let at = COMMAND + u64::from(head) * 0x200;
+    let mut header = [0; 51];
+    header[..3].copy_from_slice(&[1, 0, 0x40]);
+    guest.write(Gpa(at), &header);
+    let descriptor = |gpa, len, flags| RawDescriptor {
+        gpa,
+        len,
+        flags,
+        next: head + 1,
+    };
+    guest.write_descriptor(head, descriptor(at, 51, 1));
+    guest.write_descriptor(head + 1, descriptor(at + 0x100, 108, 2));
+    guest.offer(head);
+    guest.publish();
+}
+
+/// The head of the command that comes back, and its status.
+fn ended(guest: &mut SimGuest) -> (u32, u8) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some((head, len)) = guest.take_used() {
+            assert_eq!(len, 108);
+            let mut status = [0];
+            let at = COMMAND + u64::from(head) * 0x200 + 0x100;
+            guest.read(Gpa(at + 10), &mut status);
+            return (head, status[0]);
+        }
+        assert!(Instant::now() < deadline, "no answer");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn scsi_host_is_negotiated_as_qemu_does_it() {
+    let rig = Rig::start_with(
+        "model:ram,size=64M,namespaces=2",
+        &[],
+        &[("s", ",queues=3,lun=0:0:ns1,lun=5:7:ns2")],
+        Polling::Always,
+    );
+    let front_end = rig.connect("s");
+    let (features, protocol) = front_end.negotiate();
+    for bit in [28, 29, 30, 32, 34] {
+        assert_ne!(features & (1 << bit), 0, "feature bit {bit}");
+    }
+    // INOUT, HOTPLUG, CHANGE, T10_PI; RING_RESET.
+    for bit in [0, 1, 2, 3, 33, 40] {
+        assert_eq!(features & (1 << bit), 0, "feature bit {bit}");
+    }
+    // No CONFIG: the configuration space is QEMU's.
+    assert_eq!(protocol, 1 << 0 | 1 << 3 | 1 << 5 | 1 << 13 | 1 << 15);
+    assert_eq!(front_end.ask_u64(GET_QUEUE_NUM), 5);
+    // QEMU passes bits on that were not offered: CHANGE, NOTIFY_ON_EMPTY.
+    let mut guest = Guest::new(64, 0);
+    front_end.share((FEATURES & !F_FLUSH) | 1 << 2 | 1 << 24, &guest.shared);
+    // All but the last step of a start, with a request in the ring: it waits.
+    let config = guest.driver.virtqueue_config();
+    let [descriptor, used, avail] = [config.descriptor_table, config.used, config.avail]
+        .map(|at| guest.shared.user_address(at));
+    let kick = eventfd();
+    let set_up = |index: u32, base: u32| {
+        front_end.send(SET_VRING_NUM, &vring_state(index, 64), &[]);
+        front_end.send(SET_VRING_BASE, &vring_state(index, base), &[]);
+        let addresses = vring_addr(index, descriptor, used, avail);
+        front_end.send(SET_VRING_ADDR, &addresses, &[]);
+        let which = u64::from(index).to_le_bytes();
+        front_end.send(SET_VRING_KICK, &which, &[kick.as_fd()]);
+    };
+    let enable = |index| {
+        let enabled = front_end.acknowledged(SET_VRING_ENABLE, &vring_state(index, 1), &[]);
+        assert_eq!(enabled, Some(0));
+    };
+    set_up(3, 0);
+    offer_test_unit_ready(&mut guest.driver, 0);
+    assert_eq!(front_end.ask_u64(GET_QUEUE_NUM), 5);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(guest.driver.take_used(), None);
+    enable(3);
+    // The initiator is new: CHECK CONDITION with a unit attention, then all is well.
+    assert_eq!(ended(&mut guest.driver), (0, 2));
+    offer_test_unit_ready(&mut guest.driver, 2);
+    assert_eq!(ended(&mut guest.driver), (2, 0));
+    // The event queue keeps its buffers: it stands where it stood.
+    set_up(1, 9);
+    enable(1);
+    for (index, base) in [(1, 9), (3, 2)] {
+        let answer = front_end.ask(GET_VRING_BASE, &vring_state(index, 0));
+        assert_eq!(answer, vring_state(index, base));
+    }
+    // A virtqueue beyond the last ends the connection.
+    front_end.send(SET_VRING_NUM, &vring_state(5, 64), &[]);
+    assert!(front_end.is_closed());
+    // The next front-end is a new initiator again.
+    let again = rig.connect("s");
+    again.negotiate();
+    let mut guest = Guest::new(64, 0);
+    guest.start(&again, 2, FEATURES);
+    offer_test_unit_ready(&mut guest.driver, 0);
+    assert_eq!(ended(&mut guest.driver), (0, 2));
 }

@@ -22,13 +22,15 @@ use std::time::Duration;
 
 use nvme_driver::vfio::pci::PciAddress;
 
-use values::{Kind, Switch};
+use values::{DeviceName, Kind, SocketPath, Switch};
 
 pub use nvme_driver::vfio::Isolation;
 pub(crate) use options::split_at_commas;
-pub use options::{BlkOptions, DeviceOptions, MediumKind, Options, ServerOptions, SpecError};
+pub use options::{
+    BlkOptions, DeviceOptions, MediumKind, Options, ScsiOptions, ServerOptions, SpecError,
+};
 pub use values::{
-    BlockSize, ByteSize, CoreId, CoreList, LogLevel, OnDeviceLoss, Polling, ValueError,
+    BlockSize, ByteSize, CoreId, CoreList, LogLevel, LunPlace, OnDeviceLoss, Polling, ValueError,
 };
 
 /// Everything `tandem serve` was asked for.
@@ -36,8 +38,10 @@ pub use values::{
 pub struct Config {
     /// The controllers, in the order written. Never empty, names are unique.
     pub devices: Vec<DeviceConfig>,
-    /// The disks, in the order written. Never empty.
+    /// The disks, in the order written.
     pub disks: Vec<DiskConfig>,
+    /// The SCSI hosts, in the order written. Never empty if there are no disks.
+    pub hosts: Vec<HostConfig>,
     /// The cores that busy-poll. Never empty, none twice.
     pub cores: CoreList,
     /// Whether those cores sleep while nothing happens.
@@ -138,6 +142,19 @@ pub struct DiskConfig {
     pub serial: String,
 }
 
+/// One vhost-user-scsi host: a socket, and the namespaces behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostConfig {
+    pub socket: Socket,
+    /// Most request queues a front-end may use: 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// Index into [`Config::devices`].
+    pub device: usize,
+    pub readonly: bool,
+    /// Never empty; no place twice, no namespace twice unless all of it is read-only.
+    pub luns: Vec<LunPlace>,
+}
+
 /// Where a front-end connects.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Socket {
@@ -164,6 +181,8 @@ pub const MAX_SOCKET_PATH: usize = 107;
 pub const MAX_SERIAL: usize = 20;
 /// `<name>-ns<nsid>` and `tandem-<name>` then always fit [`MAX_SERIAL`].
 pub const MAX_DEVICE_NAME: usize = 13;
+/// The highest LUN that flat addressing has (SAM-5, 4.7.7.3).
+const MAX_LUN: u16 = 16383;
 /// One Active Namespace ID list page holds this many.
 pub const MAX_NAMESPACES: u32 = 1024;
 
@@ -188,7 +207,8 @@ pub enum ConfigError {
     )]
     NoDevice,
     #[error(
-        "no disk: describe at least one, for example --blk path=/run/tandem/vm0.sock,queues=4 or a [[blk]] table"
+        "no disk: describe at least one, for example --blk path=/run/tandem/vm0.sock,queues=4 or a [[blk]] table, or a host \
+         with --scsi path=/run/tandem/vm0.sock,lun=0:0:ns1"
     )]
     NoDisk,
     #[error(
@@ -260,7 +280,7 @@ pub enum ConfigError {
         "a disk needs either path=... (a socket to create) or fd=... (one already listening): {found}"
     )]
     SocketChoice { found: &'static str },
-    #[error("socket {socket} is given to two disks: each disk needs its own")]
+    #[error("socket {socket} is given to two disks or hosts: each needs its own")]
     DuplicateSocket { socket: Socket },
     #[error("disk {disk}: there is no device {device} (devices: {known})")]
     UnknownDevice {
@@ -277,6 +297,10 @@ pub enum ConfigError {
         namespaces: u32,
         nsid: u32,
     },
+    #[error("host {host}: no logical unit: name at least one, for example lun=0:0:ns1")]
+    NoLun { host: Socket },
+    #[error("host {host}: target {target} has LUN {lun} twice: give each a place of its own")]
+    DuplicateLun { host: Socket, target: u8, lun: u16 },
     #[error(
         "namespace {nsid} of device {device} would be served by {first} and by {second}, of which {writable} writable: \
          two guests would destroy each other's file system; make both readonly=on or use another ns="
@@ -297,20 +321,21 @@ impl Options {
         if devices.is_empty() {
             return Err(ConfigError::NoDevice);
         }
-        if self.blk.is_empty() {
+        if self.blk.is_empty() && self.scsi.is_empty() {
             return Err(ConfigError::NoDisk);
         }
-        let mut disks: Vec<DiskConfig> = Vec::with_capacity(self.blk.len());
-        for options in self.blk {
-            let disk = resolve_disk(options, &devices)?;
-            for earlier in &disks {
-                check_pair(earlier, &disk, &devices)?;
-            }
-            disks.push(disk);
-        }
+        let disks = self.blk.into_iter();
+        let disks = disks.map(|options| resolve_disk(options, &devices));
+        let disks = disks.collect::<Result<Vec<DiskConfig>, ConfigError>>()?;
+        let hosts = self.scsi.into_iter();
+        let hosts = hosts.map(|options| resolve_host(options, &devices));
+        let hosts = hosts.collect::<Result<Vec<HostConfig>, ConfigError>>()?;
+        check_sockets(&disks, &hosts)?;
+        check_uses(&disks, &hosts, &devices)?;
         Ok(Config {
             devices,
             disks,
+            hosts,
             cores: self.server.cores.ok_or(ConfigError::NoCores)?,
             poll: self.server.poll.unwrap_or_default(),
             log: self.server.log.unwrap_or_default(),
@@ -505,21 +530,22 @@ fn resolve_model(options: DeviceOptions, name: &str) -> Result<ModelConfig, Conf
     })
 }
 
-fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskConfig, ConfigError> {
-    let socket = match (options.path, options.fd) {
-        (Some(path), None) => Socket::Path(path.0),
-        (None, Some(fd)) => Socket::Fd(fd.0),
-        (Some(_), Some(_)) => {
-            return Err(ConfigError::SocketChoice {
-                found: "this one has both",
-            });
-        }
-        (None, None) => {
-            return Err(ConfigError::SocketChoice {
-                found: "this one has neither",
-            });
-        }
+fn resolve_socket(path: Option<SocketPath>, fd: Option<i32>) -> Result<Socket, ConfigError> {
+    let found = match (path, fd) {
+        (Some(path), None) => return Ok(Socket::Path(path.0)),
+        (None, Some(fd)) => return Ok(Socket::Fd(fd)),
+        (Some(_), Some(_)) => "this one has both",
+        (None, None) => "this one has neither",
     };
+    Err(ConfigError::SocketChoice { found })
+}
+
+/// Which device a disk is on.
+fn resolve_place(
+    device: Option<DeviceName>,
+    socket: &Socket,
+    devices: &[DeviceConfig],
+) -> Result<usize, ConfigError> {
     let known = || {
         devices
             .iter()
@@ -527,7 +553,7 @@ fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskCon
             .collect::<Vec<_>>()
             .join(", ")
     };
-    let index = match options.device {
+    match device {
         Some(name) => devices
             .iter()
             .position(|device| device.name == name.0)
@@ -535,28 +561,36 @@ fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskCon
                 disk: socket.clone(),
                 device: name.0.clone(),
                 known: known(),
-            })?,
-        None if devices.len() == 1 => 0,
-        None => {
-            return Err(ConfigError::AmbiguousDevice {
-                disk: socket,
-                known: known(),
-            });
+            }),
+        None if devices.len() == 1 => Ok(0),
+        None => Err(ConfigError::AmbiguousDevice {
+            disk: socket.clone(),
+            known: known(),
+        }),
+    }
+}
+
+fn check_namespace(nsid: u32, socket: &Socket, device: &DeviceConfig) -> Result<(), ConfigError> {
+    // What a real SSD has shows when it is claimed.
+    match &device.controller {
+        ControllerConfig::Model(model) if nsid > model.namespaces => {
+            Err(ConfigError::UnknownNamespace {
+                disk: socket.clone(),
+                device: device.name.clone(),
+                namespaces: model.namespaces,
+                nsid,
+            })
         }
-    };
+        _ => Ok(()),
+    }
+}
+
+fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskConfig, ConfigError> {
+    let socket = resolve_socket(options.path, options.fd.map(|fd| fd.0))?;
+    let index = resolve_place(options.device, &socket, devices)?;
     let device = &devices[index];
     let nsid = options.ns.map_or(1, |nsid| nsid.0);
-    // What a real SSD has shows when it is claimed.
-    if let ControllerConfig::Model(model) = &device.controller
-        && nsid > model.namespaces
-    {
-        return Err(ConfigError::UnknownNamespace {
-            disk: socket,
-            device: device.name.clone(),
-            namespaces: model.namespaces,
-            nsid,
-        });
-    }
+    check_namespace(nsid, &socket, device)?;
     Ok(DiskConfig {
         socket,
         queues: options.queues.map_or(1, |count| count.0),
@@ -569,31 +603,97 @@ fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskCon
     })
 }
 
-fn check_pair(
-    first: &DiskConfig,
-    second: &DiskConfig,
+fn resolve_host(options: ScsiOptions, devices: &[DeviceConfig]) -> Result<HostConfig, ConfigError> {
+    let socket = resolve_socket(options.path, options.fd.map(|fd| fd.0))?;
+    let index = resolve_place(options.device, &socket, devices)?;
+    let mut luns: Vec<LunPlace> = Vec::with_capacity(options.lun.len());
+    for place in options.lun {
+        check_namespace(place.nsid, &socket, &devices[index])?;
+        let LunPlace { target, lun, .. } = place;
+        if luns
+            .iter()
+            .any(|earlier| (earlier.target, earlier.lun) == (target, lun))
+        {
+            return Err(ConfigError::DuplicateLun {
+                host: socket,
+                target,
+                lun,
+            });
+        }
+        luns.push(place);
+    }
+    if luns.is_empty() {
+        return Err(ConfigError::NoLun { host: socket });
+    }
+    Ok(HostConfig {
+        socket,
+        queues: options.queues.map_or(1, |count| count.0),
+        device: index,
+        readonly: options.readonly.is_some_and(|readonly| readonly.0),
+        luns,
+    })
+}
+
+fn check_sockets(disks: &[DiskConfig], hosts: &[HostConfig]) -> Result<(), ConfigError> {
+    let sockets = disks.iter().map(|disk| &disk.socket);
+    let sockets: Vec<&Socket> = sockets
+        .chain(hosts.iter().map(|host| &host.socket))
+        .collect();
+    for (at, socket) in sockets.iter().enumerate() {
+        if sockets[..at].contains(socket) {
+            let socket = (*socket).clone();
+            return Err(ConfigError::DuplicateSocket { socket });
+        }
+    }
+    Ok(())
+}
+
+/// A namespace that is served.
+struct Use<'a> {
+    socket: &'a Socket,
+    device: usize,
+    nsid: u32,
+    readonly: bool,
+}
+
+/// What one may write, no other may even read.
+fn check_uses(
+    disks: &[DiskConfig],
+    hosts: &[HostConfig],
     devices: &[DeviceConfig],
 ) -> Result<(), ConfigError> {
-    if first.socket == second.socket {
-        return Err(ConfigError::DuplicateSocket {
-            socket: second.socket.clone(),
-        });
-    }
-    let shared = first.device == second.device && first.nsid == second.nsid;
-    let writable = match (first.readonly, second.readonly) {
-        (true, true) => return Ok(()),
-        (false, false) => "both are",
-        (false, true) => "the first is",
-        (true, false) => "the second is",
-    };
-    if shared {
-        return Err(ConfigError::SharedNamespace {
-            device: devices[second.device].name.clone(),
-            nsid: second.nsid,
-            first: first.socket.clone(),
-            second: second.socket.clone(),
-            writable,
-        });
+    let of_disks = disks.iter().map(|disk| Use {
+        socket: &disk.socket,
+        device: disk.device,
+        nsid: disk.nsid,
+        readonly: disk.readonly,
+    });
+    let of_hosts = hosts.iter().flat_map(|host| {
+        host.luns.iter().map(|place| Use {
+            socket: &host.socket,
+            device: host.device,
+            nsid: place.nsid,
+            readonly: host.readonly,
+        })
+    });
+    let uses: Vec<Use<'_>> = of_disks.chain(of_hosts).collect();
+    for (at, second) in uses.iter().enumerate() {
+        let same = |first: &&Use<'_>| first.device == second.device && first.nsid == second.nsid;
+        for first in uses[..at].iter().filter(same) {
+            let writable = match (first.readonly, second.readonly) {
+                (true, true) => continue,
+                (false, false) => "both are",
+                (false, true) => "the first is",
+                (true, false) => "the second is",
+            };
+            return Err(ConfigError::SharedNamespace {
+                device: devices[second.device].name.clone(),
+                nsid: second.nsid,
+                first: first.socket.clone(),
+                second: second.socket.clone(),
+                writable,
+            });
+        }
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What was written, field by field, before defaults: the `[[device]]`, `[[blk]]` and `[server]` tables of a TOML file,
+//! What was written, field by field, before defaults: the `[[device]]`, `[[blk]]`, `[[scsi]]` and `[server]` tables of a TOML file,
 //! and the same as `key=value,key=value` flags.
 //!
 //! One serde structure reads both forms, so a key that one form knows the other knows too.
@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 
 use super::ConfigError;
 use super::values::{
-    BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, OnDeviceLoss, Pci,
-    Polling, Serial, SocketPath, Switch, ValueError, Within,
+    BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, LunPlace,
+    OnDeviceLoss, Pci, Polling, Serial, SocketPath, Switch, ValueError, Within,
 };
 
 /// A configuration as written; [`Options::resolve`] completes and checks it.
@@ -24,6 +24,7 @@ pub struct Options {
     pub server: ServerOptions,
     pub device: Vec<DeviceOptions>,
     pub blk: Vec<BlkOptions>,
+    pub scsi: Vec<ScsiOptions>,
 }
 
 /// `[server]`, or `--cores`, `--poll` and `--log`.
@@ -89,6 +90,20 @@ pub struct BlkOptions {
     pub(super) ns: Option<Within<u32, 1, { super::MAX_NAMESPACES as u64 }>>,
     pub(super) readonly: Option<Switch>,
     pub(super) serial: Option<Serial>,
+}
+
+/// One `[[scsi]]`, or `--scsi key=value,...`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScsiOptions {
+    pub(super) path: Option<SocketPath>,
+    pub(super) fd: Option<Within<i32, 3, { i32::MAX as u64 }>>,
+    pub(super) queues: Option<Within<u16, 1, { super::MAX_QUEUES as u64 }>>,
+    pub(super) device: Option<DeviceName>,
+    /// As a flag, a key for each.
+    #[serde(default)]
+    pub(super) lun: Vec<LunPlace>,
+    pub(super) readonly: Option<Switch>,
 }
 
 impl DeviceOptions {
@@ -180,6 +195,32 @@ impl FromStr for BlkOptions {
         insert_pairs(&mut table, spec)?;
         read_table(table)
     }
+}
+
+impl FromStr for ScsiOptions {
+    type Err = SpecError;
+    fn from_str(spec: &str) -> Result<Self, SpecError> {
+        let mut table = toml::Table::new();
+        // The one key that may be given several times.
+        let mut luns = toml::value::Array::new();
+        let mut rest = String::new();
+        for pair in split_at_commas(spec) {
+            match pair.strip_prefix("lun=") {
+                Some(place) => luns.push(place.into()),
+                None if rest.is_empty() => rest = escaped(&pair),
+                None => rest = format!("{rest},{}", escaped(&pair)),
+            }
+        }
+        if !rest.is_empty() || luns.is_empty() {
+            insert_pairs(&mut table, &rest)?;
+        }
+        table.insert("lun".to_owned(), luns.into());
+        read_table(table)
+    }
+}
+
+fn escaped(pair: &str) -> String {
+    pair.replace(',', ",,")
 }
 
 fn read_table<T: DeserializeOwned>(table: toml::Table) -> Result<T, SpecError> {

@@ -13,7 +13,7 @@ use nvme_driver::vfio::pci::{PciAddress, PciAddressError};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
-use super::{MAX_DEVICE_NAME, MAX_SERIAL, MAX_SOCKET_PATH};
+use super::{MAX_DEVICE_NAME, MAX_LUN, MAX_NAMESPACES, MAX_SERIAL, MAX_SOCKET_PATH};
 
 /// Why a single value was refused: the value itself, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -71,6 +71,7 @@ from_scalar!(
     SocketPath,
     CoreList,
     LogLevel,
+    LunPlace,
     Kind,
     Pci,
     OnDeviceLoss,
@@ -296,6 +297,44 @@ impl FromStr for SocketPath {
             ));
         }
         usable_path(text).map(Self)
+    }
+}
+
+/// `TARGET:LUN:nsN`: where a SCSI host shows a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub struct LunPlace {
+    /// The target's identifier.
+    pub target: u8,
+    /// 0 to [`MAX_LUN`].
+    pub lun: u16,
+    /// The namespace.
+    pub nsid: u32,
+}
+
+impl FromStr for LunPlace {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let place = || {
+            let (target, rest) = text.split_once(':')?;
+            let (lun, namespace) = rest.split_once(':')?;
+            Some(LunPlace {
+                target: u8::try_from(whole_number(target)?).ok()?,
+                lun: u16::try_from(whole_number(lun)?)
+                    .ok()
+                    .filter(|lun| *lun <= MAX_LUN)?,
+                nsid: u32::try_from(whole_number(namespace.strip_prefix("ns")?)?)
+                    .ok()
+                    .filter(|nsid| (1..=MAX_NAMESPACES).contains(nsid))?,
+            })
+        };
+        match place() {
+            Some(place) => Ok(place),
+            None => refuse(format!(
+                "`{text}` is not a place for a logical unit: write TARGET:LUN:nsN, such as 0:0:ns1 (targets 0 to 255, \
+                 LUNs 0 to {MAX_LUN}, namespaces 1 to {MAX_NAMESPACES})"
+            )),
+        }
     }
 }
 

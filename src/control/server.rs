@@ -20,13 +20,14 @@ use super::claim::open_device;
 use super::device::{Device, DeviceError, Interrupts};
 use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
-use super::session::{Disk, DiskQueue, Session};
+use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
-use crate::config::{ControllerConfig, Polling, Socket};
+use crate::config::{ControllerConfig, CoreId, Polling, Socket};
 use crate::datapath::Poll;
-use crate::plan::{DiskPlan, Plan};
+use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
+use crate::scsi::{LogicalUnit, Lun, Target, UnitIds};
 use crate::stats::{CounterTable, SharedCounters, StageTable};
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
@@ -68,7 +69,7 @@ pub enum ServerError {
 pub struct Server {
     devices: Vec<Arc<Device>>,
     models: Vec<(String, ModelHandle)>,
-    disks: Vec<Arc<Disk>>,
+    exports: Vec<Arc<Export>>,
     reactors: Vec<Reactor>,
     /// Of each reactor, also after its end.
     handles: Vec<ReactorHandle>,
@@ -115,7 +116,7 @@ impl Server {
     /// # Errors
     /// [`ServerError`].
     pub fn start(plan: &Plan) -> Result<Server, ServerError> {
-        let listeners = plan.disks.iter().map(|disk| match &disk.socket {
+        let listeners = sockets(plan).map(|socket| match socket {
             Socket::Path(path) => Listener::bind(path),
             Socket::Fd(fd) => Listener::inherit(*fd),
         });
@@ -123,7 +124,7 @@ impl Server {
         let mut server = Server {
             devices: Vec::new(),
             models: Vec::new(),
-            disks: Vec::new(),
+            exports: Vec::new(),
             reactors: Vec::new(),
             handles: Vec::new(),
             pollers: Vec::new(),
@@ -167,15 +168,13 @@ impl Server {
         let handles = self.reactors.iter().map(Reactor::handle);
         self.handles = handles.cloned().collect();
         for (index, device) in self.devices.clone().iter().enumerate() {
-            self.create_disks(plan, index, device)?;
+            self.create_exports(plan, index, device)?;
         }
-        // `create_disks` went device by device; sockets are in the order of the plan.
-        self.disks.sort_by_key(|disk| {
-            plan.disks
-                .iter()
-                .position(|planned| planned.socket.to_string() == disk.name)
+        // `create_exports` went device by device; listeners are in the order of the plan.
+        self.exports.sort_by_key(|export| {
+            sockets(plan).position(|socket| socket.to_string() == export.name)
         });
-        for (disk, listener) in self.disks.iter().zip(listeners) {
+        for (disk, listener) in self.exports.iter().zip(listeners) {
             let (disk, stop) = (Arc::clone(disk), Arc::clone(&self.stop));
             let thread = std::thread::Builder::new().name("listener".to_owned());
             self.threads
@@ -204,21 +203,20 @@ impl Server {
         Ok(())
     }
 
-    /// Makes the queue pairs of one device and the disks that ride on them.
-    fn create_disks(
+    /// Makes the queue pairs of one device, and the disks and hosts that ride on them.
+    fn create_exports(
         &mut self,
         plan: &Plan,
         index: usize,
         device: &Arc<Device>,
     ) -> Result<(), ServerError> {
-        let planned: Vec<&DiskPlan> = plan
-            .disks
-            .iter()
-            .filter(|disk| disk.device == index)
-            .collect();
+        let disks = plan.disks.iter().filter(|disk| disk.device == index);
+        let hosts = plan.hosts.iter().filter(|host| host.device == index);
+        let kinds = disks.map(Planned::Disk).chain(hosts.map(Planned::Host));
+        let planned: Vec<Planned<'_>> = kinds.collect();
         let cores: Vec<usize> = planned
             .iter()
-            .flat_map(|disk| disk.queue_cores.iter().map(|core| core.0))
+            .flat_map(|export| export.queue_cores().iter().map(|core| core.0))
             .collect();
         let places = place(&cores, usize::from(device.granted));
         let pairs = places.iter().map(|place| place.pair + 1).max().unwrap_or(0);
@@ -237,31 +235,23 @@ impl Server {
             pollers.push(self.create_poller(index, core)?);
         }
         let mut next = 0;
-        for disk in planned {
-            let (namespace, geometry) = servable(disk, device)?;
-            let queues = disk.queue_cores.iter().map(|_| {
-                let place = places[next];
+        for export in planned {
+            let kind = export.kind(device)?;
+            let mut queues: Vec<ExportQueue> = Vec::new();
+            for _ in export.queue_cores() {
+                let place: &Place = &pollers[places[next].pair];
                 next += 1;
-                let place: &Place = &pollers[place.pair];
-                DiskQueue {
-                    reactor: place.reactor.clone(),
-                    poller: place.id,
-                    pair: place.pair,
-                    counters: Arc::new(SharedCounters::default()),
+                if queues.is_empty() && matches!(kind, Kind::Host(_)) {
+                    // The control queue, polled with the first request queue.
+                    queues.push(export_queue(place));
                 }
-            });
-            let mut serial = [0; 20];
-            for (byte, given) in serial.iter_mut().zip(disk.serial.bytes()) {
-                *byte = given;
+                queues.push(export_queue(place));
             }
-            self.disks.push(Arc::new(Disk {
-                name: disk.socket.to_string(),
+            self.exports.push(Arc::new(Export {
+                name: export.socket().to_string(),
                 device: Arc::clone(device),
-                geometry,
-                namespace,
-                serial,
-                queues: queues.collect(),
-                writeback: AtomicBool::new(true),
+                queues,
+                kind,
             }));
         }
         Ok(())
@@ -292,11 +282,11 @@ impl Server {
     #[must_use]
     pub fn report(&self) -> String {
         let mut table = CounterTable::default();
-        for disk in &self.disks {
+        for disk in &self.exports {
             for (i, queue) in disk.queues.iter().enumerate() {
                 table.push(
                     &disk.name,
-                    i,
+                    disk.virtqueue(i),
                     queue.reactor.core(),
                     queue.pair,
                     queue.counters.snapshot(),
@@ -304,9 +294,9 @@ impl Server {
             }
         }
         let mut stages = StageTable::default();
-        for disk in &self.disks {
+        for disk in &self.exports {
             for (i, queue) in disk.queues.iter().enumerate() {
-                stages.push(&disk.name, i, &queue.counters.stages);
+                stages.push(&disk.name, disk.virtqueue(i), &queue.counters.stages);
             }
         }
         let mut report = format!("{table}\n{stages}");
@@ -375,15 +365,108 @@ impl Server {
     }
 }
 
+/// Where front-ends connect: disks, then hosts.
+fn sockets(plan: &Plan) -> impl Iterator<Item = &Socket> {
+    let disks = plan.disks.iter().map(|disk| &disk.socket);
+    disks.chain(plan.hosts.iter().map(|host| &host.socket))
+}
+
+fn export_queue(place: &Place) -> ExportQueue {
+    ExportQueue {
+        reactor: place.reactor.clone(),
+        poller: place.id,
+        pair: place.pair,
+        counters: Arc::new(SharedCounters::default()),
+    }
+}
+
+/// What a socket is planned to offer.
+#[derive(Clone, Copy)]
+enum Planned<'a> {
+    Disk(&'a DiskPlan),
+    Host(&'a HostPlan),
+}
+
+impl Planned<'_> {
+    fn socket(&self) -> &Socket {
+        match self {
+            Planned::Disk(disk) => &disk.socket,
+            Planned::Host(host) => &host.socket,
+        }
+    }
+
+    fn queue_cores(&self) -> &[CoreId] {
+        match self {
+            Planned::Disk(disk) => &disk.queue_cores,
+            Planned::Host(host) => &host.queue_cores,
+        }
+    }
+
+    fn kind(&self, device: &Device) -> Result<Kind, ServerError> {
+        match self {
+            Planned::Disk(disk) => {
+                let (namespace, geometry) =
+                    servable(&disk.socket, disk.nsid, disk.readonly, device)?;
+                let mut serial = [0; 20];
+                for (byte, given) in serial.iter_mut().zip(disk.serial.bytes()) {
+                    *byte = given;
+                }
+                Ok(Kind::Disk(Disk {
+                    namespace,
+                    geometry,
+                    serial,
+                    writeback: AtomicBool::new(true),
+                }))
+            }
+            Planned::Host(host) => host_of(host, device).map(Kind::Host),
+        }
+    }
+}
+
+fn host_of(host: &HostPlan, device: &Device) -> Result<Host, ServerError> {
+    let mut units = Vec::with_capacity(host.luns.len());
+    let mut namespaces = Vec::with_capacity(host.luns.len());
+    for place in &host.luns {
+        let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
+        let ids = UnitIds {
+            eui64: namespace.ids.eui64,
+            nguid: namespace.ids.nguid,
+            uuid: namespace.ids.uuid,
+        };
+        let unit = LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, place.nsid))
+            .with_ids(ids)
+            .with_volatile_cache(device.has_volatile_cache())
+            .with_provisioning(
+                device.can_deallocate(),
+                namespace.deallocated_reads_zero,
+                device.can_write_zeroes(),
+            );
+        // The configuration refuses higher ones.
+        if let Some(lun) = Lun::new(place.lun) {
+            units.push((place.target, lun, unit));
+            namespaces.push(namespace.nsid);
+        }
+    }
+    Ok(Host {
+        target: Arc::new(Target::new(units)),
+        namespaces: namespaces.into(),
+    })
+}
+
 /// The namespace of a disk, if it can be served.
-fn servable(disk: &DiskPlan, device: &Device) -> Result<(Namespace, Geometry), ServerError> {
+fn servable(
+    socket: &Socket,
+    nsid: u32,
+    readonly: bool,
+    device: &Device,
+) -> Result<(Namespace, Geometry), ServerError> {
     let refuse = |reason: String| ServerError::Namespace {
-        disk: disk.socket.to_string(),
+        disk: socket.to_string(),
         device: device.name.clone(),
-        nsid: disk.nsid,
+        nsid,
         reason,
     };
-    let namespace = device.namespace(Nsid(disk.nsid)).ok_or_else(|| {
+    let namespace = device.namespace(Nsid(nsid)).ok_or_else(|| {
         let active: Vec<u32> = device
             .namespaces
             .iter()
@@ -412,7 +495,7 @@ fn servable(disk: &DiskPlan, device: &Device) -> Result<(Namespace, Geometry), S
         )));
     }
     let shift = namespace.block_size.trailing_zeros();
-    let read_only = disk.readonly || namespace.write_protected;
+    let read_only = readonly || namespace.write_protected;
     let geometry =
         Geometry::new(shift, namespace.blocks, read_only).filter(|geometry| geometry.blocks() > 0);
     let geometry =
@@ -448,7 +531,7 @@ impl Connection {
 
 /// Serves one client of a disk at a time. A second one is refused while the first is there; one that comes while the
 /// first is still draining waits for that.
-fn accept_loop(disk: &Arc<Disk>, listener: &Listener, stop: &Arc<Stop>) {
+fn accept_loop(disk: &Arc<Export>, listener: &Listener, stop: &Arc<Stop>) {
     let mut current: Option<Connection> = None;
     while wait_readable(listener.socket().as_fd(), Some(stop.event.as_fd()), None) && !stop.is_set()
     {
@@ -505,7 +588,7 @@ fn wait_readable(
     )
 }
 
-fn run_session(disk: &Arc<Disk>, stream: UnixStream) {
+fn run_session(disk: &Arc<Export>, stream: UnixStream) {
     let session = match Session::new(Arc::clone(disk)) {
         Ok(session) => Arc::new(Mutex::new(session)),
         Err(error) => return tracing::warn!(disk = %disk.name, %error, "cannot start a session"),

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
+use nvme_driver::spec::Nsid;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
@@ -27,11 +28,14 @@ use vhost::vhost_user::{
 use super::device::Device;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
-use crate::datapath::{Lane, LaneConfig, LaneId, Signal};
+use crate::datapath::{Barrier, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal};
 use crate::reactor::{Mode, PollerId, ReactorHandle};
+use crate::scsi::{Nexus, Target};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
+use crate::virtio::memory::GuestMemory;
+use crate::virtio::scsi::Sizes;
 use crate::virtio::virtqueue::{self, MAX_QUEUE_SIZE, RingLayout, Virtqueue, VirtqueueConfig};
 
 /// How long a drain may take: longer than any healthy SSD needs for its slowest command.
@@ -58,7 +62,7 @@ const F_RING_PACKED: u64 = 1 << 34;
 
 /// One virtqueue's fixed place: which poller of which reactor serves it.
 #[derive(Debug)]
-pub struct DiskQueue {
+pub struct ExportQueue {
     /// The reactor.
     pub reactor: ReactorHandle,
     /// The poller on it.
@@ -69,50 +73,135 @@ pub struct DiskQueue {
     pub counters: Arc<SharedCounters>,
 }
 
-/// A disk as it is offered to front-ends, one at a time.
+/// What a socket offers to front-ends, one at a time: a disk or a SCSI host.
 #[derive(Debug)]
-pub struct Disk {
+pub struct Export {
     /// What log lines and tables call it.
     pub name: String,
     /// The device behind it.
     pub device: Arc<Device>,
+    /// The virtqueues that are polled.
+    pub queues: Vec<ExportQueue>,
+    /// What kind it is.
+    pub kind: Kind,
+}
+
+/// What a socket offers.
+#[derive(Debug)]
+pub enum Kind {
+    /// A block device.
+    Disk(Disk),
+    /// A SCSI host.
+    Host(Host),
+}
+
+/// A block device.
+#[derive(Debug)]
+pub struct Disk {
     /// The namespace behind it.
     pub namespace: Namespace,
     /// Its size as the guest sees it, and whether the guest may only read.
     pub geometry: Geometry,
     /// What GET_ID answers.
     pub serial: [u8; 20],
-    /// Its virtqueues.
-    pub queues: Vec<DiskQueue>,
     /// The guest's choice of cache mode (CONFIG_WCE). Outlives a connection: a guest that chose write-through goes on
     /// believing in it when its front-end reconnects.
     pub writeback: AtomicBool,
 }
 
-impl Disk {
+/// A SCSI host. Of its virtqueues the first is the control queue and the second the event queue, whose buffers stay where
+/// they are: nothing happens yet that an event would tell of.
+#[derive(Debug)]
+pub struct Host {
+    /// Its logical units.
+    pub target: Arc<Target>,
+    /// The namespace behind each.
+    pub namespaces: Arc<[Nsid]>,
+}
+
+/// Virtqueue 0 of a SCSI host (virtio 1.2, 5.6.2).
+const CONTROL_QUEUE: usize = 0;
+const EVENT_QUEUE: usize = 1;
+const FIRST_REQUEST_QUEUE: usize = 2;
+
+impl Export {
     /// Feature bits offered to the guest, and bit 30.
+    fn features(&self) -> u64 {
+        let features = F_PROTOCOL | feature::VERSION_1 | feature::INDIRECT_DESC;
+        let features = features | feature::EVENT_IDX | F_RING_PACKED;
+        match &self.kind {
+            Kind::Disk(disk) => features | disk.features(&self.device),
+            Kind::Host(_) => features,
+        }
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        let features = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        match &self.kind {
+            Kind::Disk(_) => features | VhostUserProtocolFeatures::CONFIG,
+            // QEMU has the whole configuration space of a SCSI host to itself.
+            Kind::Host(_) => features,
+        }
+    }
+
+    /// How many virtqueues a front-end may set up.
+    fn virtqueues(&self) -> usize {
+        match &self.kind {
+            Kind::Disk(_) => self.queues.len(),
+            // The event queue is not polled.
+            Kind::Host(_) => self.queues.len() + 1,
+        }
+    }
+
+    /// Which of [`Self::queues`] a virtqueue is, if it is polled.
+    fn polled(&self, virtqueue: usize) -> Option<usize> {
+        match (&self.kind, virtqueue) {
+            (Kind::Disk(_), _) => Some(virtqueue),
+            (Kind::Host(_), CONTROL_QUEUE) => Some(0),
+            (Kind::Host(_), EVENT_QUEUE) => None,
+            (Kind::Host(_), _) => Some(virtqueue - 1),
+        }
+    }
+
+    /// The other way round: which virtqueue one of [`Self::queues`] is.
     #[must_use]
-    pub fn features(&self) -> u64 {
-        let mut features =
-            F_PROTOCOL | feature::VERSION_1 | feature::INDIRECT_DESC | feature::EVENT_IDX;
-        features |= F_RING_PACKED;
-        features |= feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY | feature::MQ;
+    pub fn virtqueue(&self, queue: usize) -> usize {
+        match (&self.kind, queue) {
+            (Kind::Disk(_), _) | (Kind::Host(_), 0) => queue,
+            (Kind::Host(_), _) => queue + 1,
+        }
+    }
+
+    fn disk(&self) -> Option<&Disk> {
+        match &self.kind {
+            Kind::Disk(disk) => Some(disk),
+            Kind::Host(_) => None,
+        }
+    }
+}
+
+impl Disk {
+    fn features(&self, device: &Device) -> u64 {
+        let mut features = feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY | feature::MQ;
         features |= feature::FLUSH | feature::CONFIG_WCE;
         if self.geometry.read_only() {
             return features | feature::RO;
         }
-        if self.device.can_deallocate() {
+        if device.can_deallocate() {
             features |= feature::DISCARD;
         }
-        if self.device.can_write_zeroes() {
+        if device.can_write_zeroes() {
             features |= feature::WRITE_ZEROES;
         }
         features
     }
 
-    /// What a front-end that acknowledged `features` may ask for.
-    fn limits(&self, features: u64) -> BlkLimits {
-        let offered = features & self.features();
+    /// What a front-end that acknowledged those of the `offered` features may ask for.
+    fn limits(&self, offered: u64) -> BlkLimits {
         let ranges = |feature: u64| (offered & feature != 0).then_some(RANGE_LIMITS);
         BlkLimits {
             geometry: self.geometry,
@@ -122,10 +211,17 @@ impl Disk {
         }
     }
 
-    fn config_space(&self) -> [u8; CONFIG_SPACE] {
+    /// I11: a guest without FLUSH, or one that asked for writeback = 0, gets write-through.
+    fn write_through(&self, features: u64) -> bool {
+        let flush = features & feature::FLUSH != 0;
+        let configured = features & feature::CONFIG_WCE != 0;
+        !flush || (configured && !self.writeback.load(Ordering::Relaxed))
+    }
+
+    fn config_space(&self, queues: usize) -> [u8; CONFIG_SPACE] {
         let writeback = self.writeback.load(Ordering::Relaxed);
         // At most 64 queues: the configuration refuses more.
-        let queues = u16::try_from(self.queues.len()).unwrap_or(u16::MAX);
+        let queues = u16::try_from(queues).unwrap_or(u16::MAX);
         let block_sectors = self.geometry.block_bytes() >> blk::SECTOR_SHIFT;
         let config = VirtioBlkConfig {
             capacity: self.geometry.sectors().into(),
@@ -190,12 +286,38 @@ impl Vring {
 /// The state of one connection.
 #[derive(Debug)]
 pub struct Session {
-    disk: Arc<Disk>,
+    disk: Arc<Export>,
+    /// Of a SCSI host: its front-end as an initiator, and where its virtqueues wait for each other.
+    initiator: Option<Initiator>,
     owned: bool,
     features: u64,
     memory: MemoryTable,
     vrings: Vec<Vring>,
     backend_channel: Option<BackendChannel>,
+}
+
+/// A front-end of a SCSI host.
+#[derive(Debug)]
+struct Initiator {
+    nexus: Arc<Nexus>,
+    barrier: Arc<Barrier>,
+}
+
+impl Initiator {
+    /// One that has just come, or was reset, if `export` is for initiators.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    fn of(export: &Export) -> io::Result<Option<Initiator>> {
+        Ok(match &export.kind {
+            Kind::Disk(_) => None,
+            Kind::Host(host) => Some(Initiator {
+                nexus: Arc::new(Nexus::new(Arc::clone(&host.target))),
+                // All but the control queue.
+                barrier: Arc::new(Barrier::new(export.queues.len() - 1)?),
+            }),
+        })
+    }
 }
 
 /// The front-end's second channel. There is nothing to tell it yet, since sizes do not change while a disk is served,
@@ -220,18 +342,17 @@ fn next_lane_id() -> LaneId {
 }
 
 impl Session {
-    /// A fresh connection to `disk`.
+    /// A fresh connection to what a socket offers.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
-    pub fn new(disk: Arc<Disk>) -> io::Result<Session> {
-        let vrings = disk
-            .queues
-            .iter()
+    pub fn new(disk: Arc<Export>) -> io::Result<Session> {
+        let vrings = (0..disk.virtqueues())
             .map(|_| Vring::new())
             .collect::<io::Result<_>>()?;
         let memory = MemoryTable::new(Arc::clone(&disk.device.space));
         Ok(Session {
+            initiator: Initiator::of(&disk)?,
             disk,
             owned: false,
             features: 0,
@@ -264,8 +385,10 @@ impl Session {
     fn stop_queues(&mut self, indices: &[usize]) -> VhostResult<()> {
         let mut waiting = Vec::new();
         for index in indices {
-            if let Some(id) = self.vrings[*index].running.take() {
-                let queue = &self.disk.queues[*index];
+            if let Some(id) = self.vrings[*index].running.take()
+                && let Some(polled) = self.disk.polled(*index)
+            {
+                let queue = &self.disk.queues[polled];
                 waiting.push((*index, queue.reactor.detach(queue.poller, id)));
             }
         }
@@ -295,6 +418,9 @@ impl Session {
     }
 
     fn start_queue(&mut self, index: usize) -> VhostResult<()> {
+        let Some(polled) = self.disk.polled(index) else {
+            return Ok(());
+        };
         let vring = &self.vrings[index];
         let enabled = vring.enabled || self.features & F_PROTOCOL == 0;
         let Some(addresses) = vring.addresses else {
@@ -350,37 +476,83 @@ impl Session {
         // `memory` for as long as the queue exists.
         let queue = unsafe { Virtqueue::new(config) }
             .map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
-        let disk = &self.disk;
-        let place = &disk.queues[index];
         let id = next_lane_id();
-        let kick = vring.kick.as_ref().map(OwnedFd::try_clone).transpose();
-        let kick = kick.map_err(VhostError::ReqHandlerError)?;
-        let lane = Lane::new(LaneConfig {
-            id,
-            queue,
-            memory,
-            limits: disk.limits(self.features),
-            nsid: disk.namespace.nsid,
-            serial: disk.serial,
-            write_through: self.write_through(),
-            volatile_cache: disk.device.has_volatile_cache(),
-            deallocate: disk.device.can_deallocate(),
-            call: Arc::clone(&vring.call),
-            error: Arc::clone(&vring.error),
-            kick,
-            shared: Arc::clone(&place.counters),
-        });
-        place.reactor.attach(place.poller, Box::new(lane));
+        let lane = self.lane(index, polled, id, queue, memory)?;
+        let (disk, vring) = (&self.disk, &self.vrings[index]);
+        let place = &disk.queues[polled];
+        place.reactor.attach(place.poller, lane);
         tracing::debug!(disk = %disk.name, queue = index, size = vring.size, base = vring.base, "virtqueue started");
         self.vrings[index].running = Some(id);
         Ok(())
     }
 
-    /// I11: a guest without FLUSH, or one that asked for writeback = 0, gets write-through.
-    fn write_through(&self) -> bool {
-        let flush = self.features & feature::FLUSH != 0;
-        let configured = self.features & feature::CONFIG_WCE != 0;
-        !flush || (configured && !self.disk.writeback.load(Ordering::Relaxed))
+    /// What serves virtqueue `index`, which is polled as `polled`.
+    fn lane(
+        &self,
+        index: usize,
+        polled: usize,
+        id: LaneId,
+        queue: Virtqueue,
+        memory: Arc<GuestMemory>,
+    ) -> VhostResult<Lane> {
+        let (export, vring) = (&self.disk, &self.vrings[index]);
+        let [call, error] = [&vring.call, &vring.error].map(Arc::clone);
+        let kick = vring.kick.as_ref().map(OwnedFd::try_clone).transpose();
+        let kick = kick.map_err(VhostError::ReqHandlerError)?;
+        let shared = Arc::clone(&export.queues[polled].counters);
+        let volatile_cache = export.device.has_volatile_cache();
+        let host = match &export.kind {
+            Kind::Disk(disk) => {
+                return Ok(Lane::new(LaneConfig {
+                    id,
+                    queue,
+                    memory,
+                    limits: disk.limits(self.features & export.features()),
+                    nsid: disk.namespace.nsid,
+                    serial: disk.serial,
+                    write_through: disk.write_through(self.features),
+                    volatile_cache,
+                    deallocate: export.device.can_deallocate(),
+                    call,
+                    error,
+                    kick,
+                    shared,
+                }));
+            }
+            Kind::Host(host) => host,
+        };
+        let initiator = self.initiator.as_ref();
+        // Made with the session.
+        let initiator = initiator.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
+        let (nexus, barrier) = (Arc::clone(&initiator.nexus), Arc::clone(&initiator.barrier));
+        Ok(match index.checked_sub(FIRST_REQUEST_QUEUE) {
+            Some(number) => Lane::scsi(ScsiLaneConfig {
+                id,
+                queue,
+                memory,
+                sizes: Sizes::DEFAULT,
+                nexus,
+                namespaces: Arc::clone(&host.namespaces),
+                barrier,
+                number,
+                volatile_cache,
+                call,
+                error,
+                kick,
+                shared,
+            }),
+            None => Lane::control(ControlConfig {
+                id,
+                queue,
+                memory,
+                nexus,
+                barrier,
+                call,
+                error,
+                kick,
+                shared,
+            }),
+        })
     }
 
     fn layout(&self) -> RingLayout {
@@ -424,7 +596,7 @@ impl Session {
         usize::try_from(index)
             .ok()
             .filter(|index| *index < count)
-            .ok_or_else(|| refuse(format!("virtqueue {index} of a disk with {count}")))
+            .ok_or_else(|| refuse(format!("virtqueue {index} of a device with {count}")))
     }
 
     /// A virtqueue whose size, base or addresses are to be changed must not run.
@@ -454,7 +626,10 @@ impl Session {
             (vring.kicked, vring.enabled, vring.kick) = (false, false, None);
         }
         self.features = 0;
-        self.disk.writeback.store(true, Ordering::Relaxed);
+        if let Some(disk) = self.disk.disk() {
+            disk.writeback.store(true, Ordering::Relaxed);
+        }
+        self.initiator = Initiator::of(&self.disk).map_err(VhostError::ReqHandlerError)?;
         Ok(())
     }
 }
@@ -582,8 +757,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         if let Some(file) = &fd {
             require_eventfd(file).map_err(VhostError::ReqHandlerError)?;
         }
-        let queue = &self.disk.queues[index];
-        if queue.reactor.mode() == Mode::Adaptive {
+        if let Some(polled) = self.disk.polled(index)
+            && let queue = &self.disk.queues[polled]
+            && queue.reactor.mode() == Mode::Adaptive
+        {
             let kick = fd.map(OwnedFd::from);
             if let Some(lane) = self.vrings[index].running {
                 let clone = kick.as_ref().map(OwnedFd::try_clone).transpose();
@@ -614,12 +791,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE)
+        Ok(self.disk.protocol_features())
     }
 
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
@@ -653,7 +825,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> VhostResult<Vec<u8>> {
-        let space = self.disk.config_space();
+        let Some(disk) = self.disk.disk() else {
+            return Err(not_offered("GET_CONFIG"));
+        };
+        let space = disk.config_space(self.disk.queues.len());
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.checked_add(usize::try_from(size).unwrap_or(usize::MAX));
         let bytes = end.and_then(|end| space.get(start..end));
@@ -671,6 +846,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         bytes: &[u8],
         _flags: VhostUserConfigFlags,
     ) -> VhostResult<()> {
+        let Some(disk) = self.disk.disk() else {
+            return Err(not_offered("SET_CONFIG"));
+        };
         let writeback = match bytes {
             [writeback @ (0 | 1)] if offset == WRITEBACK_OFFSET => *writeback == 1,
             _ => {
@@ -680,7 +858,7 @@ impl VhostUserBackendReqHandlerMut for Session {
                 )));
             }
         };
-        if self.disk.writeback.swap(writeback, Ordering::Relaxed) != writeback {
+        if disk.writeback.swap(writeback, Ordering::Relaxed) != writeback {
             tracing::info!(disk = %self.disk.name, writeback, "cache mode changed by the guest");
             self.quiesce()?;
             self.start_ready()?;

@@ -77,6 +77,13 @@ impl BouncePool {
         });
     }
 
+    /// Fills the first `len` bytes of a chunk with zeroes, before a write.
+    pub fn clear(&mut self, chunk: ChunkId, len: u32) {
+        let base = self.memory.pointer(self.offset(chunk));
+        // SAFETY: within the chunk, which is CHUNK_SIZE bytes of ours and not at the device yet.
+        unsafe { base.write_bytes(0, len.min(CHUNK_SIZE) as usize) };
+    }
+
     /// Remembers where a chunk's bytes go when its read completes. They are zeroes until the device writes there: one
     /// that says it has read and has not must not pass on what another guest wrote.
     pub fn remember(&mut self, chunk: ChunkId, segments: impl Iterator<Item = Segment>) {

@@ -6,23 +6,34 @@
 //! beyond MDTS, data that PRPs cannot describe, several ranges) becomes `Work`: it is issued piece by piece as slots
 //! and bounce buffers come free, and the lane fetches nothing new meanwhile, so that one request at a time is enough.
 
+mod blk;
+mod control;
+mod scsi;
+
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use nvme_driver::MAX_ENTRIES;
-use nvme_driver::spec::{Cid, LbaRange, MAX_BLOCKS, Nsid, SubmissionEntry, Transfer};
+use nvme_driver::spec::{Cid, LbaRange, MAX_BLOCKS, Nsid, Status, SubmissionEntry};
 use nvme_driver::transport::{Armed, Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
 use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
 use super::signal::Signal;
-use crate::block::{BlockOp, BlockRange, BlockStatus, RangeList};
+use crate::block::{BlockRange, RangeList};
 use crate::stats::{QueueCounters, SharedCounters, StageTimes};
-use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest, HEADER_BYTES};
-use crate::virtio::chain::{Chain, Ends, Sole};
-use crate::virtio::memory::{GuestMemory, MainRegion, Segment, StatusByte};
-use crate::virtio::virtqueue::{HeadIndex, RingError, RingLayout, Virtqueue};
+use crate::virtio::chain::Chain;
+use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
+use crate::virtio::virtqueue::{HeadIndex, RingError, Virtqueue};
+use blk::Blk;
+use control::ControlLane;
+use scsi::Scsi;
+
+pub use blk::LaneConfig;
+pub use control::{Barrier, ControlConfig};
+pub use scsi::ScsiLaneConfig;
 
 /// Requests that one lane takes from its ring in one turn. The fewer, the earlier do the device and the guest get to work
 /// again: were it all 32 that a guest has in flight, each of the three would wait for the others. The more, the fewer
@@ -37,37 +48,6 @@ pub(super) fn max_segments(queue_size: u16) -> usize {
 /// Names a lane among all that the process ever had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LaneId(pub u64);
-
-/// What a lane is made of.
-#[derive(Debug)]
-pub struct LaneConfig {
-    /// Its name.
-    pub id: LaneId,
-    /// The ring, complete.
-    pub queue: Virtqueue,
-    /// The guest's memory; the lane keeps it mapped.
-    pub memory: Arc<GuestMemory>,
-    /// Negotiated limits of the disk.
-    pub limits: BlkLimits,
-    /// The namespace behind the disk.
-    pub nsid: Nsid,
-    /// What GET_ID answers: ASCII, zero padded.
-    pub serial: [u8; 20],
-    /// Every write is durable when it completes (no FLUSH negotiated, or writeback = 0).
-    pub write_through: bool,
-    /// Flush means something: the controller has a volatile write cache.
-    pub volatile_cache: bool,
-    /// Discards reach the device (Dataset Management is supported).
-    pub deallocate: bool,
-    /// The call eventfd.
-    pub call: Arc<Signal>,
-    /// The error eventfd.
-    pub error: Arc<Signal>,
-    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
-    pub kick: Option<OwnedFd>,
-    /// Where others read this virtqueue's counters.
-    pub shared: Arc<SharedCounters>,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -91,20 +71,43 @@ enum Attention {
 
 /// A request between pop and used ring, at its head's place.
 #[derive(Clone, Copy, Debug)]
-struct Request {
+struct Request<P> {
     /// Where the answer goes; `None` while nothing is in flight here.
-    status: Option<StatusByte>,
+    place: Option<P>,
     /// Bytes of data that the guest gets on success.
     data_in: u32,
     /// Commands outstanding, plus one while the request is still being issued.
     pending: u32,
-    failed: bool,
+    /// What the first command that failed came to.
+    failure: Option<Status>,
+}
+
+/// The namespace that a request is for.
+#[derive(Clone, Copy, Debug)]
+struct Medium {
+    nsid: Nsid,
+    block_shift: u32,
+    /// What is written is durable when the request completes.
+    durable: bool,
+}
+
+impl Medium {
+    #[inline]
+    fn transfer(&self, write: bool, slba: u64, blocks: u32) -> SubmissionEntry {
+        let range = LbaRange { slba, blocks };
+        if write {
+            SubmissionEntry::write(self.nsid, range, self.durable)
+        } else {
+            SubmissionEntry::read(self.nsid, range)
+        }
+    }
 }
 
 /// A request that takes several commands, and how far it has come.
 #[derive(Clone, Copy, Debug)]
 struct Work {
     head: HeadIndex,
+    medium: Medium,
     step: Step,
 }
 
@@ -126,17 +129,12 @@ enum Step {
     Discard {
         range: usize,
     },
+    /// The block in the data segments, or zeroes, to each of `left` blocks from `lba` on.
+    Same {
+        lba: u64,
+        left: u32,
+    },
     Flush,
-}
-
-/// What became of a request.
-enum Started {
-    /// A command, by the short way.
-    Short,
-    /// Commands, or an answer, by the long way.
-    Otherwise,
-    /// [`Work`].
-    Work,
 }
 
 enum Progress {
@@ -187,39 +185,67 @@ impl<T: Transport> Pair<T> {
     }
 }
 
-/// One guest virtqueue in service.
+/// What the requests of a virtqueue are, and how they are answered. What is the same for all is in [`RequestLane`].
+pub(super) trait Front: fmt::Debug + Sized {
+    /// Where an answer goes.
+    type Place: Copy + fmt::Debug;
+
+    /// Whether requests may be taken from the ring now.
+    #[inline(always)]
+    fn may_fetch(_lane: &mut RequestLane<Self>) -> bool {
+        true
+    }
+
+    /// Whether there is anything to do that nothing would tell a sleeping poller of.
+    fn is_wanted(_lane: &RequestLane<Self>) -> bool {
+        false
+    }
+
+    /// Takes up to `most` requests from the ring and starts them.
+    fn fetch<T: Transport>(lane: &mut RequestLane<Self>, pair: &mut Pair<T>, most: u16);
+
+    /// Takes up to `most` requests from the ring and answers that there is no device.
+    fn fail(lane: &mut RequestLane<Self>, most: u16);
+
+    /// Writes the answer, and returns the used length.
+    fn finish(&mut self, place: Self::Place, data_in: u32, failure: Option<Status>) -> u32;
+
+    /// Everything that was finished is visible to the guest.
+    #[inline(always)]
+    fn published(_lane: &mut RequestLane<Self>) {}
+
+    /// The device came back without its cache: the next flush cannot keep its promise.
+    fn lose_cache(&mut self);
+
+    /// Nor can one that was at the device.
+    fn doubts_flushes(&self) -> bool;
+}
+
+/// A virtqueue with requests that become NVMe commands.
 #[derive(Debug)]
-pub struct Lane {
+pub(super) struct RequestLane<F: Front> {
     queue: Virtqueue,
     chain: Chain,
-    requests: Box<[Request]>,
+    requests: Box<[Request<F::Place>]>,
     work: Option<Work>,
     state: State,
     attention: Attention,
-    /// The device has come back without its cache: the next flush cannot keep its promise.
-    cache_lost: bool,
     /// Its place in the poller.
     slot: u16,
-    block_shift: u32,
     counters: QueueCounters,
     ranges: RangeList,
+    front: F,
     config: LaneParts,
 }
 
-/// The parts of [`LaneConfig`] that stay as they are.
+/// What every lane with requests has, whatever they are.
 #[derive(Debug)]
 struct LaneParts {
     id: LaneId,
     memory: Arc<GuestMemory>,
-    /// Of that memory.
-    main: MainRegion<HEADER_BYTES>,
-    limits: BlkLimits,
-    nsid: Nsid,
-    /// Of a read and of a write.
-    transfers: [Transfer; 2],
-    serial: [u8; 20],
-    write_through: bool,
+    /// Flush means something: the controller has a volatile write cache.
     volatile_cache: bool,
+    /// Discards reach the device (Dataset Management is supported).
     deallocate: bool,
     call: Arc<Signal>,
     error: Arc<Signal>,
@@ -227,111 +253,331 @@ struct LaneParts {
     shared: Arc<SharedCounters>,
 }
 
+/// One guest virtqueue in service.
+#[derive(Debug)]
+pub struct Lane(pub(super) Kind);
+
+/// What a virtqueue carries.
+#[derive(Debug)]
+pub(super) enum Kind {
+    /// Requests of a block device.
+    Blk(Box<RequestLane<Blk>>),
+    /// Commands of a SCSI host.
+    Scsi(Box<RequestLane<Scsi>>),
+    /// The task management of a SCSI host. It has no NVMe commands.
+    Control(Box<ControlLane>),
+}
+
 // SAFETY: the pointers in a lane lead to guest memory that its `Arc<GuestMemory>` keeps mapped; one thread at a time
 // owns the lane (I7), and what the guest does to those bytes meanwhile is data, never a reference (I1).
 unsafe impl Send for Lane {}
 
+/// The same for every kind of lane.
+macro_rules! on_lane {
+    ($lane:expr, $name:ident => $do:expr) => {
+        match $lane {
+            Kind::Blk($name) => $do,
+            Kind::Scsi($name) => $do,
+            Kind::Control($name) => $do,
+        }
+    };
+}
+
 impl Lane {
-    /// A lane that has fetched nothing yet. Allocates all that it will ever need.
+    /// A lane of a block device that has fetched nothing yet. Allocates all that it will ever need.
     #[must_use]
     pub fn new(config: LaneConfig) -> Lane {
-        let size = config.queue.size();
+        Lane(Kind::Blk(Box::new(RequestLane::<Blk>::new(config))))
+    }
+
+    /// The same for commands of a SCSI host.
+    #[must_use]
+    pub fn scsi(config: ScsiLaneConfig) -> Lane {
+        Lane(Kind::Scsi(Box::new(RequestLane::<Scsi>::new(config))))
+    }
+
+    /// The same for the control queue of a SCSI host.
+    #[must_use]
+    pub fn control(config: ControlConfig) -> Lane {
+        Lane(Kind::Control(Box::new(ControlLane::new(config))))
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> LaneId {
+        on_lane!(&self.0, lane => lane.id())
+    }
+
+    /// Where the ring stands, for GET_VRING_BASE.
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        on_lane!(&self.0, lane => lane.base())
+    }
+
+    pub(super) fn set_slot(&mut self, slot: u16) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.slot = slot,
+            Kind::Scsi(lane) => lane.slot = slot,
+            Kind::Control(_) => {}
+        }
+    }
+
+    pub(super) fn drain(&mut self) {
+        on_lane!(&mut self.0, lane => lane.drain());
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        on_lane!(&self.0, lane => lane.is_draining())
+    }
+
+    pub(super) fn is_drained(&self) -> bool {
+        on_lane!(&self.0, lane => lane.is_drained())
+    }
+
+    /// The files that wake a poller for it, of which [`Lane::kick`] is one.
+    pub fn wakers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let barrier = match &self.0 {
+            Kind::Scsi(lane) => Some(lane.waker()),
+            Kind::Blk(_) | Kind::Control(_) => None,
+        };
+        self.kick().into_iter().chain(barrier)
+    }
+
+    /// The kick eventfd. Nobody reads it: it is watched edge-triggered.
+    #[must_use]
+    pub fn kick(&self) -> Option<BorrowedFd<'_>> {
+        on_lane!(&self.0, lane => lane.kick())
+    }
+
+    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        on_lane!(&mut self.0, lane => lane.replace_kick(kick))
+    }
+
+    /// The poller wants to sleep: asks the guest for a kick. What is it that nothing would tell of?
+    pub(super) fn arm(&mut self) -> Armed {
+        on_lane!(&mut self.0, lane => lane.arm())
+    }
+
+    /// The poller is awake.
+    pub(super) fn disarm(&mut self) {
+        on_lane!(&mut self.0, lane => lane.disarm());
+    }
+
+    /// [`Self::publish`], and when it did what: when the guest could see it, and when it had its signal if it wanted one.
+    #[cold]
+    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
+        on_lane!(&mut self.0, lane => lane.publish_timed())
+    }
+
+    pub(super) fn stages(&self) -> &StageTimes {
+        on_lane!(&self.0, lane => lane.stages())
+    }
+
+    /// It leaves its poller, drained.
+    pub(super) fn leave(&mut self) {
+        self.publish();
+        self.publish_counters();
+        if let Kind::Scsi(lane) = &mut self.0 {
+            lane.leave();
+        }
+    }
+
+    pub(super) fn cache_was_lost(&mut self) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.cache_was_lost(),
+            Kind::Scsi(lane) => lane.cache_was_lost(),
+            Kind::Control(_) => {}
+        }
+    }
+
+    pub(super) fn doubt_flush(&mut self, head: HeadIndex) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.doubt_flush(head),
+            Kind::Scsi(lane) => lane.doubt_flush(head),
+            Kind::Control(_) => {}
+        }
+    }
+
+    pub(super) fn counters_mut(&mut self) -> &mut QueueCounters {
+        on_lane!(&mut self.0, lane => &mut lane.counters)
+    }
+
+    pub(super) fn publish_counters(&self) {
+        on_lane!(&self.0, lane => lane.publish_counters());
+    }
+
+    /// Is there anything to do that does not wait for the device? At a glance: [`Lane::fetch`] knows better.
+    #[inline(always)]
+    pub(super) fn wants(&self) -> bool {
+        match &self.0 {
+            Kind::Blk(lane) => lane.wants(),
+            other => other.wants_for_host(),
+        }
+    }
+
+    /// Takes new requests from the ring and submits their commands; no doorbell. `true` when anything was done.
+    #[inline(always)]
+    pub(super) fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.fetch(pair),
+            other => other.fetch_for_host(pair),
+        }
+    }
+
+    /// There is no device: what was not sent yet never will be.
+    pub(super) fn give_up_work(&mut self) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.give_up_work(),
+            Kind::Scsi(lane) => lane.give_up_work(),
+            Kind::Control(_) => {}
+        }
+    }
+
+    /// There is no device: takes new requests from the ring and, if `fail`, fails those that want one. `true` when anything
+    /// was done.
+    #[cold]
+    pub(super) fn do_without(&mut self, fail: bool) -> bool {
+        match &mut self.0 {
+            Kind::Blk(lane) => fail && lane.fail_new(),
+            Kind::Scsi(lane) => fail && lane.fail_new(),
+            Kind::Control(lane) => lane.fetch(),
+        }
+    }
+
+    /// A command of the request at `head` has completed.
+    pub(super) fn command_done(&mut self, head: HeadIndex, status: Status) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.command_done(head, status),
+            Kind::Scsi(lane) => lane.command_done(head, status),
+            // It has no commands.
+            Kind::Control(_) => {}
+        }
+    }
+
+    /// Makes finished requests visible to the guest, and tells it once if it wants to know.
+    #[inline]
+    pub(super) fn publish(&mut self) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.publish(),
+            other => other.publish_for_host(),
+        }
+    }
+
+    /// Makes finished requests visible to the guest. [`Lane::publish`] tells it.
+    #[inline]
+    pub(super) fn publish_used(&mut self) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.publish_used(),
+            // All at once, with the signal.
+            Kind::Scsi(_) | Kind::Control(_) => {}
+        }
+    }
+}
+
+/// What the hot calls of [`Lane`] do for a SCSI host: apart, so that a block device's lane, which most are, is found by one
+/// comparison.
+impl Kind {
+    #[inline(never)]
+    fn wants_for_host(&self) -> bool {
+        match self {
+            Kind::Blk(_) => false,
+            Kind::Scsi(lane) => lane.wants(),
+            Kind::Control(lane) => lane.wants(),
+        }
+    }
+
+    #[inline(never)]
+    fn fetch_for_host<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        match self {
+            Kind::Blk(_) => false,
+            Kind::Scsi(lane) => lane.fetch(pair),
+            Kind::Control(lane) => lane.fetch(),
+        }
+    }
+
+    #[inline(never)]
+    fn publish_for_host(&mut self) {
+        match self {
+            Kind::Blk(_) => {}
+            Kind::Scsi(lane) => lane.publish(),
+            Kind::Control(lane) => lane.publish(),
+        }
+    }
+}
+
+impl<F: Front> RequestLane<F> {
+    fn with_front(mut queue: Virtqueue, config: LaneParts, front: F) -> RequestLane<F> {
+        let size = queue.size();
         let idle = Request {
-            status: None,
+            place: None,
             data_in: 0,
             pending: 0,
-            failed: false,
+            failure: None,
         };
-        let mut queue = config.queue;
         // After a (re)start the guest may wait for an interrupt that its last server owed it: one spurious signal.
         queue.request_signal();
         queue.suppress_kicks();
-        Lane {
+        RequestLane {
             queue,
             chain: Chain::new(max_segments(size)),
             requests: vec![idle; usize::from(size)].into_boxed_slice(),
             work: None,
             state: State::Running,
             attention: Attention::Ring,
-            cache_lost: false,
             slot: 0,
-            block_shift: config.limits.geometry.block_shift(),
             counters: config.shared.snapshot(),
             ranges: RangeList::new(),
-            config: LaneParts {
-                id: config.id,
-                main: config.memory.main(),
-                memory: config.memory,
-                limits: config.limits,
-                nsid: config.nsid,
-                transfers: [
-                    Transfer::read(config.nsid),
-                    Transfer::write(config.nsid, config.write_through),
-                ],
-                serial: config.serial,
-                write_through: config.write_through,
-                volatile_cache: config.volatile_cache,
-                deallocate: config.deallocate,
-                call: config.call,
-                error: config.error,
-                kick: config.kick,
-                shared: config.shared,
-            },
+            front,
+            config,
         }
     }
 
-    /// Its name.
-    #[must_use]
-    pub fn id(&self) -> LaneId {
+    fn id(&self) -> LaneId {
         self.config.id
     }
 
-    /// Where the ring stands, for GET_VRING_BASE.
-    #[must_use]
-    pub fn base(&self) -> u32 {
+    fn base(&self) -> u32 {
         self.queue.base()
     }
 
-    pub(super) fn set_slot(&mut self, slot: u16) {
-        self.slot = slot;
-    }
-
-    pub(super) fn drain(&mut self) {
+    fn drain(&mut self) {
         self.set_state(State::Draining);
     }
 
-    pub(super) fn is_draining(&self) -> bool {
+    fn is_draining(&self) -> bool {
         self.state == State::Draining
     }
 
-    /// Writes that were completed and not flushed may be gone. Of a guest that gets write-through, none are.
-    pub(super) fn cache_was_lost(&mut self) {
-        self.cache_lost = self.config.volatile_cache && !self.config.write_through;
-    }
-
-    /// A flush that was at the device when its cache was lost: what it was to keep may be gone.
-    pub(super) fn doubt_flush(&mut self, head: HeadIndex) {
-        if self.cache_lost {
-            self.fail_request(head);
+    /// Writes that were completed and not flushed may be gone.
+    fn cache_was_lost(&mut self) {
+        if self.config.volatile_cache {
+            self.front.lose_cache();
         }
     }
 
-    pub(super) fn is_drained(&self) -> bool {
+    /// A flush that was at the device when its cache was lost: what it was to keep may be gone.
+    fn doubt_flush(&mut self, head: HeadIndex) {
+        if self.front.doubts_flushes() {
+            self.fail_request(head, Status::INTERNAL_ERROR);
+        }
+    }
+
+    fn is_drained(&self) -> bool {
         self.state == State::Draining && self.queue.in_flight() == 0 && self.work.is_none()
     }
 
-    /// The kick eventfd. Nobody reads it: it is watched edge-triggered.
-    #[must_use]
-    pub fn kick(&self) -> Option<BorrowedFd<'_>> {
+    fn kick(&self) -> Option<BorrowedFd<'_>> {
         self.config.kick.as_ref().map(AsFd::as_fd)
     }
 
-    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+    fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
         std::mem::replace(&mut self.config.kick, kick)
     }
 
-    /// The poller wants to sleep: asks the guest for a kick. What is it that nothing would tell of?
-    pub(super) fn arm(&mut self) -> Armed {
+    fn arm(&mut self) -> Armed {
+        if F::is_wanted(self) {
+            return Armed::Pending;
+        }
         // Work that is being issued waits for completions, and so does a lane that fetches nothing.
         if self.state != State::Running || self.work.is_some() {
             return Armed::Yes;
@@ -347,22 +593,16 @@ impl Lane {
         }
     }
 
-    /// The poller is awake.
-    pub(super) fn disarm(&mut self) {
+    fn disarm(&mut self) {
         self.queue.suppress_kicks();
     }
 
-    pub(super) fn counters_mut(&mut self) -> &mut QueueCounters {
-        &mut self.counters
-    }
-
-    pub(super) fn publish_counters(&self) {
+    fn publish_counters(&self) {
         self.config.shared.publish(&self.counters);
     }
 
-    /// Is there anything to do that does not wait for the device? At a glance: [`Lane::fetch`] knows better.
     #[inline(always)]
-    pub(super) fn wants(&self) -> bool {
+    fn wants(&self) -> bool {
         if self.attention == Attention::Ring {
             return self.queue.has_request();
         }
@@ -393,9 +633,12 @@ impl Lane {
         };
     }
 
-    /// Takes new requests from the ring and submits their commands; no doorbell. `true` when anything was done.
     #[inline(always)]
-    pub(super) fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+    fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        if !F::may_fetch(self) {
+            // That is something to be published.
+            return true;
+        }
         if self.attention != Attention::Ring {
             return self.fetch_work(pair);
         }
@@ -409,33 +652,8 @@ impl Lane {
             }
         };
         let most = available.min(pair.queue.room());
-        match self.queue.layout() {
-            RingLayout::Split => self.fetch_from::<T, false>(pair, most),
-            RingLayout::Packed => self.fetch_from::<T, true>(pair, most),
-        }
+        F::fetch(self, pair, most);
         true
-    }
-
-    /// Takes up to `most` requests from a ring that is `PACKED` or not. Compiled for each by itself: together they would
-    /// share registers and have too few.
-    #[inline(never)]
-    fn fetch_from<T: Transport, const PACKED: bool>(&mut self, pair: &mut Pair<T>, most: u16) {
-        let commands = self.counters.commands;
-        let mut short = 0_u64;
-        // A request that takes more than one command becomes work, which ends the round.
-        for _ in 0..most {
-            if let Some(sole) = self.queue.pop_sole::<_, PACKED>(&self.config.main) {
-                match self.start_sole(pair, sole) {
-                    Started::Short => short = short.wrapping_add(1),
-                    Started::Otherwise => {}
-                    Started::Work => break,
-                }
-            } else if !self.start_next(pair) {
-                break;
-            }
-        }
-        self.counters.commands = self.counters.commands.wrapping_add(short);
-        self.count_doorbell(commands);
     }
 
     /// Goes on with the work at hand, if there is any. New requests wait for the next turn.
@@ -455,68 +673,6 @@ impl Lane {
         self.counters.sq_doorbells = self.counters.sq_doorbells.wrapping_add(rung);
     }
 
-    /// The next request, which is not one that [`Lane::start_sole`] knows. `false` when there is none, or it became work.
-    #[inline(never)]
-    fn start_next<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
-        match self.queue.pop(&self.config.memory, &mut self.chain) {
-            Ok(true) => {}
-            Ok(false) => return false,
-            Err(error) => {
-                self.break_ring(&error);
-                return false;
-            }
-        }
-        let ends = self.chain.take_ends();
-        self.start(pair, ends);
-        self.work.is_none()
-    }
-
-    /// The request that was just taken, if it is a read or write that one command carries out; that command is for the
-    /// caller to count.
-    #[inline(always)]
-    fn start_sole<T: Transport>(
-        &mut self,
-        pair: &mut Pair<T>,
-        sole: Sole<HEADER_BYTES>,
-    ) -> Started {
-        let Some((write, range)) = blk::parse_sole(&sole, &self.config.limits) else {
-            return self.start_held(pair, sole);
-        };
-        let transfer = self.config.transfers[usize::from(write)];
-        let range = LbaRange {
-            slba: range.lba.get(),
-            blocks: range.count.get(),
-        };
-        let (len, data) = (sole.len, sole_data(&sole));
-        // One command moves no more bytes than `max_transfer`, and so no more blocks than it can name.
-        let Ok(cid) = pair.queue.submit_short(transfer, range, data) else {
-            return self.start_held(pair, sole);
-        };
-        *pair.context(cid) = CommandContext::Whole {
-            lane: self.slot,
-            head: sole.head,
-            data_in: if write { 0 } else { len },
-            status: sole.status,
-        };
-        self.count_transfer(write, len);
-        Started::Short
-    }
-
-    /// What [`Lane::start_sole`] leaves to [`Lane::start`].
-    #[cold]
-    fn start_held<T: Transport>(
-        &mut self,
-        pair: &mut Pair<T>,
-        sole: Sole<HEADER_BYTES>,
-    ) -> Started {
-        let ends = self.chain.hold(&sole, &self.config.main);
-        self.start(pair, ends);
-        match self.work {
-            Some(_) => Started::Work,
-            None => Started::Otherwise,
-        }
-    }
-
     #[inline]
     fn count_transfer(&mut self, write: bool, len: u32) {
         let bytes = u64::from(len);
@@ -530,128 +686,24 @@ impl Lane {
         }
     }
 
-    /// The chain that was just popped becomes a request.
-    #[inline(never)]
-    fn start<T: Transport>(&mut self, pair: &mut Pair<T>, ends: Ends<HEADER_BYTES>) {
-        let head = self.chain.head();
-        let (chain, ranges) = (&mut self.chain, &mut self.ranges);
-        let parsed = blk::parse_taken(ends, chain, ranges, &self.config.limits);
-        let request = match parsed {
-            Ok(request) => request,
-            Err(reject) => return self.reject(head, reject),
+    /// A request that may take several commands. One is counted for the issuing itself, or is the only one.
+    fn remember(&mut self, head: HeadIndex, place: F::Place, data_in: u32) {
+        self.requests[usize::from(head.get())] = Request {
+            place: Some(place),
+            data_in,
+            pending: 1,
+            failure: None,
         };
-        let (write, range) = match request.op {
-            BlockOp::Read(range) => (false, range),
-            BlockOp::Write(range) => (true, range),
-            _ => return self.start_other(pair, head, request),
-        };
-        self.count_transfer(write, request.data_len);
-        let whole = request.data_len <= pair.queue.max_transfer();
-        if whole {
-            let entry = self.transfer_entry(write, range.lba.get(), range.count.get());
-            let segments = if write {
-                self.chain.readable()
-            } else {
-                self.chain.writable()
-            };
-            match pair
-                .queue
-                .submit(entry, segments.iter().map(as_data), request.data_len)
-            {
-                Ok(cid) => {
-                    *pair.context(cid) = CommandContext::Whole {
-                        lane: self.slot,
-                        head,
-                        data_in: request.data_in,
-                        status: request.status,
-                    };
-                    self.counters.commands = self.counters.commands.wrapping_add(1);
-                    return;
-                }
-                Err(
-                    SubmitError::Full | SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong),
-                ) => {}
-                // Cannot be: the parser took the length from the segments. Work fails for the same reason.
-                Err(SubmitError::Prp(PrpError::LengthMismatch)) => {}
-            }
-        }
-        if !whole {
-            self.counters.split += 1;
-        }
-        self.remember(head, &request);
-        let step = Step::Transfer {
-            write,
-            lba: range.lba.get(),
-            left: range.count.get(),
-            offset: 0,
-        };
-        self.begin_work(pair, head, step);
     }
 
-    #[inline]
-    fn transfer_entry(&self, write: bool, slba: u64, blocks: u32) -> SubmissionEntry {
-        let range = LbaRange { slba, blocks };
-        if write {
-            SubmissionEntry::write(self.config.nsid, range, self.config.write_through)
-        } else {
-            SubmissionEntry::read(self.config.nsid, range)
-        }
-    }
-
-    /// Everything that is neither a read nor a write.
-    #[cold]
-    fn start_other<T: Transport>(
+    fn begin_work<T: Transport>(
         &mut self,
         pair: &mut Pair<T>,
         head: HeadIndex,
-        request: BlkRequest,
+        medium: Medium,
+        step: Step,
     ) {
-        self.remember(head, &request);
-        let step = match request.op {
-            BlockOp::Flush => {
-                self.counters.flushes += 1;
-                if std::mem::take(&mut self.cache_lost) {
-                    self.fail_request(head);
-                }
-                self.config.volatile_cache.then_some(Step::Flush)
-            }
-            BlockOp::Discard => {
-                self.counters.discards += 1;
-                // Advisory: without Dataset Management there is nothing to tell the device.
-                (self.config.deallocate && !self.ranges.as_slice().is_empty())
-                    .then_some(Step::Discard { range: 0 })
-            }
-            BlockOp::WriteZeroes => {
-                self.counters.write_zeroes += 1;
-                (!self.ranges.as_slice().is_empty())
-                    .then_some(Step::WriteZeroes { range: 0, done: 0 })
-            }
-            BlockOp::DeviceId => {
-                self.counters.get_ids += 1;
-                copy_out(&self.config.serial, self.chain.writable());
-                None
-            }
-            // Reads and writes do not come here.
-            BlockOp::Read(_) | BlockOp::Write(_) => None,
-        };
-        match step {
-            Some(step) => self.begin_work(pair, head, step),
-            None => self.end_command(head),
-        }
-    }
-
-    /// A request that may take several commands. One is counted for the issuing itself.
-    fn remember(&mut self, head: HeadIndex, request: &BlkRequest) {
-        self.requests[usize::from(head.get())] = Request {
-            status: Some(request.status),
-            data_in: request.data_in,
-            pending: 1,
-            failed: false,
-        };
-    }
-
-    fn begin_work<T: Transport>(&mut self, pair: &mut Pair<T>, head: HeadIndex, step: Step) {
-        self.set_work(Some(Work { head, step }));
+        self.set_work(Some(Work { head, medium, step }));
         self.continue_work(pair);
     }
 
@@ -667,6 +719,7 @@ impl Lane {
                 Step::Transfer { .. } => self.issue_transfer(pair, &mut work),
                 Step::WriteZeroes { .. } => self.issue_write_zeroes(pair, &mut work),
                 Step::Discard { .. } => self.issue_discard(pair, &mut work),
+                Step::Same { .. } => self.issue_same(pair, &mut work),
                 Step::Flush => self.issue_flush(pair, &mut work),
             };
             match progress {
@@ -680,7 +733,7 @@ impl Lane {
                 }
                 Progress::Finished => break,
                 Progress::Failed => {
-                    self.fail_request(work.head);
+                    self.fail_request(work.head, Status::INTERNAL_ERROR);
                     break;
                 }
             }
@@ -707,7 +760,7 @@ impl Lane {
         if pair.queue.room() == 0 {
             return Progress::Blocked;
         }
-        let shift = self.block_shift;
+        let shift = work.medium.block_shift;
         let segments = if write {
             self.chain.readable()
         } else {
@@ -717,7 +770,7 @@ impl Lane {
         let blocks = left.min(most);
         let bytes = blocks << shift;
         let direct = piece(segments, offset, bytes);
-        let entry = self.transfer_entry(write, lba, blocks);
+        let entry = work.medium.transfer(write, lba, blocks);
         let (cid, blocks, bounce) =
             match pair
                 .queue
@@ -738,7 +791,7 @@ impl Lane {
                     } else {
                         pair.bounce.remember(chunk, through);
                     }
-                    let entry = self.transfer_entry(write, lba, blocks);
+                    let entry = work.medium.transfer(write, lba, blocks);
                     let data = std::iter::once(pair.bounce.data(chunk, bytes));
                     self.counters.bounced += 1;
                     match pair.queue.submit(entry, data, bytes) {
@@ -786,8 +839,8 @@ impl Lane {
             slba: lba.get() + u64::from(done),
             blocks,
         };
-        let entry =
-            SubmissionEntry::write_zeroes(self.config.nsid, at, unmap, self.config.write_through);
+        let Medium { nsid, durable, .. } = work.medium;
+        let entry = SubmissionEntry::write_zeroes(nsid, at, unmap, durable);
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
@@ -822,7 +875,7 @@ impl Lane {
         };
         match pair
             .queue
-            .submit_deallocate(self.config.nsid, ranges.iter().map(as_wire))
+            .submit_deallocate(work.medium.nsid, ranges.iter().map(as_wire))
         {
             Ok(cid) => {
                 *pair.context(cid) = CommandContext::Part {
@@ -840,8 +893,59 @@ impl Lane {
         }
     }
 
+    /// Through a bounce buffer with as many copies of the block as it has room for.
+    fn issue_same<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Same { lba, left } = work.step else {
+            return Progress::Failed;
+        };
+        if left == 0 {
+            return Progress::Finished;
+        }
+        if pair.queue.room() == 0 {
+            return Progress::Blocked;
+        }
+        let Some(chunk) = pair.bounce.take() else {
+            return Progress::Blocked;
+        };
+        let shift = work.medium.block_shift;
+        let most = CHUNK_SIZE.min(pair.queue.max_transfer()) >> shift;
+        let blocks = left.min(most).max(1);
+        let bytes = blocks << shift;
+        let block = self.chain.readable();
+        if block.is_empty() {
+            pair.bounce.clear(chunk, bytes);
+        } else {
+            // The guest may change the block meanwhile: each copy is whatever it is then.
+            let copies = (0..blocks).flat_map(|_| piece(block, 0, 1 << shift));
+            pair.bounce.gather(chunk, copies);
+        }
+        let entry = work.medium.transfer(true, lba, blocks);
+        let data = std::iter::once(pair.bounce.data(chunk, bytes));
+        match pair.queue.submit(entry, data, bytes) {
+            Ok(cid) => {
+                *pair.context(cid) = CommandContext::Part {
+                    lane: self.slot,
+                    head: work.head,
+                    bounce: Some(chunk),
+                };
+                work.step = Step::Same {
+                    lba: lba + u64::from(blocks),
+                    left: left - blocks,
+                };
+                Progress::Issued
+            }
+            Err(error) => {
+                pair.bounce.release(chunk);
+                match error {
+                    SubmitError::Full => Progress::Blocked,
+                    SubmitError::Prp(_) => Progress::Failed,
+                }
+            }
+        }
+    }
+
     fn issue_flush<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
-        let entry = SubmissionEntry::flush(self.config.nsid);
+        let entry = SubmissionEntry::flush(work.medium.nsid);
         let Ok(cid) = pair.queue.submit_without_data(entry) else {
             return Progress::Blocked;
         };
@@ -860,81 +964,59 @@ impl Lane {
         Progress::Issued
     }
 
-    /// There is no device: what was not sent yet never will be.
-    pub(super) fn give_up_work(&mut self) {
+    fn give_up_work(&mut self) {
         if let Some(work) = self.work {
             self.set_work(None);
-            self.fail_request(work.head);
+            self.fail_request(work.head, Status::ABORTED_POWER_LOSS);
             self.end_command(work.head);
         }
     }
 
-    /// There is no device: takes new requests from the ring and fails them, whatever they ask. `true` when there were
-    /// any.
-    // With words of its own: a second caller of those that the hot path uses would cost each request.
+    /// There is no device: takes new requests from the ring and fails them, whatever they ask. `true` when anything was
+    /// done.
     #[cold]
-    pub(super) fn fail_new(&mut self) -> bool {
+    fn fail_new(&mut self) -> bool {
+        if !F::may_fetch(self) {
+            return true;
+        }
         if self.state != State::Running {
             return false;
         }
-        let available = match self.queue.available() {
+        match self.queue.available() {
             Ok(0) => return false,
-            Ok(available) => available.min(FETCH_BUDGET),
+            Ok(available) => F::fail(self, available.min(FETCH_BUDGET)),
             Err(error) => {
                 self.break_ring(&error);
                 return false;
             }
-        };
-        for _ in 0..available {
-            match self.queue.pop(&self.config.memory, &mut self.chain) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(error) => {
-                    self.break_ring(&error);
-                    break;
-                }
-            }
-            self.counters.errors += 1;
-            let status = self.chain.take_status();
-            let reads = !self.chain.writable().is_empty();
-            let written = status.map_or(0, |status| {
-                blk::finish(status, BlockStatus::IoError, reads.into())
-            });
-            self.answer(self.chain.head(), written);
         }
         true
     }
 
-    /// The command that was all of the request at `head` has completed.
-    #[inline(always)]
-    pub(super) fn request_done(
-        &mut self,
-        head: HeadIndex,
-        status: StatusByte,
-        data_in: u32,
-        success: bool,
-    ) {
-        let answer = if success {
-            BlockStatus::Ok
-        } else {
-            self.counters.errors += 1;
-            BlockStatus::IoError
-        };
-        self.queue
-            .push_used(head, blk::finish(status, answer, data_in));
+    /// The next chain, for those that take each the long way.
+    // With words of its own: a second caller of those that the hot path uses would cost each request.
+    #[cold]
+    fn pop_cold(&mut self) -> bool {
+        match self.queue.pop(&self.config.memory, &mut self.chain) {
+            Ok(there) => there,
+            Err(error) => {
+                self.break_ring(&error);
+                false
+            }
+        }
     }
 
-    /// A command of the request at `head` has completed.
-    pub(super) fn command_done(&mut self, head: HeadIndex, success: bool) {
-        if !success {
-            self.fail_request(head);
+    fn command_done(&mut self, head: HeadIndex, status: Status) {
+        if !status.is_success() {
+            self.fail_request(head, status);
         }
         self.end_command(head);
     }
 
     #[cold]
-    fn fail_request(&mut self, head: HeadIndex) {
-        self.requests[usize::from(head.get())].failed = true;
+    fn fail_request(&mut self, head: HeadIndex, status: Status) {
+        let request = &mut self.requests[usize::from(head.get())];
+        request.failure.get_or_insert(status);
     }
 
     fn end_command(&mut self, head: HeadIndex) {
@@ -943,30 +1025,14 @@ impl Lane {
         if request.pending > 0 {
             return;
         }
-        let status = if request.failed {
-            BlockStatus::IoError
-        } else {
-            BlockStatus::Ok
-        };
-        if let Some(place) = request.status.take() {
-            let written = blk::finish(place, status, request.data_in);
+        let (data_in, failure) = (request.data_in, request.failure);
+        if let Some(place) = request.place.take() {
+            let written = self.front.finish(place, data_in, failure);
             self.answer(head, written);
         }
-        if status != BlockStatus::Ok {
+        if failure.is_some() {
             self.counters.errors += 1;
         }
-    }
-
-    /// A request that never becomes a command.
-    #[cold]
-    fn reject(&mut self, head: HeadIndex, reject: BlkReject) {
-        let malformed = self.chain.fault().is_some() || reject.location.is_none();
-        match reject.status {
-            _ if malformed => self.counters.malformed += 1,
-            BlockStatus::Unsupported => self.counters.unsupported += 1,
-            BlockStatus::Ok | BlockStatus::IoError => self.counters.errors += 1,
-        }
-        self.answer(head, reject.finish());
     }
 
     /// Everything but the plain end of a whole request: one place where that is inlined is enough.
@@ -991,34 +1057,33 @@ impl Lane {
         }
     }
 
-    /// Makes finished requests visible to the guest. [`Lane::publish`] tells it.
     #[inline]
-    pub(super) fn publish_used(&mut self) {
+    fn publish_used(&mut self) {
         self.queue.publish_used();
     }
 
-    /// Makes finished requests visible to the guest, and tells it once if it wants to know.
     #[inline]
-    pub(super) fn publish(&mut self) {
+    fn publish(&mut self) {
         self.queue.publish_used();
         if self.queue.needs_signal() {
             self.signal();
         }
+        F::published(self);
     }
 
-    /// [`Self::publish`], and when it did what: when the guest could see it, and when it had its signal if it wanted one.
     #[cold]
-    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
+    fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
         self.queue.publish_used();
         let used = Instant::now();
-        if !self.queue.needs_signal() {
-            return (used, None);
+        let wants = self.queue.needs_signal();
+        if wants {
+            self.signal();
         }
-        self.signal();
-        (used, Some(Instant::now()))
+        F::published(self);
+        (used, wants.then(Instant::now))
     }
 
-    pub(super) fn stages(&self) -> &StageTimes {
+    fn stages(&self) -> &StageTimes {
         &self.config.shared.stages
     }
 }
@@ -1039,14 +1104,6 @@ fn piece(segments: &[Segment], offset: u64, len: u32) -> impl Iterator<Item = Se
         left -= taken.len();
         (taken.len() > 0).then_some(taken)
     })
-}
-
-#[inline(always)]
-fn sole_data(sole: &Sole<HEADER_BYTES>) -> DataSegment {
-    DataSegment {
-        iova: Iova(sole.dma),
-        len: sole.len,
-    }
 }
 
 #[inline]

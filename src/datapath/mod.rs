@@ -7,6 +7,6 @@ pub mod lane;
 pub mod poller;
 pub mod signal;
 
-pub use lane::{Lane, LaneConfig, LaneId};
+pub use lane::{Barrier, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig};
 pub use poller::{Load, PairHealth, Poll, Poller, Service, Waker};
 pub use signal::Signal;

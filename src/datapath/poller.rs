@@ -17,7 +17,7 @@ use nvme_driver::transport::{Armed, Transport};
 use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
-use super::lane::{CommandContext, Lane, LaneId, Pair, max_segments};
+use super::lane::{CommandContext, Kind, Lane, LaneId, Pair, max_segments};
 use crate::stats::Stage;
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
@@ -100,11 +100,11 @@ pub trait Poll: Send {
     /// One turn. `true` when there was anything to do.
     fn turn(&mut self) -> bool;
     /// Takes a lane into service.
-    fn attach(&mut self, lane: Box<Lane>);
+    fn attach(&mut self, lane: Lane);
     /// Lets a lane drain. `false` when it is not here.
     fn detach(&mut self, lane: LaneId) -> bool;
     /// A lane that has drained since, if any: nothing names its memory any more.
-    fn take_drained(&mut self) -> Option<Box<Lane>>;
+    fn take_drained(&mut self) -> Option<Lane>;
     /// Lanes here, draining ones included.
     fn lanes(&self) -> usize;
     /// What others may know of its queue pair meanwhile.
@@ -153,7 +153,7 @@ struct Sample {
 pub struct Poller<T: Transport> {
     pair: Pair<T>,
     /// Lanes at fixed places: a command's context names one.
-    lanes: Vec<Option<Box<Lane>>>,
+    lanes: Vec<Option<Lane>>,
     lane_count: usize,
     draining: usize,
     /// Turns, up to the next [`Poller::rare_turn`].
@@ -261,8 +261,8 @@ impl<T: Transport> Poller<T> {
 
     /// Ends every command of the lanes that `which` chooses, and what they had not sent yet.
     fn give_up_lanes(&mut self, which: impl Fn(&Lane) -> bool) {
-        let chosen = |lanes: &[Option<Box<Lane>>], slot: u16| {
-            let lane = lanes.get(usize::from(slot)).and_then(Option::as_deref);
+        let chosen = |lanes: &[Option<Lane>], slot: u16| {
+            let lane = lanes.get(usize::from(slot)).and_then(Option::as_ref);
             lane.is_some_and(&which)
         };
         for cid in (0..self.pair.queue.depth()).map(Cid) {
@@ -283,14 +283,14 @@ impl<T: Transport> Poller<T> {
     #[cold]
     fn turn_without_device(&mut self) -> bool {
         let mut busy = false;
-        if self.service == Service::Fail {
-            for lane in self.lanes.iter_mut().flatten() {
-                if lane.fail_new() {
-                    busy = true;
-                    lane.publish();
-                }
+        let fail = self.service == Service::Fail;
+        for lane in self.lanes.iter_mut().flatten() {
+            if lane.do_without(fail) {
+                busy = true;
+                lane.publish();
             }
-        } else if self.draining > 0 {
+        }
+        if !fail && self.draining > 0 {
             self.give_up_lanes(Lane::is_draining);
         }
         if self.turns.is_multiple_of(PUBLISH_INTERVAL.into()) {
@@ -518,7 +518,7 @@ impl<T: Transport> Poller<T> {
                 data_in,
                 status,
             } => {
-                if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
+                if let Some(Some(Lane(Kind::Blk(lane)))) = self.lanes.get_mut(usize::from(lane)) {
                     lane.request_done(head, status, data_in, success);
                 }
             }
@@ -530,7 +530,7 @@ impl<T: Transport> Poller<T> {
                     self.pair.bounce.release(chunk);
                 }
                 if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
-                    lane.command_done(head, success);
+                    lane.command_done(head, completion.status);
                 }
             }
         }
@@ -558,7 +558,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         false
     }
 
-    fn attach(&mut self, mut lane: Box<Lane>) {
+    fn attach(&mut self, mut lane: Lane) {
         let place = self
             .lanes
             .iter()
@@ -587,19 +587,17 @@ impl<T: Transport + 'static> Poll for Poller<T> {
     }
 
     #[inline]
-    fn take_drained(&mut self) -> Option<Box<Lane>> {
+    fn take_drained(&mut self) -> Option<Lane> {
         if self.draining == 0 {
             return None;
         }
-        let drained =
-            |lane: &Option<Box<Lane>>| lane.as_ref().is_some_and(|lane| lane.is_drained());
+        let drained = |lane: &Option<Lane>| lane.as_ref().is_some_and(Lane::is_drained);
         let place = self.lanes.iter().position(drained)?;
         self.count_turns();
         let mut lane = self.lanes[place].take()?;
         self.draining -= 1;
         self.lane_count -= 1;
-        lane.publish();
-        lane.publish_counters();
+        lane.leave();
         Some(lane)
     }
 
@@ -652,7 +650,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
     fn wakers(&self, each: &mut dyn FnMut(Waker<'_>)) {
         let interrupt = self.pair.queue.interrupt().map(Waker::Interrupt);
         let lanes = self.lanes.iter().flatten();
-        let kicks = lanes.filter_map(|lane| lane.kick().map(Waker::Kick));
+        let kicks = lanes.flat_map(|lane| lane.wakers().map(Waker::Kick));
         interrupt.into_iter().chain(kicks).for_each(each);
     }
 

@@ -93,7 +93,7 @@ pub struct Core<R: Rest> {
     mailbox: Arc<Mailbox>,
     residents: Vec<Resident>,
     /// Lanes that were asked for and have not drained yet.
-    leaving: VecDeque<(LaneId, Sender<Box<Lane>>)>,
+    leaving: VecDeque<(LaneId, Sender<Lane>)>,
     /// Pollers that are lent, and what was asked of them since.
     lent: Vec<PollerId>,
     deferred: VecDeque<Message>,
@@ -321,7 +321,7 @@ impl<R: Rest> Core<R> {
             }
             Message::Attach(id, lane) => {
                 if let Some(at) = self.residents.iter().position(|one| one.id == id) {
-                    self.watch_kick(lane.kick());
+                    lane.wakers().for_each(|waker| self.watch_kick(Some(waker)));
                     self.residents[at].poller.attach(lane);
                     self.lanes += 1;
                 }
@@ -410,8 +410,8 @@ impl<R: Rest> Core<R> {
         for resident in &mut self.residents {
             while let Some(lane) = resident.poller.take_drained() {
                 self.lanes -= 1;
-                if let (Some(Adaptive { set, .. }), Some(kick)) = (&self.adaptive, lane.kick()) {
-                    set.forget(kick);
+                if let Some(Adaptive { set, .. }) = &self.adaptive {
+                    lane.wakers().for_each(|waker| set.forget(waker));
                 }
                 if let Some(place) = self.leaving.iter().position(|(id, _)| *id == lane.id())
                     && let Some((_, reply)) = self.leaving.remove(place)

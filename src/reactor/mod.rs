@@ -55,8 +55,8 @@ pub struct PollerId(pub u32);
 
 enum Message {
     Adopt(PollerId, Box<dyn Poll>),
-    Attach(PollerId, Box<Lane>),
-    Detach(PollerId, LaneId, Sender<Box<Lane>>),
+    Attach(PollerId, Lane),
+    Detach(PollerId, LaneId, Sender<Lane>),
     Retire(PollerId, Sender<Box<dyn Poll>>),
     Lend(PollerId, Sender<Box<dyn Poll>>),
     Kick(PollerId, LaneId, Option<OwnedFd>),
@@ -182,13 +182,13 @@ impl ReactorHandle {
     }
 
     /// Hands a lane to one of its pollers.
-    pub fn attach(&self, poller: PollerId, lane: Box<Lane>) {
+    pub fn attach(&self, poller: PollerId, lane: Lane) {
         self.send(Message::Attach(poller, lane));
     }
 
     /// Asks for a lane back. It arrives when it has drained; the channel closes without one if it is not there.
     #[must_use]
-    pub fn detach(&self, poller: PollerId, lane: LaneId) -> Receiver<Box<Lane>> {
+    pub fn detach(&self, poller: PollerId, lane: LaneId) -> Receiver<Lane> {
         let (reply, lane_back) = bounded(1);
         self.send(Message::Detach(poller, lane, reply));
         lane_back

@@ -395,21 +395,68 @@ impl Chain {
     /// are fewer, and then nothing was taken.
     #[inline]
     pub fn take_front<const N: usize>(&mut self) -> Option<[u8; N]> {
-        self.readable_len = self.readable_len.checked_sub(N as u64)?;
         let mut bytes = [0; N];
+        self.take_readable(&mut bytes).then_some(bytes)
+    }
+
+    /// Takes the first readable bytes off, as many as `out` has, each read once (I6). False if there are fewer, and then
+    /// nothing was taken.
+    #[inline]
+    #[must_use]
+    pub fn take_readable(&mut self, out: &mut [u8]) -> bool {
+        let Some(left) = self.readable_len.checked_sub(out.len() as u64) else {
+            return false;
+        };
+        self.readable_len = left;
         let mut done = 0;
-        while done < N {
+        while done < out.len() {
             let segment = &mut self.segments[self.front];
-            let copied = segment.read_once(&mut bytes[done..]);
+            let copied = segment.read_once(&mut out[done..]);
             done += copied;
             if copied == segment.len() as usize {
                 self.front += 1;
             } else {
-                // `copied <= N`, and no control structure comes near 4 GiB.
+                // No control structure comes near 4 GiB.
                 *segment = segment.suffix(u32::try_from(copied).unwrap_or(u32::MAX));
             }
         }
-        Some(bytes)
+        true
+    }
+
+    /// Takes the first `len` writable bytes off and says in how many of `pieces` they are. `None` if there are fewer
+    /// bytes, or more pieces, and then nothing was taken.
+    #[must_use]
+    pub fn take_writable(&mut self, len: u32, pieces: &mut [Segment]) -> Option<usize> {
+        let after = self.writable_len.checked_sub(len.into())?;
+        let mut left = len;
+        let mut count = 0;
+        let mut at = self.split;
+        let mut rest = None;
+        while left > 0 {
+            let segment = self.segments[..self.end].get(at)?;
+            let taken = segment.prefix(left);
+            *pieces.get_mut(count)? = taken;
+            count += 1;
+            left -= taken.len();
+            if taken.len() == segment.len() {
+                at += 1;
+            } else {
+                rest = Some(segment.suffix(taken.len()));
+            }
+        }
+        // What is left stands behind the readable ones, which move up to it.
+        if let Some(rest) = rest {
+            self.segments[at] = rest;
+        }
+        let gone = at - self.split;
+        if gone > 0 && self.front < self.split {
+            self.segments
+                .copy_within(self.front..self.split, self.front + gone);
+        }
+        self.front += gone;
+        self.split = at;
+        self.writable_len = after;
+        Some(count)
     }
 
     /// Takes the last writable byte off: the status of a block request. Of a faulty chain too, where it could be

@@ -29,10 +29,10 @@ impl Report {
         self.queues.iter().map(|queue| queue.get(counter)).sum()
     }
 
-    /// Reads the two tables, up to the second `total`. `None` while they are not complete.
+    /// Reads the tables, two or with SCSI hosts three, up to the last `total`. `None` while there are not two.
     pub fn parse(text: &str) -> Option<Report> {
-        let mut totals = text.match_indices("\ntotal ");
-        let (last, _) = totals.nth(1)?;
+        let totals: Vec<usize> = text.match_indices("\ntotal ").map(|(at, _)| at).collect();
+        let last = *totals.get(1..)?.last()?;
         let end = last + 1 + text[last + 1..].find('\n')? + 1;
         let tables = &text[..end];
         let mut queues: Vec<Queue> = Vec::new();

@@ -106,7 +106,7 @@ impl Rig {
     }
 
     /// A guest and its lane, for the caller to attach.
-    pub fn make_guest(&self, setup: &GuestSetup) -> (RigGuest, Box<Lane>) {
+    pub fn make_guest(&self, setup: &GuestSetup) -> (RigGuest, Lane) {
         let base = Gpa(0x10_0000);
         let config = SimGuestConfig {
             layout: setup.layout,
@@ -159,7 +159,7 @@ impl Rig {
         queue: VirtqueueConfig,
         kick: Option<OwnedFd>,
         write_through: bool,
-    ) -> Box<Lane> {
+    ) -> Lane {
         let id = LaneId(0x1000 + queue.used.addr().get() as u64);
         let namespace = self.device.namespace(Nsid(1)).unwrap();
         let geometry = Geometry::new(
@@ -172,7 +172,7 @@ impl Rig {
             max_sectors: 0x7f_ff80,
             max_segments: 256,
         };
-        Box::new(Lane::new(LaneConfig {
+        Lane::new(LaneConfig {
             id,
             // SAFETY: the lane holds the memory, and is the only one that serves this queue.
             queue: unsafe { Virtqueue::new(queue) }.unwrap(),
@@ -192,7 +192,7 @@ impl Rig {
             error: Arc::new(Signal::new().unwrap()),
             kick,
             shared: Arc::default(),
-        }))
+        })
     }
 
     /// One turn of every poller.

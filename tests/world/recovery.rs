@@ -115,7 +115,7 @@ impl Scene {
         self.status_of(request_type::FLUSH, 0, &[])
     }
 
-    fn take_lane(&self) -> Option<Box<Lane>> {
+    fn take_lane(&self) -> Option<Lane> {
         let reactor = self.reactor.as_ref().unwrap().handle();
         let lane: LaneId = self.guest.lane;
         reactor.detach(POLLER, lane).recv_timeout(DEADLINE).ok()

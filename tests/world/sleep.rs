@@ -44,7 +44,7 @@ enum Manners {
 enum Place {
     Served,
     /// Asked back.
-    Leaving(Receiver<Box<Lane>>),
+    Leaving(Receiver<Lane>),
     /// It broke its ring, and is gone.
     Removed,
 }
@@ -415,7 +415,7 @@ fn world(seed: u64) -> Core<Scene> {
         Manners::Storms,
         Manners::Silent,
     ];
-    let lanes: Vec<(Tenant, Box<Lane>)> = (0..1 + rng.below(3))
+    let lanes: Vec<(Tenant, Lane)> = (0..1 + rng.below(3))
         .map(|at| {
             let setup = GuestSetup {
                 layout: *rng.pick(&[RingLayout::Split, RingLayout::Packed]),

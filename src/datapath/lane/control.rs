@@ -1,0 +1,348 @@
+//! The control queue of a SCSI host: task management, and how it waits for the lanes whose commands it is about.
+//!
+//! A function that aborts or resets ends only when every command that the guest had sent before it has ended: none of them
+//! can touch the guest's memory any more, and their answers are in the used rings. Other cores poll those rings, so they
+//! are asked through a [`Barrier`]: one number that says how many functions wait, and for each lane how many it has let
+//! pass. A lane that sees that it is behind takes what its ring held, lets it all end, and says so; then it goes on.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use nvme_driver::transport::Armed;
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::{LaneId, State, max_segments, scsi};
+use crate::datapath::signal::Signal;
+use crate::scsi::{Address, Nexus};
+use crate::stats::{QueueCounters, SharedCounters, StageTimes};
+use crate::virtio::chain::Chain;
+use crate::virtio::memory::GuestMemory;
+use crate::virtio::scsi::{Control, ResponsePlace, finish_control, parse_control, response, task};
+use crate::virtio::virtqueue::{HeadIndex, Virtqueue};
+
+/// Control requests that are taken in one turn.
+const FETCH_BUDGET: u16 = 8;
+
+/// Where the control queue meets the lanes of its host.
+#[derive(Debug)]
+pub struct Barrier {
+    wanted: AtomicU64,
+    /// By lane; the highest number where there is none.
+    passed: Box<[AtomicU64]>,
+    /// By lane: an eventfd that wakes its poller, should that sleep. Nobody reads it: it is watched edge-triggered.
+    wakers: Box<[OwnedFd]>,
+    /// For a lane that the barrier does not know.
+    nobody: OwnedFd,
+}
+
+impl Barrier {
+    /// For `lanes` lanes, none of which is there yet.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new(lanes: usize) -> io::Result<Barrier> {
+        let waker = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Barrier {
+            wanted: AtomicU64::new(0),
+            passed: (0..lanes).map(|_| AtomicU64::new(u64::MAX)).collect(),
+            wakers: (0..lanes).map(|_| waker()).collect::<Result<_, _>>()?,
+            nobody: waker()?,
+        })
+    }
+
+    pub(super) fn waker(&self, lane: usize) -> BorrowedFd<'_> {
+        self.wakers.get(lane).unwrap_or(&self.nobody).as_fd()
+    }
+
+    #[inline(always)]
+    pub(super) fn wanted(&self) -> u64 {
+        // Pairs with the release in `ask`: what the guest had put into any ring before its function is there to be seen.
+        self.wanted.load(Ordering::Acquire)
+    }
+
+    /// A lane begins, with nothing in flight.
+    pub(super) fn enter(&self, lane: usize) -> u64 {
+        let wanted = self.wanted();
+        self.pass(lane, wanted);
+        wanted
+    }
+
+    /// All that a lane had in flight has ended, and its guest can see that.
+    pub(super) fn pass(&self, lane: usize, number: u64) {
+        if let Some(passed) = self.passed.get(lane) {
+            // Pairs with the acquire in `is_passed`: the used ring first, then this, then the control queue's used ring.
+            passed.store(number, Ordering::Release);
+        }
+    }
+
+    /// A lane has ended.
+    pub(super) fn leave(&self, lane: usize) {
+        self.pass(lane, u64::MAX);
+    }
+
+    /// The number that all lanes have to pass.
+    fn ask(&self) -> u64 {
+        let number = self.wanted.fetch_add(1, Ordering::Release) + 1;
+        for waker in &self.wakers {
+            // A counter at its limit has been told of already.
+            let _ = rustix::io::write(waker, &1_u64.to_ne_bytes());
+        }
+        number
+    }
+
+    fn is_passed(&self, number: u64) -> bool {
+        self.passed
+            .iter()
+            .all(|passed| passed.load(Ordering::Acquire) >= number)
+    }
+}
+
+/// What the lane of a control queue is made of.
+#[derive(Debug)]
+pub struct ControlConfig {
+    /// Its name.
+    pub id: LaneId,
+    /// The ring, complete.
+    pub queue: Virtqueue,
+    /// The guest's memory; the lane keeps it mapped.
+    pub memory: Arc<GuestMemory>,
+    /// The guest, and what it reaches.
+    pub nexus: Arc<Nexus>,
+    /// Where its host's lanes are waited for.
+    pub barrier: Arc<Barrier>,
+    /// The call eventfd.
+    pub call: Arc<Signal>,
+    /// The error eventfd.
+    pub error: Arc<Signal>,
+    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
+    pub kick: Option<OwnedFd>,
+    /// Where others read this virtqueue's counters.
+    pub shared: Arc<SharedCounters>,
+}
+
+/// A control queue in service.
+#[derive(Debug)]
+pub(in crate::datapath) struct ControlLane {
+    config: ControlConfig,
+    chain: Chain,
+    waiting: Option<Waiting>,
+    state: State,
+    pub(super) counters: QueueCounters,
+}
+
+/// A function that waits for commands to end.
+#[derive(Debug)]
+struct Waiting {
+    head: HeadIndex,
+    place: ResponsePlace,
+    number: u64,
+    address: Address,
+    function: u32,
+}
+
+impl ControlLane {
+    pub(super) fn new(mut config: ControlConfig) -> ControlLane {
+        config.queue.request_signal();
+        config.queue.suppress_kicks();
+        ControlLane {
+            chain: Chain::new(max_segments(config.queue.size())),
+            waiting: None,
+            state: State::Running,
+            counters: config.shared.snapshot(),
+            config,
+        }
+    }
+
+    pub(super) fn id(&self) -> LaneId {
+        self.config.id
+    }
+
+    pub(super) fn base(&self) -> u32 {
+        self.config.queue.base()
+    }
+
+    pub(super) fn drain(&mut self) {
+        self.state = State::Draining;
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.state == State::Draining
+    }
+
+    pub(super) fn is_drained(&self) -> bool {
+        self.state == State::Draining && self.config.queue.in_flight() == 0
+    }
+
+    pub(super) fn publish_counters(&self) {
+        self.config.shared.publish(&self.counters);
+    }
+
+    #[inline]
+    pub(super) fn wants(&self) -> bool {
+        self.waiting.is_some() || (self.state == State::Running && self.config.queue.has_request())
+    }
+
+    pub(super) fn kick(&self) -> Option<BorrowedFd<'_>> {
+        self.config.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
+        std::mem::replace(&mut self.config.kick, kick)
+    }
+
+    pub(super) fn arm(&mut self) -> Armed {
+        // Other lanes do not tell when they have let a function pass.
+        if self.waiting.is_some() {
+            return Armed::Pending;
+        }
+        if self.state != State::Running {
+            return Armed::Yes;
+        }
+        match self.config.queue.request_kicks() {
+            Ok(true) => Armed::Pending,
+            Ok(false) if self.config.kick.is_none() => Armed::Never,
+            Ok(false) => Armed::Yes,
+            Err(_) => {
+                self.break_ring();
+                Armed::Yes
+            }
+        }
+    }
+
+    pub(super) fn disarm(&mut self) {
+        self.config.queue.suppress_kicks();
+    }
+
+    /// It has no commands that would be timed.
+    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
+        self.publish();
+        (Instant::now(), None)
+    }
+
+    pub(super) fn stages(&self) -> &StageTimes {
+        &self.config.shared.stages
+    }
+
+    fn break_ring(&mut self) {
+        self.state = State::Broken;
+        self.counters.malformed += 1;
+        self.config.error.signal();
+    }
+
+    pub(super) fn publish(&mut self) {
+        self.config.queue.publish_used();
+        if self.config.queue.needs_signal() && self.config.call.signal() {
+            self.counters.notifications += 1;
+        }
+    }
+
+    /// Takes requests from the ring, one after the other: a function that waits holds up those behind it.
+    #[cold]
+    pub(super) fn fetch(&mut self) -> bool {
+        let mut busy = self.waiting.is_some();
+        for _ in 0..FETCH_BUDGET {
+            if !self.go_on() || self.state != State::Running {
+                break;
+            }
+            let taken = match self.config.queue.available() {
+                Ok(0) => Ok(false),
+                Ok(_) => self.config.queue.pop(&self.config.memory, &mut self.chain),
+                Err(error) => Err(error),
+            };
+            match taken {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(_) => {
+                    self.break_ring();
+                    break;
+                }
+            }
+            busy = true;
+            self.start();
+        }
+        busy
+    }
+
+    /// Ends the function that waits, if it need not any longer. Whether none waits.
+    fn go_on(&mut self) -> bool {
+        match self.waiting.take() {
+            Some(waiting) if self.config.barrier.is_passed(waiting.number) => {
+                self.attend(&waiting);
+                self.answer(waiting.head, &waiting.place, response::OK);
+                true
+            }
+            waiting => {
+                self.waiting = waiting;
+                self.waiting.is_none()
+            }
+        }
+    }
+
+    /// What was reset says so with its next command (SAM-5, 5.14).
+    fn attend(&self, waiting: &Waiting) {
+        let nexus = &self.config.nexus;
+        match waiting.function {
+            task::LOGICAL_UNIT_RESET => {
+                if let Some(unit) = nexus.find(waiting.address) {
+                    nexus.attend(unit, 0x29, 0x03); // BUS DEVICE RESET FUNCTION OCCURRED
+                }
+            }
+            task::I_T_NEXUS_RESET => nexus.attend_target(waiting.address, 0x29, 0x07), // I_T NEXUS LOSS OCCURRED
+            _ => {}
+        }
+    }
+
+    fn start(&mut self) {
+        let head = self.chain.head();
+        let Some((control, place)) = parse_control(&mut self.chain) else {
+            self.counters.malformed += 1;
+            self.config.queue.push_used(head, 0);
+            return;
+        };
+        let (function, lun) = match control {
+            Control::Task { function, lun } => (Some(function), lun),
+            Control::Notification { lun } => (None, lun),
+        };
+        let nexus = &self.config.nexus;
+        let address = scsi::address(lun).filter(|address| nexus.has_target(*address));
+        let Some(address) = address else {
+            return self.answer(head, &place, response::BAD_TARGET);
+        };
+        let absent = matches!(address, Address::Unit { .. }) && nexus.find(address).is_none();
+        // The reset of a nexus is about a target, whatever the LUN.
+        if absent && function != Some(task::I_T_NEXUS_RESET) {
+            return self.answer(head, &place, response::INCORRECT_LUN);
+        }
+        match function {
+            Some(
+                function @ (task::ABORT_TASK
+                | task::ABORT_TASK_SET
+                | task::CLEAR_TASK_SET
+                | task::I_T_NEXUS_RESET
+                | task::LOGICAL_UNIT_RESET
+                // When they have waited, no command is there: FUNCTION COMPLETE.
+                | task::QUERY_TASK
+                | task::QUERY_TASK_SET),
+            ) => {
+                self.counters.tasks += 1;
+                self.waiting = Some(Waiting {
+                    head,
+                    place,
+                    number: self.config.barrier.ask(),
+                    address,
+                    function,
+                });
+            }
+            Some(_) => self.answer(head, &place, response::FUNCTION_REJECTED),
+            None => self.answer(head, &place, response::OK),
+        }
+    }
+
+    fn answer(&mut self, head: HeadIndex, place: &ResponsePlace, response: u8) {
+        let written = finish_control(place, response);
+        self.config.queue.push_used(head, written);
+    }
+}

@@ -1,0 +1,517 @@
+//! The lane of a SCSI host: commands for the logical units of one device. What a command needs of the device becomes NVMe
+//! commands as a block request does; what it does not is answered at once.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use nvme_driver::spec::{Nsid, Status};
+use nvme_driver::transport::Transport;
+
+use super::control::Barrier;
+use super::{
+    CommandContext, FETCH_BUDGET, Front, LaneId, LaneParts, Medium, Pair, RequestLane, State, Step,
+    as_data, copy_out, piece,
+};
+use crate::block::BlockOp;
+use crate::datapath::signal::Signal;
+use crate::scsi::sense::key;
+use crate::scsi::{
+    Action, Address, Carry, Cdb, DataIn, Exchange, MAX_PARAMETER_BYTES, MAX_SENSE_BYTES, Nexus,
+    Sense, status,
+};
+use crate::stats::SharedCounters;
+use crate::virtio::memory::GuestMemory;
+use crate::virtio::scsi::{self, Ending, ResponsePlace, Sizes, response};
+use crate::virtio::virtqueue::{HeadIndex, Virtqueue};
+
+/// What a lane of a SCSI host is made of.
+#[derive(Debug)]
+pub struct ScsiLaneConfig {
+    /// Its name.
+    pub id: LaneId,
+    /// The ring, complete.
+    pub queue: Virtqueue,
+    /// The guest's memory; the lane keeps it mapped.
+    pub memory: Arc<GuestMemory>,
+    /// Sizes of the fields of a request.
+    pub sizes: Sizes,
+    /// The guest, and what it reaches.
+    pub nexus: Arc<Nexus>,
+    /// The namespace behind each logical unit.
+    pub namespaces: Arc<[Nsid]>,
+    /// Where the control queue waits for this lane.
+    pub barrier: Arc<Barrier>,
+    /// Its number among those that the barrier knows.
+    pub number: usize,
+    /// Flush means something: the controller has a volatile write cache.
+    pub volatile_cache: bool,
+    /// The call eventfd.
+    pub call: Arc<Signal>,
+    /// The error eventfd.
+    pub error: Arc<Signal>,
+    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
+    pub kick: Option<OwnedFd>,
+    /// Where others read this virtqueue's counters.
+    pub shared: Arc<SharedCounters>,
+}
+
+/// The commands of a SCSI host.
+#[derive(Debug)]
+pub(in crate::datapath) struct Scsi {
+    sizes: Sizes,
+    nexus: Arc<Nexus>,
+    namespaces: Arc<[Nsid]>,
+    /// By logical unit: see [`Front::lose_cache`].
+    cache_lost: Box<[bool]>,
+    /// A command's parameter list.
+    parameters: Box<[u8]>,
+    /// A command's answer.
+    data_in: Box<[u8]>,
+    gate: Gate,
+}
+
+/// Where the lane stands before the [`Barrier`].
+#[derive(Debug)]
+struct Gate {
+    barrier: Arc<Barrier>,
+    number: usize,
+    /// The last task management that this lane has let pass: all commands from before it have ended.
+    passed: u64,
+    /// The one that is to pass next.
+    wanted: u64,
+    /// Requests that may still be older than it.
+    left: u16,
+    /// None is left: nothing is fetched until all have ended.
+    closed: bool,
+}
+
+/// Where an answer goes, and what it says beside the status.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::datapath) struct Place {
+    response: ResponsePlace,
+    residual: u32,
+    /// If the command fails.
+    residual_failed: u32,
+}
+
+/// The first 8 bytes of a request (virtio 1.2, 5.6.6.1): the REPORT LUNS well-known logical unit, or a target and a LUN.
+pub(super) fn address(lun: [u8; 8]) -> Option<Address> {
+    match lun {
+        [0xc1, 0x01, 0, 0, 0, 0, 0, 0] => Some(Address::Controller),
+        [1, target, lun @ ..] => Some(Address::of(target, lun)),
+        _ => None,
+    }
+}
+
+/// What the device says, in SCSI's words. After the NVMe to SCSI translation that the NVM Express organisation publishes,
+/// where it has the code.
+fn translate(failure: Status) -> (u8, Sense) {
+    const MEDIA: u8 = 2;
+    let check = |key: u8, asc: u8, ascq: u8| (status::CHECK_CONDITION, Sense::new(key, asc, ascq));
+    let protect = (key::ABORTED_COMMAND, 0x10);
+    match (failure.sct(), failure.sc()) {
+        _ if failure.is(Status::RESERVATION_CONFLICT) => {
+            (status::RESERVATION_CONFLICT, Sense::NONE)
+        }
+        _ if failure.is(Status::LBA_OUT_OF_RANGE) => (status::CHECK_CONDITION, Sense::OUT_OF_RANGE),
+        _ if failure.is(Status::NAMESPACE_WRITE_PROTECTED) => {
+            (status::CHECK_CONDITION, Sense::WRITE_PROTECTED)
+        }
+        _ if failure.is(Status::CAPACITY_EXCEEDED) => check(key::DATA_PROTECT, 0x27, 0x07),
+        _ if failure.is(Status::NAMESPACE_NOT_READY) => check(key::NOT_READY, 0x04, 0x00),
+        _ if failure.is(Status::FORMAT_IN_PROGRESS) => check(key::NOT_READY, 0x04, 0x04),
+        _ if failure.is(Status::SANITIZE_IN_PROGRESS) => check(key::NOT_READY, 0x04, 0x1b),
+        _ if failure.is(Status::INVALID_NAMESPACE) => (status::CHECK_CONDITION, Sense::NO_UNIT),
+        _ if failure.is(Status::ABORT_REQUESTED) => check(key::ABORTED_COMMAND, 0x00, 0x00),
+        (MEDIA, 0x80) => check(key::MEDIUM_ERROR, 0x0c, 0x00),
+        (MEDIA, 0x81 | 0x87) => check(key::MEDIUM_ERROR, 0x11, 0x00),
+        (MEDIA, tag @ 0x82..=0x84) => check(protect.0, protect.1, tag - 0x81),
+        (MEDIA, 0x85) => check(key::MISCOMPARE, 0x1d, 0x00),
+        (MEDIA, 0x86) => check(key::DATA_PROTECT, 0x20, 0x02),
+        _ => (status::CHECK_CONDITION, Sense::INTERNAL_FAILURE),
+    }
+}
+
+/// Writes the response to a command that has ended, and returns the used length.
+fn finish(place: &ResponsePlace, outcome: (u8, Sense), residual: u32, data_in: u32) -> u32 {
+    let (status, sense) = outcome;
+    let mut bytes = [0; MAX_SENSE_BYTES];
+    let len = match status {
+        status::CHECK_CONDITION => sense.encode(false, &mut bytes),
+        _ => 0,
+    };
+    let ending = Ending {
+        response: response::OK,
+        status,
+        sense: &bytes[..len],
+        residual,
+        data_in,
+    };
+    scsi::finish(place, &ending)
+}
+
+/// Writes the response to a request that is no command for anybody here.
+fn refuse(place: &ResponsePlace, response: u8) -> u32 {
+    let ending = Ending {
+        response,
+        status: status::GOOD,
+        sense: &[],
+        residual: 0,
+        data_in: 0,
+    };
+    scsi::finish(place, &ending)
+}
+
+impl Front for Scsi {
+    type Place = Place;
+
+    #[inline(always)]
+    fn may_fetch(lane: &mut RequestLane<Scsi>) -> bool {
+        let gate = &lane.front.gate;
+        let wanted = gate.barrier.wanted();
+        wanted == gate.passed || lane.approach(wanted)
+    }
+
+    /// While the gate is closed, completions are waited for, and they tell of themselves.
+    fn is_wanted(lane: &RequestLane<Scsi>) -> bool {
+        let gate = &lane.front.gate;
+        gate.barrier.wanted() != gate.passed && !(gate.closed && lane.queue.in_flight() > 0)
+    }
+
+    fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
+        let commands = lane.counters.commands;
+        for _ in 0..most {
+            match lane.queue.pop(&lane.config.memory, &mut lane.chain) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    lane.break_ring(&error);
+                    break;
+                }
+            }
+            lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
+            lane.start(pair);
+            if lane.work.is_some() {
+                break;
+            }
+        }
+        lane.count_doorbell(commands);
+    }
+
+    fn fail(lane: &mut RequestLane<Scsi>, most: u16) {
+        for _ in 0..most.min(FETCH_BUDGET) {
+            if !lane.pop_cold() {
+                break;
+            }
+            lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
+            lane.counters.errors += 1;
+            let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
+                let outcome = translate(Status::INTERNAL_ERROR);
+                finish(&request.place, outcome, lane.buffers(), 0)
+            });
+            lane.answer(lane.chain.head(), written);
+        }
+    }
+
+    fn finish(&mut self, place: Place, data_in: u32, failure: Option<Status>) -> u32 {
+        match failure {
+            None => finish(
+                &place.response,
+                (status::GOOD, Sense::NONE),
+                place.residual,
+                data_in,
+            ),
+            Some(failure) => finish(
+                &place.response,
+                translate(failure),
+                place.residual_failed,
+                0,
+            ),
+        }
+    }
+
+    #[inline(always)]
+    fn published(lane: &mut RequestLane<Scsi>) {
+        if lane.front.gate.closed {
+            lane.pass();
+        }
+    }
+
+    fn lose_cache(&mut self) {
+        self.cache_lost.fill(true);
+    }
+
+    fn doubts_flushes(&self) -> bool {
+        self.cache_lost.iter().any(|lost| *lost)
+    }
+}
+
+impl RequestLane<Scsi> {
+    pub(super) fn new(config: ScsiLaneConfig) -> RequestLane<Scsi> {
+        let target = config.nexus.target();
+        let passed = config.barrier.enter(config.number);
+        let front = Scsi {
+            sizes: config.sizes,
+            cache_lost: vec![false; target.units().len()].into(),
+            parameters: vec![0; MAX_PARAMETER_BYTES].into(),
+            data_in: vec![0; target.data_in_bytes()].into(),
+            nexus: config.nexus,
+            namespaces: config.namespaces,
+            gate: Gate {
+                barrier: config.barrier,
+                number: config.number,
+                passed,
+                wanted: passed,
+                left: 0,
+                closed: false,
+            },
+        };
+        let parts = LaneParts {
+            id: config.id,
+            memory: config.memory,
+            volatile_cache: config.volatile_cache,
+            // A logical unit says whether it can unmap, and is asked to only then.
+            deallocate: true,
+            call: config.call,
+            error: config.error,
+            kick: config.kick,
+            shared: config.shared,
+        };
+        RequestLane::with_front(config.queue, parts, front)
+    }
+
+    /// Task management waits for the commands that were there before it. Whether there may be any more in the ring, or
+    /// work to go on with.
+    #[cold]
+    fn approach(&mut self, wanted: u64) -> bool {
+        let gate = &mut self.front.gate;
+        if gate.wanted != wanted {
+            gate.wanted = wanted;
+            gate.closed = false;
+            // What is in the ring by now is among the next so many.
+            gate.left = self.queue.size();
+        }
+        let more = self.state == State::Running && gate.left > 0 && self.queue.has_request();
+        if self.work.is_some() || (more && !gate.closed) {
+            return true;
+        }
+        gate.closed = true;
+        false
+    }
+
+    /// If everything that was fetched has ended, and the guest can see it.
+    #[cold]
+    fn pass(&mut self) {
+        if self.queue.in_flight() > 0 || self.work.is_some() {
+            return;
+        }
+        let gate = &mut self.front.gate;
+        gate.closed = false;
+        gate.passed = gate.wanted;
+        gate.barrier.pass(gate.number, gate.passed);
+    }
+
+    /// Task management wakes a poller that sleeps.
+    pub(super) fn waker(&self) -> BorrowedFd<'_> {
+        self.front.gate.barrier.waker(self.front.gate.number)
+    }
+
+    /// Nobody need wait for it any more.
+    pub(super) fn leave(&mut self) {
+        self.front.gate.barrier.leave(self.front.gate.number);
+    }
+
+    /// Bytes of all data buffers of the chain.
+    fn buffers(&self) -> u32 {
+        // Chains hold fewer than 2^32 bytes.
+        u32::try_from(self.chain.readable_len() + self.chain.writable_len()).unwrap_or(u32::MAX)
+    }
+
+    /// The chain that was just popped becomes a command.
+    fn start<T: Transport>(&mut self, pair: &mut Pair<T>) {
+        let head = self.chain.head();
+        let Some(request) = scsi::parse(&mut self.chain, self.front.sizes) else {
+            self.counters.malformed += 1;
+            return self.answer(head, 0);
+        };
+        let place = request.place;
+        let Some(cdb) = request.cdb() else {
+            self.counters.malformed += 1;
+            let written = refuse(&place, response::FAILURE);
+            return self.answer(head, written);
+        };
+        let (readable, writable) = (self.chain.readable_len(), self.chain.writable_len());
+        if readable > 0 && writable > 0 {
+            // Data both ways needs VIRTIO_SCSI_F_INOUT, which is not offered.
+            return self.refuse(head, &place, response::FAILURE);
+        }
+        let address = match address(request.lun) {
+            Some(address) if self.front.nexus.has_target(address) => address,
+            _ => {
+                // A guest that looks for targets asks each of them.
+                self.counters.checks += 1;
+                let written = refuse(&place, response::BAD_TARGET);
+                return self.answer(head, written);
+            }
+        };
+        let cdb = Cdb::new(cdb);
+        let nexus = Arc::clone(&self.front.nexus);
+        let unit = nexus.find(address);
+        let wanted = nexus.parameter_bytes(unit, &cdb);
+        if u64::from(wanted) > readable {
+            return self.refuse(head, &place, response::OVERRUN);
+        }
+        let residual = self.buffers();
+        let parameters = &mut self.front.parameters[..(wanted as usize).min(MAX_PARAMETER_BYTES)];
+        let mut done = 0;
+        for segment in self.chain.readable() {
+            done += segment.copy_to(&mut parameters[done..]);
+        }
+        let mut exchange = Exchange {
+            cdb: &cdb,
+            parameters,
+            data_in: DataIn::new(&mut self.front.data_in),
+            ranges: &mut self.ranges,
+        };
+        match nexus.execute(address, unit, &mut exchange) {
+            Action::Good => {
+                let data = exchange.data_in.as_slice();
+                let moved = u32::try_from(data.len()).unwrap_or(u32::MAX);
+                if u64::from(moved) > writable {
+                    return self.refuse(head, &place, response::OVERRUN);
+                }
+                copy_out(data, self.chain.writable());
+                let residual = residual - moved.max(wanted);
+                self.counters.immediate += 1;
+                let written = finish(&place, (status::GOOD, Sense::NONE), residual, moved);
+                self.answer(head, written);
+            }
+            Action::Check(sense) => {
+                self.counters.checks += 1;
+                let written = finish(&place, (status::CHECK_CONDITION, sense), residual, 0);
+                self.answer(head, written);
+            }
+            Action::Carry(carry) if carry.data_in > writable || carry.data_out > readable => {
+                self.refuse(head, &place, response::OVERRUN);
+            }
+            Action::Carry(carry) => {
+                let moved = u32::try_from(carry.data_in + carry.data_out).unwrap_or(u32::MAX);
+                let place = Place {
+                    response: place,
+                    residual: residual - moved,
+                    residual_failed: residual,
+                };
+                self.carry(pair, head, place, &carry);
+            }
+        }
+    }
+
+    #[cold]
+    fn refuse(&mut self, head: HeadIndex, place: &ResponsePlace, response: u8) {
+        self.counters.unsupported += 1;
+        let written = refuse(place, response);
+        self.answer(head, written);
+    }
+
+    fn carry<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        head: HeadIndex,
+        place: Place,
+        carry: &Carry,
+    ) {
+        // Both tables have a place for every logical unit.
+        let (Some(nsid), Some(unit)) = (
+            self.front.namespaces.get(carry.unit).copied(),
+            self.front.nexus.target().units().get(carry.unit),
+        ) else {
+            return self.refuse(head, &place.response, response::FAILURE);
+        };
+        let medium = Medium {
+            nsid,
+            block_shift: unit.geometry().block_shift(),
+            durable: carry.fua,
+        };
+        // No more than the chain holds.
+        let data_in = u32::try_from(carry.data_in).unwrap_or(u32::MAX);
+        self.remember(head, place, data_in);
+        let step = match carry.op {
+            BlockOp::Read(range) | BlockOp::Write(range) => {
+                let write = carry.data_out > 0;
+                let (lba, left) = (range.lba.get(), range.count.get());
+                let bytes = left << medium.block_shift;
+                self.count_transfer(write, bytes);
+                if self.sent_at_once(pair, head, medium, (write, lba, left)) {
+                    return;
+                }
+                Some(Step::Transfer {
+                    write,
+                    lba,
+                    left,
+                    offset: 0,
+                })
+            }
+            BlockOp::Flush => {
+                self.counters.flushes += 1;
+                if std::mem::take(&mut self.front.cache_lost[carry.unit]) {
+                    self.fail_request(head, Status::INTERNAL_ERROR);
+                }
+                self.config.volatile_cache.then_some(Step::Flush)
+            }
+            BlockOp::Discard => {
+                self.counters.discards += 1;
+                Some(Step::Discard { range: 0 })
+            }
+            BlockOp::WriteZeroes => {
+                self.counters.write_zeroes += 1;
+                Some(Step::WriteZeroes { range: 0, done: 0 })
+            }
+            BlockOp::WriteSame(range) => {
+                self.counters.write_zeroes += 1;
+                Some(Step::Same {
+                    lba: range.lba.get(),
+                    left: range.count.get(),
+                })
+            }
+            // No command asks for it.
+            BlockOp::DeviceId => None,
+        };
+        match step {
+            Some(step) => self.begin_work(pair, head, medium, step),
+            None => self.end_command(head),
+        }
+    }
+
+    /// A read or write that one NVMe command carries out in place. The count of the issuing is that command's.
+    fn sent_at_once<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        head: HeadIndex,
+        medium: Medium,
+        (write, lba, blocks): (bool, u64, u32),
+    ) -> bool {
+        let bytes = blocks << medium.block_shift;
+        if bytes > pair.queue.max_transfer() {
+            self.counters.split += 1;
+            return false;
+        }
+        let segments = if write {
+            self.chain.readable()
+        } else {
+            self.chain.writable()
+        };
+        let entry = medium.transfer(write, lba, blocks);
+        // The buffers may be longer.
+        let data = piece(segments, 0, bytes).map(|segment| as_data(&segment));
+        let Ok(cid) = pair.queue.submit(entry, data, bytes) else {
+            return false;
+        };
+        *pair.context(cid) = CommandContext::Part {
+            lane: self.slot,
+            head,
+            bounce: None,
+        };
+        self.counters.commands = self.counters.commands.wrapping_add(1);
+        true
+    }
+}

@@ -1,0 +1,140 @@
+//! INQUIRY (SPC-4, 6.6 and 7.8; SBC-3, 6.6): what a logical unit is, and its vital product data pages.
+
+use super::medium::MAX_WRITE_SAME_BLOCKS;
+use super::sense::Sense;
+use super::target::{LogicalUnit, Role, Seat};
+use super::{Action, DataIn, Exchange, Result};
+use crate::block::MAX_RANGES;
+
+const VENDOR: &[u8; 8] = b"TANDEM  ";
+const PRODUCT: &[u8; 16] = b"Tandem NVMe disk";
+const REVISION: &[u8; 4] = b"0001";
+
+/// SAM-4, SPC-4 and SBC-3, no version claimed (SPC-4, annex D).
+const STANDARDS: [u8; 6] = [0x00, 0x80, 0x04, 0x60, 0x04, 0xc0];
+
+const NO_UNIT: u8 = 0x7f; // PERIPHERAL QUALIFIER 011b, PERIPHERAL DEVICE TYPE 1Fh
+const WELL_KNOWN: u8 = 0x1e;
+const DISK: u8 = 0x00;
+
+pub(super) fn inquiry(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+    let cdb = exchange.cdb;
+    let (vital, code) = (cdb.bit(1, 0), cdb.byte(2));
+    let peripheral = match seat.role() {
+        Role::Unit => DISK,
+        Role::WellKnown => WELL_KNOWN,
+        Role::Absent => NO_UNIT,
+    };
+    let out = &mut exchange.data_in;
+    match (vital, code) {
+        (false, 0) => standard(peripheral, out),
+        (false, _) => return Err(Sense::in_cdb(2, 7)),
+        (true, _) => vital_data(peripheral, code, seat, out)?,
+    }
+    out.truncate(cdb.be16(3).into());
+    Ok(Action::Good)
+}
+
+fn standard(peripheral: u8, out: &mut DataIn<'_>) {
+    // SPC-4; HISUP, response data format 2; 96 bytes in all; CMDQUE.
+    out.put(&[peripheral, 0, 0x06, 0x12, 96 - 5, 0, 0, 0x02]);
+    out.put(VENDOR);
+    out.put(PRODUCT);
+    out.put(REVISION);
+    out.put(&[0; 58 - 36]);
+    out.put(&STANDARDS);
+    out.put(&[0; 96 - 64]);
+}
+
+type Page = (u8, fn(&LogicalUnit, &mut DataIn<'_>));
+
+/// The pages of a disk, by code; what fills each is given the header already.
+const PAGES: &[Page] = &[
+    (0x00, |_, out| {
+        PAGES.iter().for_each(|(code, _)| out.put(&[*code]))
+    }),
+    (0x80, |unit, out| out.put(unit.serial().as_bytes())),
+    (0x83, identification),
+    (0xb0, block_limits),
+    (0xb1, characteristics),
+    (0xb2, provisioning),
+];
+
+fn vital_data(peripheral: u8, code: u8, seat: &Seat<'_>, out: &mut DataIn<'_>) -> Result<()> {
+    let unit = match seat.role() {
+        Role::Unit => Some(seat.unit()?.0),
+        Role::WellKnown | Role::Absent => None,
+    };
+    let page = PAGES.iter().find(|(own, _)| *own == code);
+    out.put(&[peripheral, code, 0, 0]);
+    match (unit, page) {
+        (Some(unit), Some((_, fill))) => fill(unit, out),
+        // What is no disk has the list of pages alone.
+        (None, _) if code == 0 => out.put(&[0]),
+        _ => return Err(Sense::in_cdb(2, 7)),
+    }
+    let len = u16::try_from(out.len() - 4).unwrap_or(0);
+    out.set(2, &len.to_be_bytes());
+    Ok(())
+}
+
+/// SPC-4, 7.8.6: the namespace by what it says of itself, and the port that leads here.
+fn identification(unit: &LogicalUnit, out: &mut DataIn<'_>) {
+    const BINARY: u8 = 1;
+    const ASCII: u8 = 2;
+    let mut designator = |code_set: u8, kind: u8, parts: &[&[u8]]| {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        out.put(&[code_set, kind, 0, u8::try_from(len).unwrap_or(0)]);
+        parts.iter().for_each(|part| out.put(part));
+    };
+    let ids = unit.ids();
+    if let Some(nguid) = &ids.nguid {
+        // EUI-64 based, 16 bytes.
+        designator(BINARY, 0x02, &[nguid]);
+    }
+    if let Some(eui64) = &ids.eui64 {
+        designator(BINARY, 0x02, &[eui64]);
+    }
+    if let Some(uuid) = &ids.uuid {
+        // UUID identifier: type 1, then a reserved byte.
+        designator(BINARY, 0x0a, &[&[0x10, 0], uuid]);
+    }
+    designator(ASCII, 0x01, &[VENDOR, unit.serial().as_bytes()]);
+    // Association with the target port: the relative port 1, the only one.
+    designator(BINARY, 0x14, &[&[0, 0, 0, 1]]);
+}
+
+/// SBC-3, 6.6.4.
+fn block_limits(unit: &LogicalUnit, out: &mut DataIn<'_>) {
+    let (unmap_blocks, unmap_ranges) = match unit.can_unmap() {
+        true => (u32::MAX, u32::try_from(MAX_RANGES).unwrap_or(0)),
+        false => (0, 0),
+    };
+    // WSNZ; no COMPARE AND WRITE; no limit for transfers, and no optimum.
+    out.put(&[0x01, 0, 0, 0]);
+    out.put(&[0; 20 - 8]);
+    out.put(&unmap_blocks.to_be_bytes());
+    out.put(&unmap_ranges.to_be_bytes());
+    out.put(&1_u32.to_be_bytes()); // granularity
+    out.put(&[0; 4]);
+    out.put(&u64::from(MAX_WRITE_SAME_BLOCKS).to_be_bytes());
+    out.put(&[0; 64 - 44]);
+}
+
+/// SBC-3, 6.6.2: nothing rotates.
+fn characteristics(_unit: &LogicalUnit, out: &mut DataIn<'_>) {
+    out.put(&[0, 1]);
+    out.put(&[0; 64 - 6]);
+}
+
+/// SBC-3, 6.6.5.
+fn provisioning(unit: &LogicalUnit, out: &mut DataIn<'_>) {
+    let unmap = unit.can_unmap();
+    let write_same = unmap && unit.can_write_zeroes();
+    let flags = u8::from(unmap) << 7 // LBPU
+        | u8::from(write_same) << 6 // LBPWS
+        | u8::from(write_same) << 5 // LBPWS10
+        | u8::from(unit.unmapped_reads_zero()) << 2; // LBPRZ
+    let kind = if unmap { 0x02 } else { 0x00 }; // thin provisioned
+    out.put(&[0, flags, kind, 0]);
+}
