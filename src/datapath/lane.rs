@@ -601,17 +601,18 @@ impl<F: Front> RequestLane<F> {
         self.config.shared.publish(&self.counters);
     }
 
-    #[inline(always)]
     fn wants(&self) -> bool {
-        if self.attention == Attention::Ring {
-            return self.queue.has_request();
+        match self.attention {
+            Attention::Ring => self.queue.has_request(),
+            Attention::Work => true,
+            Attention::Nothing => false,
         }
-        self.wants_work()
     }
 
-    #[cold]
-    fn wants_work(&self) -> bool {
-        self.attention == Attention::Work
+    /// Nothing but new requests could be to do, and there are none.
+    #[inline(always)]
+    pub(super) fn is_quiet(&self) -> bool {
+        self.attention == Attention::Ring && !self.queue.has_request()
     }
 
     fn set_state(&mut self, state: State) {

@@ -413,6 +413,12 @@ impl<T: Transport> Poller<T> {
         busy
     }
 
+    /// The rest of a turn with lanes that want more than a look at their rings.
+    #[inline(never)]
+    fn closer_look(&mut self) -> bool {
+        self.lanes.iter().flatten().any(Lane::wants) && self.busy_turn()
+    }
+
     /// The next turn is to look at [`Poller::service`] again.
     fn hurry(&mut self) {
         self.turns = self
@@ -426,15 +432,14 @@ impl<T: Transport> Poller<T> {
     /// one signal for each guest.
     #[inline(never)]
     fn busy_turn(&mut self) -> bool {
-        let mut busy = self.collect();
-        // Guests see it while their next requests are taken; the signal, which may take a system call, waits for the
-        // doorbell.
-        if busy {
-            for lane in self.lanes.iter_mut().flatten() {
+        let completed = self.collect();
+        let mut busy = completed;
+        for lane in self.lanes.iter_mut().flatten() {
+            // A guest sees it while its next requests are taken; the signal, which may take a system call, waits for the
+            // doorbell.
+            if completed {
                 lane.publish_used();
             }
-        }
-        for lane in self.lanes.iter_mut().flatten() {
             busy |= lane.fetch(&mut self.pair);
         }
         if busy {
@@ -548,12 +553,12 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         if self.pair.queue.has_completion() {
             return self.busy_turn();
         }
-        let mut lanes = self.lanes.as_slice();
-        while let [lane, others @ ..] = lanes {
-            if lane.as_ref().is_some_and(|lane| lane.wants()) {
-                return self.busy_turn();
+        for lane in &self.lanes {
+            match lane {
+                Some(Lane(Kind::Blk(lane))) if lane.is_quiet() => {}
+                None => {}
+                Some(_) => return self.closer_look(),
             }
-            lanes = others;
         }
         false
     }

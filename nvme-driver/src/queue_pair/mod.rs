@@ -62,7 +62,7 @@ pub enum SubmitError {
 /// What a queue pair has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueuePairCounters {
-    /// Commands submitted.
+    /// Commands submitted, and rung.
     pub commands: u64,
     /// Submission tail doorbells; where the controller reads shadows of them, those that it wanted.
     pub sq_doorbells: u64,
@@ -316,7 +316,6 @@ impl<T: Transport> QueuePair<T> {
     fn push(&mut self, entry: [u64; 8], cid: Cid) {
         self.sent[cid.index() % self.sent.len()] = entry;
         self.sq.push(entry);
-        self.counters.commands = self.counters.commands.wrapping_add(1);
     }
 
     /// Tells the controller of everything submitted since the last call: one doorbell, or none.
@@ -337,8 +336,14 @@ impl<T: Transport> QueuePair<T> {
             .doorbells
             .as_mut()
             .is_some_and(|doorbells| doorbells.ring_sq(tail));
-        self.rung_tail = tail;
         self.counters.sq_doorbells += u64::from(rung);
+        // All that was pushed since, but for what was sent again: counted once for all of it.
+        let pushed = match tail.checked_sub(self.rung_tail) {
+            Some(pushed) => pushed,
+            None => self.sq.entries() - (self.rung_tail - tail),
+        };
+        self.counters.commands = self.counters.commands.wrapping_add(pushed.into());
+        self.rung_tail = tail;
     }
 
     /// Writes the completion head doorbell if the controller does not know the head yet.
@@ -461,6 +466,8 @@ impl<T: Transport> QueuePair<T> {
     fn resend(&mut self, cid: Cid) {
         self.sq.push(self.sent[cid.index() % self.sent.len()]);
         self.counters.resent += 1;
+        // It will be counted when it is rung.
+        self.counters.commands = self.counters.commands.wrapping_sub(1);
     }
 
     /// Time goes by: to be called at even intervals by whoever wants to know of [`QueuePair::oldest`] commands.

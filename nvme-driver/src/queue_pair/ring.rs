@@ -230,11 +230,11 @@ impl CompletionRing {
     /// The next entry that the controller has completed, copied once (I6).
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<CompletionEntry> {
-        if !self.has_entry() {
+        let (low, high) = self.words();
+        if (high.load(Ordering::Relaxed) ^ self.phase) & PHASE != 0 {
             return None;
         }
         dma_rmb(); // pairs with the controller writing the phase tag last
-        let (low, high) = self.words();
         reads(std::ptr::from_ref(low).cast(), size_of::<CompletionEntry>());
         let words = [low.load(Ordering::Relaxed), high.load(Ordering::Relaxed)];
         // SAFETY: the next entry, or the place behind the last, which the comparison takes back.
