@@ -314,6 +314,11 @@ impl Lane {
         on_lane!(&self.0, lane => lane.base())
     }
 
+    /// Of a SCSI host?
+    pub(super) fn is_of_host(&self) -> bool {
+        !matches!(self.0, Kind::Blk(_))
+    }
+
     pub(super) fn set_slot(&mut self, slot: u16) {
         match &mut self.0 {
             Kind::Blk(lane) => lane.slot = slot,
@@ -411,7 +416,8 @@ impl Lane {
     pub(super) fn wants(&self) -> bool {
         match &self.0 {
             Kind::Blk(lane) => lane.wants(),
-            other => other.wants_for_host(),
+            Kind::Scsi(lane) => lane.wants(),
+            Kind::Control(lane) => lane.wants(),
         }
     }
 
@@ -477,15 +483,6 @@ impl Lane {
 /// What the hot calls of [`Lane`] do for a SCSI host: apart, so that a block device's lane, which most are, is found by one
 /// comparison.
 impl Kind {
-    #[inline(never)]
-    fn wants_for_host(&self) -> bool {
-        match self {
-            Kind::Blk(_) => false,
-            Kind::Scsi(lane) => lane.wants(),
-            Kind::Control(lane) => lane.wants(),
-        }
-    }
-
     #[inline(never)]
     fn fetch_for_host<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
         match self {
@@ -602,7 +599,7 @@ impl<F: Front> RequestLane<F> {
     }
 
     #[inline(always)]
-    fn wants(&self) -> bool {
+    pub(super) fn wants(&self) -> bool {
         if self.attention == Attention::Ring {
             return self.queue.has_request();
         }

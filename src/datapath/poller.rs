@@ -165,6 +165,10 @@ pub struct Poller<T: Transport> {
     /// Turns, busy turns and completion doorbells that the lanes' counters know of.
     counted: [u64; 3],
     service: Service,
+    /// Lanes of SCSI hosts. While there are any, every turn is a rare one, so that a turn without need not ask.
+    hosts: usize,
+    /// Turns of theirs until one has more to do.
+    until_rare: u32,
     sample: Option<Sample>,
     /// Rare turns until the next sample.
     until_sample: u32,
@@ -200,6 +204,8 @@ impl<T: Transport> Poller<T> {
             busy_turns: 0,
             counted: [0; 3],
             service: Service::Serve,
+            hosts: 0,
+            until_rare: 0,
             sample: None,
             until_sample: 1,
             era: Instant::now(),
@@ -303,6 +309,32 @@ impl<T: Transport> Poller<T> {
     /// A turn that has more to do than to look for work: every so many, and each while there is no device.
     #[cold]
     fn rare_turn(&mut self) -> bool {
+        if self.hosts == 0 {
+            return self.really_rare_turn();
+        }
+        if self.until_rare > 0 && self.sample.is_none() && self.service == Service::Serve {
+            self.until_rare -= 1;
+            self.until_show = 1;
+            self.turns = self.turns.wrapping_add(1);
+            return self.host_turn();
+        }
+        self.until_rare = PUBLISH_INTERVAL;
+        let busy = self.really_rare_turn();
+        self.hurry();
+        busy
+    }
+
+    /// A turn of a poller with lanes of a SCSI host.
+    #[inline(never)]
+    fn host_turn(&mut self) -> bool {
+        self.pair.queue.service();
+        let wanted =
+            self.pair.queue.has_completion() || self.lanes.iter().flatten().any(Lane::wants);
+        wanted && self.busy_turn()
+    }
+
+    #[inline(always)]
+    fn really_rare_turn(&mut self) -> bool {
         if let Some(sample) = self.sample.take() {
             return self.follow(sample);
         }
@@ -550,7 +582,9 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         }
         let mut lanes = self.lanes.as_slice();
         while let [lane, others @ ..] = lanes {
-            if lane.as_ref().is_some_and(|lane| lane.wants()) {
+            if let Some(Lane(Kind::Blk(lane))) = lane
+                && lane.wants()
+            {
                 return self.busy_turn();
             }
             lanes = others;
@@ -572,6 +606,10 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         // Turns before it came are not its own.
         self.count_turns();
         lane.publish();
+        if lane.is_of_host() {
+            self.hosts += 1;
+            self.hurry();
+        }
         self.lanes[place] = Some(lane);
         self.lane_count += 1;
     }
@@ -597,6 +635,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         let mut lane = self.lanes[place].take()?;
         self.draining -= 1;
         self.lane_count -= 1;
+        self.hosts -= usize::from(lane.is_of_host());
         lane.leave();
         Some(lane)
     }
