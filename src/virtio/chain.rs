@@ -121,6 +121,8 @@ impl SoleEntries {
         let header = memory.header(header.gpa)?;
         let dma = memory.data(data.gpa, data.len)?;
         let status = memory.status(status.gpa)?;
+        // Drivers have header and status side by side: their line comes once, to be read and written.
+        status.prefetch();
         let mut bytes = [0; N];
         header.read_once(&mut bytes);
         Some(Sole {
@@ -189,20 +191,6 @@ impl DescriptorTable {
     /// `count` descriptors at `base`, which is aligned to 8, stay mapped as long as this value is used (I2).
     pub(super) const unsafe fn new(base: NonNull<AtomicU64>, count: u16) -> Self {
         Self { base, count }
-    }
-
-    /// Brings descriptor `index` near. Only a hint, so the index may be anything.
-    #[inline]
-    pub(super) fn prefetch(&self, index: u16) {
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let entry = self.base.as_ptr().wrapping_add(2 * usize::from(index));
-            // SAFETY: a prefetch has no architectural effect and faults on no address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(entry.cast_const().cast()) };
-        }
-        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-        let _ = index;
     }
 
     /// The three entries of the indirect table that `pointer` names, each word read once (I6), if it has so many and lies

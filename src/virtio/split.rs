@@ -146,15 +146,17 @@ impl SplitRing {
         })
     }
 
-    /// Brings the descriptor of the request behind the next one near while that one is worked on. Its head is read here
-    /// only as a hint; the one that counts is read, once, when it is taken (I6).
-    #[inline]
-    fn prefetch(&self) {
+    /// Brings the indirect table of the request behind the next one near while that one is worked on. What is read here is
+    /// a hint; what counts is read, once, when it is taken (I6).
+    #[inline(always)]
+    fn prefetch<const N: usize>(&self, memory: &MainRegion<N>) {
         let following = self.next_avail.wrapping_add(1);
         if following != self.seen_avail {
             let slot = usize::from(following & self.mask);
             let head = u16::from_le(self.avail_word(2 + slot).load(Relaxed));
-            self.descriptors.prefetch(head);
+            if let Some(table) = self.descriptors.address(head) {
+                memory.prefetch(Gpa(table));
+            }
         }
     }
 }
@@ -221,7 +223,6 @@ impl Ring for SplitRing {
         if heads.in_flight(head) {
             return Err(RingError::DuplicateHead { head });
         }
-        self.prefetch();
         Ok(Some((head, SplitLayout::in_ring(words, head, 0))))
     }
 
@@ -241,7 +242,7 @@ impl Ring for SplitRing {
         if heads.in_flight(head) {
             return None;
         }
-        self.prefetch();
+        self.prefetch(memory);
         let entries = if flags_of(first) == DESC_F_INDIRECT && indirect {
             SplitLayout::sole_in_table(DescriptorTable::three_of(first, memory)?)?
         } else {
