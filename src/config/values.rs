@@ -306,7 +306,7 @@ impl FromStr for SocketPath {
 pub struct LunPlace {
     /// The target's identifier.
     pub target: u8,
-    /// 0 to [`MAX_LUN`].
+    /// 0 to 16383.
     pub lun: u16,
     /// The namespace.
     pub nsid: u32,

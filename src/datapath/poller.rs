@@ -413,7 +413,7 @@ impl<T: Transport> Poller<T> {
         busy
     }
 
-    /// The rest of a turn with lanes that want more than a look at their rings.
+    /// The rest of a turn with lanes that want more than a look at their rings, or with places where none is any more.
     #[inline(never)]
     fn closer_look(&mut self) -> bool {
         self.lanes.iter().flatten().any(Lane::wants) && self.busy_turn()
@@ -556,8 +556,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         for lane in &self.lanes {
             match lane {
                 Some(Lane(Kind::Blk(lane))) if lane.is_quiet() => {}
-                None => {}
-                Some(_) => return self.closer_look(),
+                _ => return self.closer_look(),
             }
         }
         false
