@@ -101,6 +101,7 @@ impl World {
                     first_index: *rng.pick(&[0, 65_500]),
                     regions: 1 + rng.below(3),
                     write_through: rng.one_in(4),
+                    ..GuestSetup::default()
                 })
             })
             .collect();

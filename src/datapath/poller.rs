@@ -413,7 +413,7 @@ impl<T: Transport> Poller<T> {
         busy
     }
 
-    /// The rest of a turn with lanes that want more than a look at their rings, or with places where none is any more.
+    /// The rest of a turn with something to do, or with other lanes than a block device's single one.
     #[inline(never)]
     fn closer_look(&mut self) -> bool {
         self.lanes.iter().flatten().any(Lane::wants) && self.busy_turn()
@@ -553,13 +553,11 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         if self.pair.queue.has_completion() {
             return self.busy_turn();
         }
-        for lane in &self.lanes {
-            match lane {
-                Some(Lane(Kind::Blk(lane))) if lane.is_quiet() => {}
-                _ => return self.closer_look(),
-            }
+        // One virtqueue to a queue pair is the rule.
+        match &self.lanes[..] {
+            [Some(Lane(Kind::Blk(lane)))] if lane.is_quiet() => false,
+            _ => self.closer_look(),
         }
-        false
     }
 
     fn attach(&mut self, mut lane: Lane) {

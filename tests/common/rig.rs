@@ -28,6 +28,8 @@ pub struct GuestSetup {
     /// Regions that its memory is divided into: adjacent for the guest, apart for us and for the device.
     pub regions: u64,
     pub write_through: bool,
+    /// Where the lane tells the guest of what is done.
+    pub call: Arc<Signal>,
 }
 
 impl Default for GuestSetup {
@@ -41,6 +43,7 @@ impl Default for GuestSetup {
             first_index: 0,
             regions: 1,
             write_through: false,
+            call: Arc::new(Signal::new().unwrap()),
         }
     }
 }
@@ -50,8 +53,6 @@ pub struct RigGuest {
     pub indirect: bool,
     pub lane: LaneId,
     pub queue_size: u16,
-    /// Where the lane tells the guest of what is done; connected to nothing.
-    pub call: Arc<Signal>,
     // Regions are dropped when the last of table, lane and driver is gone.
     _table: MemoryTable,
 }
@@ -143,15 +144,13 @@ impl Rig {
         let memory = table.snapshot().unwrap();
         let driver = SimGuest::new(memory, config).unwrap();
         let config = driver.virtqueue_config();
-        let call = Arc::new(Signal::new().unwrap());
-        let signals = (None, Arc::clone(&call));
+        let signals = (None, Arc::clone(&setup.call));
         let lane = self.make_lane(&driver, config, signals, setup.write_through);
         let guest = RigGuest {
             driver,
             indirect: setup.indirect,
             lane: lane.id(),
             queue_size: setup.queue_size,
-            call,
             _table: table,
         };
         (guest, lane)

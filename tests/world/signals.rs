@@ -35,7 +35,7 @@ impl Sleeper {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let call = eventfd(0, flags).unwrap();
         let theirs = File::from(call.try_clone().unwrap());
-        guest.call.replace(Some(theirs)).unwrap();
+        setup.call.replace(Some(theirs)).unwrap();
         Sleeper {
             guest,
             call,

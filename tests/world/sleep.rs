@@ -72,7 +72,7 @@ impl Tenant {
     }
 
     fn signals_of_lane(&self) -> (Option<OwnedFd>, Arc<Signal>) {
-        (self.kick_of_lane(), Arc::clone(&self.guest.call))
+        (self.kick_of_lane(), Arc::new(Signal::new().unwrap()))
     }
 }
 
