@@ -8,17 +8,23 @@
 //! Start at [`Nexus::execute`]; the table is in [`command`].
 #![forbid(unsafe_code)]
 
+mod attention;
 pub mod command;
+mod initiator;
 mod inquiry;
 mod medium;
 mod mode;
 pub mod sense;
 mod target;
+mod unit;
 
+pub use attention::Attention;
 pub use command::Cdb;
+pub use initiator::{Initiator, InitiatorError};
 pub use medium::MAX_WRITE_SAME_BLOCKS;
 pub use sense::{MAX_SENSE_BYTES, Sense};
-pub use target::{Address, LogicalUnit, Lun, Nexus, Target, UnitIds};
+pub use target::{Address, Lun, Nexus, Target};
+pub use unit::{LogicalUnit, MAX_INITIATORS, ShareError, UnitIds};
 
 use crate::block::{BlockOp, RangeList};
 
