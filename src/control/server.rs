@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
-use nvme_driver::spec::Nsid;
+use nvme_driver::spec::{Nsid, ascii_field};
 use nvme_model::ModelHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -23,9 +23,10 @@ use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
+use super::state::{StateDirectory, StateError};
 use crate::block::Geometry;
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
-use crate::datapath::Poll;
+use crate::datapath::{Clerk, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
 use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
@@ -60,6 +61,9 @@ pub enum ServerError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Reservations that are kept.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// An initiator cannot have its logical units.
     #[error("host {host}: {source}")]
     Shared {
@@ -176,8 +180,9 @@ impl Server {
         }
         let handles = self.reactors.iter().map(Reactor::handle);
         self.handles = handles.cloned().collect();
+        let mut shared = Shared::of(plan)?;
         for (index, device) in self.devices.clone().iter().enumerate() {
-            self.create_exports(plan, index, device)?;
+            self.create_exports(plan, index, device, &mut shared)?;
         }
         // `create_exports` went device by device; listeners are in the order of the plan.
         self.exports.sort_by_key(|export| {
@@ -218,6 +223,7 @@ impl Server {
         plan: &Plan,
         index: usize,
         device: &Arc<Device>,
+        shared: &mut Shared,
     ) -> Result<(), ServerError> {
         let disks = plan.disks.iter().filter(|disk| disk.device == index);
         let hosts = plan.hosts.iter().filter(|host| host.device == index);
@@ -244,9 +250,8 @@ impl Server {
             pollers.push(self.create_poller(index, core)?);
         }
         let mut next = 0;
-        let mut units = Units::new();
         for export in planned {
-            let kind = export.kind(device, &mut units)?;
+            let kind = export.kind(device, shared)?;
             let mut queues: Vec<ExportQueue> = Vec::new();
             for _ in export.queue_cores() {
                 let place: &Place = &pollers[places[next].pair];
@@ -412,7 +417,7 @@ impl Planned<'_> {
         }
     }
 
-    fn kind(&self, device: &Device, units: &mut Units) -> Result<Kind, ServerError> {
+    fn kind(&self, device: &Device, shared: &mut Shared) -> Result<Kind, ServerError> {
         match self {
             Planned::Disk(disk) => {
                 let (namespace, geometry) =
@@ -428,23 +433,73 @@ impl Planned<'_> {
                     writeback: AtomicBool::new(true),
                 }))
             }
-            Planned::Host(host) => host_of(host, device, units).map(Kind::Host),
+            Planned::Host(host) => host_of(host, device, shared).map(Kind::Host),
         }
     }
 }
 
-/// The logical units of a device's namespaces, by NSID: all hosts that have a namespace have the same one.
-type Units = BTreeMap<u32, LogicalUnit>;
+/// What hosts share.
+struct Shared {
+    /// The logical units, by device and NSID: all hosts that have a namespace have the same one.
+    units: BTreeMap<(usize, u32), LogicalUnit>,
+    /// Once there is a host.
+    clerk: Option<Arc<Clerk>>,
+    /// Where reservations are kept.
+    state: Option<StateDirectory>,
+}
 
-fn host_of(host: &HostPlan, device: &Device, shared: &mut Units) -> Result<Host, ServerError> {
+impl Shared {
+    fn of(plan: &Plan) -> Result<Shared, ServerError> {
+        Ok(Shared {
+            units: BTreeMap::new(),
+            clerk: None,
+            state: plan
+                .state
+                .as_deref()
+                .map(StateDirectory::open)
+                .transpose()?,
+        })
+    }
+
+    fn clerk(&mut self) -> Result<Arc<Clerk>, ServerError> {
+        let clerk = match &self.clerk {
+            Some(clerk) => Arc::clone(clerk),
+            None => Arc::new(Clerk::start()?),
+        };
+        self.clerk = Some(Arc::clone(&clerk));
+        Ok(clerk)
+    }
+
+    /// The logical unit of a namespace of the device at `index`.
+    fn unit(
+        &mut self,
+        index: usize,
+        device: &Device,
+        namespace: &Namespace,
+        geometry: Geometry,
+    ) -> Result<LogicalUnit, ServerError> {
+        let place = (index, namespace.nsid.0);
+        if let Some(unit) = self.units.get(&place) {
+            return Ok(unit.clone());
+        }
+        let mut unit = logical_unit(device, namespace, geometry);
+        if let Some(state) = &mut self.state {
+            let serial = ascii_field(&device.identity.sn);
+            let (file, kept) = state.file_of(&serial, namespace)?;
+            unit = unit.with_keeper(Box::new(file), kept);
+        }
+        self.units.insert(place, unit.clone());
+        Ok(unit)
+    }
+}
+
+fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
     let mut namespaces = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
         let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
-        let unit = shared
-            .entry(place.nsid)
-            .or_insert_with(|| logical_unit(device, &namespace, geometry));
-        let unit = unit.clone().with_read_only(geometry.read_only());
+        let unit = shared.unit(host.device, device, &namespace, geometry)?;
+        let unit = unit.with_read_only(geometry.read_only());
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
             units.push((place.target, lun, unit));
@@ -458,6 +513,7 @@ fn host_of(host: &HostPlan, device: &Device, shared: &mut Units) -> Result<Host,
     Ok(Host {
         target: Arc::new(target),
         namespaces: namespaces.into(),
+        clerk: shared.clerk()?,
     })
 }
 
