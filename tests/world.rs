@@ -5,6 +5,8 @@
 mod common;
 #[path = "world/recovery.rs"]
 mod recovery;
+#[path = "world/signals.rs"]
+mod signals;
 #[path = "world/sleep.rs"]
 mod sleep;
 

@@ -445,7 +445,7 @@ impl<T: Transport> Poller<T> {
         if busy {
             self.pair.queue.ring();
             for lane in self.lanes.iter_mut().flatten() {
-                lane.publish();
+                lane.publish_turn();
             }
         }
         self.busy_turns = self.busy_turns.wrapping_add(busy.into());
@@ -688,6 +688,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         self.service = service;
         self.hurry();
         self.health.oldest.store(0, Ordering::Relaxed);
+        self.lanes.iter_mut().flatten().for_each(Lane::publish);
         if service == Service::Fail {
             self.give_up_lanes(|_| true);
         }

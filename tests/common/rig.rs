@@ -50,6 +50,8 @@ pub struct RigGuest {
     pub indirect: bool,
     pub lane: LaneId,
     pub queue_size: u16,
+    /// Where the lane tells the guest of what is done; connected to nothing.
+    pub call: Arc<Signal>,
     // Regions are dropped when the last of table, lane and driver is gone.
     _table: MemoryTable,
 }
@@ -141,12 +143,15 @@ impl Rig {
         let memory = table.snapshot().unwrap();
         let driver = SimGuest::new(memory, config).unwrap();
         let config = driver.virtqueue_config();
-        let lane = self.make_lane(&driver, config, None, setup.write_through);
+        let call = Arc::new(Signal::new().unwrap());
+        let signals = (None, Arc::clone(&call));
+        let lane = self.make_lane(&driver, config, signals, setup.write_through);
         let guest = RigGuest {
             driver,
             indirect: setup.indirect,
             lane: lane.id(),
             queue_size: setup.queue_size,
+            call,
             _table: table,
         };
         (guest, lane)
@@ -157,7 +162,7 @@ impl Rig {
         &self,
         driver: &SimGuest,
         queue: VirtqueueConfig,
-        kick: Option<OwnedFd>,
+        (kick, call): (Option<OwnedFd>, Arc<Signal>),
         write_through: bool,
     ) -> Lane {
         let id = LaneId(0x1000 + queue.used.addr().get() as u64);
@@ -188,7 +193,7 @@ impl Rig {
             write_through,
             volatile_cache: self.device.has_volatile_cache(),
             deallocate: self.device.can_deallocate(),
-            call: Arc::new(Signal::new().unwrap()),
+            call,
             error: Arc::new(Signal::new().unwrap()),
             kick,
             shared: Arc::default(),
