@@ -12,11 +12,13 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::config::{
     ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, Isolation, LunPlace,
     Medium, Polling, Socket,
 };
+use crate::scsi::Initiator;
 
 /// What the machine has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct Plan {
     /// The cores that get a reactor, in the order configured.
     pub cores: Vec<Core>,
     pub poll: Polling,
+    /// Where reservations are kept over restarts.
+    pub state: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +87,8 @@ pub struct HostPlan {
     pub device: usize,
     pub readonly: bool,
     pub luns: Vec<LunPlace>,
+    /// Who its guest is.
+    pub initiator: Initiator,
     /// The core of each request queue. The control queue is polled where the first one is.
     pub queue_cores: Vec<CoreId>,
 }
@@ -142,6 +148,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
             device: host.device,
             readonly: host.readonly,
             luns: host.luns.clone(),
+            initiator: host.initiator.clone(),
             queue_cores: place(host.queues, &mut spreads[host.device], &mut load)
                 .into_iter()
                 .map(|slot| cores[slot].id)
@@ -163,6 +170,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
         hosts,
         cores,
         poll: config.poll,
+        state: config.state.clone(),
     })
 }
 
@@ -221,6 +229,9 @@ impl fmt::Display for Plan {
         for host in &self.hosts {
             self.fmt_host(host, f)?;
         }
+        if let Some(state) = &self.state {
+            writeln!(f, "state   {}: reservations are kept", state.display())?;
+        }
         for core in &self.cores {
             let polled = self
                 .disks
@@ -262,6 +273,7 @@ impl Plan {
         };
         writeln!(f, "host    {}", host.socket)?;
         let units = count(host.luns.len(), "logical unit");
+        writeln!(f, "  initiator {}", host.initiator)?;
         writeln!(f, "  {device}, {units}, {access}; target:LUN, namespace:")?;
         // 8 to a line keeps to 120 columns.
         for line in host.luns.chunks(8) {

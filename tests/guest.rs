@@ -821,7 +821,7 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("fua.a", "1"),
         ("serial.a", "d0-ns1"),
         ("serial.b", "d0-ns2"),
-        ("opcodes", "25"),
+        ("opcodes", "40"),
     ] {
         assert_eq!(facts[key], value, "{key}: {facts:#?}");
     }

@@ -11,9 +11,9 @@ use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
 use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{
-    Barrier, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
+    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
 };
-use tandem::scsi::{LogicalUnit, Lun, Nexus, Target};
+use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
 use tandem::vhost::memory::{MemoryTable, RegionInfo};
 use tandem::virtio::memory::Gpa;
@@ -57,6 +57,7 @@ struct Host {
     lanes: Vec<LaneId>,
     sizes: (usize, usize),
     next_head: u16,
+    _clerk: Clerk,
     _table: MemoryTable,
 }
 
@@ -153,8 +154,10 @@ impl Host {
         };
         let lun = |number| Lun::new(number).unwrap();
         let units = vec![(0, lun(0), unit(1)), (2, lun(300), unit(2))];
-        let nexus = Arc::new(Nexus::new(Arc::new(Target::new(units))));
+        let target = Target::new(&Initiator::new("vm0").unwrap(), units).unwrap();
+        let nexus = Arc::new(Nexus::new(Arc::new(target)));
         let barrier = Arc::new(Barrier::new(1).unwrap());
+        let clerk = Clerk::start().unwrap();
         let mut poller = device.create_poller().unwrap().1;
         let signal = || Arc::new(Signal::new().unwrap());
         let lanes = vec![LaneId(1), LaneId(2)];
@@ -168,6 +171,7 @@ impl Host {
             namespaces: [Nsid(1), Nsid(2)].into(),
             barrier: Arc::clone(&barrier),
             number: 0,
+            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), 0),
             volatile_cache: true,
             call: signal(),
             error: signal(),
@@ -195,6 +199,7 @@ impl Host {
             lanes,
             sizes: bytes,
             next_head: 0,
+            _clerk: clerk,
             _table: table,
         };
         for lun in [FIRST, SECOND] {

@@ -13,6 +13,8 @@ use nvme_driver::vfio::pci::{PciAddress, PciAddressError};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
+use crate::scsi::Initiator;
+
 use super::{MAX_DEVICE_NAME, MAX_LUN, MAX_NAMESPACES, MAX_SERIAL, MAX_SOCKET_PATH};
 
 /// Why a single value was refused: the value itself, and what would be right.
@@ -68,10 +70,12 @@ from_scalar!(
     Serial,
     DeviceName,
     ImagePath,
+    StatePath,
     SocketPath,
     CoreList,
     LogLevel,
     LunPlace,
+    InitiatorName,
     Kind,
     Pci,
     OnDeviceLoss,
@@ -281,6 +285,18 @@ impl FromStr for ImagePath {
     }
 }
 
+/// A directory for what outlives the process.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub struct StatePath(pub PathBuf);
+
+impl FromStr for StatePath {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        usable_path(text).map(Self)
+    }
+}
+
 /// A Unix socket to create.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "Scalar")]
@@ -297,6 +313,24 @@ impl FromStr for SocketPath {
             ));
         }
         usable_path(text).map(Self)
+    }
+}
+
+/// Who the guest of a SCSI host is, for reservations.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub struct InitiatorName(pub Initiator);
+
+impl FromStr for InitiatorName {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match Initiator::new(text) {
+            Ok(initiator) => Ok(Self(initiator)),
+            Err(error) => refuse(format!(
+                "`{}` is not the name of an initiator: {error}",
+                text.escape_default()
+            )),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The life of the process: everything is checked and claimed first, then sockets listen; at the end every queue
 //! pair goes back to its controller and the controller is shut down (I12). Start at [`Server::start`].
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -11,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
-use nvme_driver::spec::Nsid;
+use nvme_driver::spec::{Nsid, ascii_field};
 use nvme_model::ModelHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -22,12 +23,13 @@ use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
+use super::state::{StateDirectory, StateError};
 use crate::block::Geometry;
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
-use crate::datapath::Poll;
+use crate::datapath::{Clerk, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
-use crate::scsi::{LogicalUnit, Lun, Target, UnitIds};
+use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
 use crate::stats::{CounterTable, SharedCounters, StageTable};
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
@@ -58,6 +60,17 @@ pub enum ServerError {
         nsid: u32,
         /// What is wrong with it.
         reason: String,
+    },
+    /// Reservations that are kept.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// An initiator cannot have its logical units.
+    #[error("host {host}: {source}")]
+    Shared {
+        /// The host's socket.
+        host: String,
+        /// Why.
+        source: ShareError,
     },
     /// The system.
     #[error("cannot start the server: {0}")]
@@ -167,8 +180,9 @@ impl Server {
         }
         let handles = self.reactors.iter().map(Reactor::handle);
         self.handles = handles.cloned().collect();
+        let mut shared = Shared::of(plan)?;
         for (index, device) in self.devices.clone().iter().enumerate() {
-            self.create_exports(plan, index, device)?;
+            self.create_exports(plan, index, device, &mut shared)?;
         }
         // `create_exports` went device by device; listeners are in the order of the plan.
         self.exports.sort_by_key(|export| {
@@ -209,6 +223,7 @@ impl Server {
         plan: &Plan,
         index: usize,
         device: &Arc<Device>,
+        shared: &mut Shared,
     ) -> Result<(), ServerError> {
         let disks = plan.disks.iter().filter(|disk| disk.device == index);
         let hosts = plan.hosts.iter().filter(|host| host.device == index);
@@ -236,7 +251,7 @@ impl Server {
         }
         let mut next = 0;
         for export in planned {
-            let kind = export.kind(device)?;
+            let kind = export.kind(device, shared)?;
             let mut queues: Vec<ExportQueue> = Vec::new();
             for _ in export.queue_cores() {
                 let place: &Place = &pollers[places[next].pair];
@@ -402,7 +417,7 @@ impl Planned<'_> {
         }
     }
 
-    fn kind(&self, device: &Device) -> Result<Kind, ServerError> {
+    fn kind(&self, device: &Device, shared: &mut Shared) -> Result<Kind, ServerError> {
         match self {
             Planned::Disk(disk) => {
                 let (namespace, geometry) =
@@ -418,39 +433,104 @@ impl Planned<'_> {
                     writeback: AtomicBool::new(true),
                 }))
             }
-            Planned::Host(host) => host_of(host, device).map(Kind::Host),
+            Planned::Host(host) => host_of(host, device, shared).map(Kind::Host),
         }
     }
 }
 
-fn host_of(host: &HostPlan, device: &Device) -> Result<Host, ServerError> {
+/// What hosts share.
+struct Shared {
+    /// The logical units, by device and NSID: all hosts that have a namespace have the same one.
+    units: BTreeMap<(usize, u32), LogicalUnit>,
+    /// Once there is a host.
+    clerk: Option<Arc<Clerk>>,
+    /// Where reservations are kept.
+    state: Option<StateDirectory>,
+}
+
+impl Shared {
+    fn of(plan: &Plan) -> Result<Shared, ServerError> {
+        Ok(Shared {
+            units: BTreeMap::new(),
+            clerk: None,
+            state: plan
+                .state
+                .as_deref()
+                .map(StateDirectory::open)
+                .transpose()?,
+        })
+    }
+
+    fn clerk(&mut self) -> Result<Arc<Clerk>, ServerError> {
+        let clerk = match &self.clerk {
+            Some(clerk) => Arc::clone(clerk),
+            None => Arc::new(Clerk::start()?),
+        };
+        self.clerk = Some(Arc::clone(&clerk));
+        Ok(clerk)
+    }
+
+    /// The logical unit of a namespace of the device at `index`.
+    fn unit(
+        &mut self,
+        index: usize,
+        device: &Device,
+        namespace: &Namespace,
+        geometry: Geometry,
+    ) -> Result<LogicalUnit, ServerError> {
+        let place = (index, namespace.nsid.0);
+        if let Some(unit) = self.units.get(&place) {
+            return Ok(unit.clone());
+        }
+        let mut unit = logical_unit(device, namespace, geometry);
+        if let Some(state) = &mut self.state {
+            let serial = ascii_field(&device.identity.sn);
+            let (file, kept) = state.file_of(&serial, namespace)?;
+            unit = unit.with_keeper(Box::new(file), kept);
+        }
+        self.units.insert(place, unit.clone());
+        Ok(unit)
+    }
+}
+
+fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
     let mut namespaces = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
         let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
-        let ids = UnitIds {
-            eui64: namespace.ids.eui64,
-            nguid: namespace.ids.nguid,
-            uuid: namespace.ids.uuid,
-        };
-        let unit = LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, place.nsid))
-            .with_ids(ids)
-            .with_volatile_cache(device.has_volatile_cache())
-            .with_provisioning(
-                device.can_deallocate(),
-                namespace.deallocated_reads_zero,
-                device.can_write_zeroes(),
-            );
+        let unit = shared.unit(host.device, device, &namespace, geometry)?;
+        let unit = unit.with_read_only(geometry.read_only());
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
             units.push((place.target, lun, unit));
             namespaces.push(namespace.nsid);
         }
     }
+    let target = Target::new(&host.initiator, units).map_err(|source| ServerError::Shared {
+        host: host.socket.to_string(),
+        source,
+    })?;
     Ok(Host {
-        target: Arc::new(Target::new(units)),
+        target: Arc::new(target),
         namespaces: namespaces.into(),
+        clerk: shared.clerk()?,
     })
+}
+
+fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> LogicalUnit {
+    let ids = UnitIds {
+        eui64: namespace.ids.eui64,
+        nguid: namespace.ids.nguid,
+        uuid: namespace.ids.uuid,
+    };
+    LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, namespace.nsid.0))
+        .with_ids(ids)
+        .with_volatile_cache(device.has_volatile_cache())
+        .with_provisioning(
+            device.can_deallocate(),
+            namespace.deallocated_reads_zero,
+            device.can_write_zeroes(),
+        )
 }
 
 /// The namespace of a disk, if it can be served.

@@ -28,9 +28,11 @@ use vhost::vhost_user::{
 use super::device::Device;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
-use crate::datapath::{Barrier, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal};
+use crate::datapath::{
+    Barrier, Clerk, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal,
+};
 use crate::reactor::{Mode, PollerId, ReactorHandle};
-use crate::scsi::{Nexus, Target};
+use crate::scsi::{Nexus, Target, Tasks};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
@@ -117,6 +119,8 @@ pub struct Host {
     pub target: Arc<Target>,
     /// The namespace behind each.
     pub namespaces: Arc<[Nsid]>,
+    /// Who carries out commands that wait.
+    pub clerk: Arc<Clerk>,
 }
 
 /// Virtqueue 0 of a SCSI host (virtio 1.2, 5.6.2).
@@ -311,11 +315,16 @@ impl Initiator {
     fn of(export: &Export) -> io::Result<Option<Initiator>> {
         Ok(match &export.kind {
             Kind::Disk(_) => None,
-            Kind::Host(host) => Some(Initiator {
-                nexus: Arc::new(Nexus::new(Arc::clone(&host.target))),
+            Kind::Host(host) => {
                 // All but the control queue.
-                barrier: Arc::new(Barrier::new(export.queues.len() - 1)?),
-            }),
+                let barrier = Arc::new(Barrier::new(export.queues.len() - 1)?);
+                let tasks: Arc<dyn Tasks> = Arc::<Barrier>::clone(&barrier);
+                let nexus = Nexus::new(Arc::clone(&host.target)).with_tasks(&tasks);
+                Some(Initiator {
+                    nexus: Arc::new(nexus),
+                    barrier,
+                })
+            }
         })
     }
 }
@@ -374,6 +383,9 @@ impl Session {
             tracing::error!(disk = %self.disk.name, %error, "a queue did not drain: its memory stays mapped");
         }
         self.memory.clear();
+        if let Some(initiator) = &self.initiator {
+            initiator.nexus.end();
+        }
     }
 
     /// Takes all running lanes back, drained. All are asked first, so they drain side by side.
@@ -531,6 +543,9 @@ impl Session {
                 queue,
                 memory,
                 sizes: Sizes::DEFAULT,
+                desk: host
+                    .clerk
+                    .desk(Arc::clone(&nexus), Arc::clone(&barrier), number),
                 nexus,
                 namespaces: Arc::clone(&host.namespaces),
                 barrier,

@@ -444,7 +444,7 @@ impl Lane {
     pub(super) fn do_without(&mut self, fail: bool) -> bool {
         match &mut self.0 {
             Kind::Blk(lane) => fail && lane.fail_new(),
-            Kind::Scsi(lane) => fail && lane.fail_new(),
+            Kind::Scsi(lane) => lane.collect() || (fail && lane.fail_new()),
             Kind::Control(lane) => lane.fetch(),
         }
     }
@@ -492,7 +492,8 @@ impl Kind {
     fn wants_for_host(&self) -> bool {
         match self {
             Kind::Blk(_) => false,
-            Kind::Scsi(lane) => lane.wants(),
+            // Others may ask it to end what it has, or the clerk has answered.
+            Kind::Scsi(lane) => lane.wants() || Scsi::is_wanted(lane),
             Kind::Control(lane) => lane.wants(),
         }
     }

@@ -2,7 +2,8 @@
 
 use super::medium::MAX_WRITE_SAME_BLOCKS;
 use super::sense::Sense;
-use super::target::{LogicalUnit, Role, Seat};
+use super::target::{Role, Seat};
+use super::unit::LogicalUnit;
 use super::{Action, DataIn, Exchange, Result};
 use crate::block::MAX_RANGES;
 

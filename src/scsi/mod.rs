@@ -8,17 +8,26 @@
 //! Start at [`Nexus::execute`]; the table is in [`command`].
 #![forbid(unsafe_code)]
 
+mod attention;
 pub mod command;
+mod initiator;
 mod inquiry;
 mod medium;
 mod mode;
+mod persistent;
+pub mod reservations;
 pub mod sense;
 mod target;
+mod unit;
 
+pub use attention::Attention;
 pub use command::Cdb;
+pub use initiator::{Initiator, InitiatorError};
 pub use medium::MAX_WRITE_SAME_BLOCKS;
+pub use persistent::PARAMETER_BYTES as PR_OUT_BYTES;
 pub use sense::{MAX_SENSE_BYTES, Sense};
-pub use target::{Address, LogicalUnit, Lun, Nexus, Target, UnitIds};
+pub use target::{Address, Lun, Nexus, Target};
+pub use unit::{Keep, LogicalUnit, MAX_INITIATORS, Settlement, ShareError, Tasks, UnitIds};
 
 use crate::block::{BlockOp, RangeList};
 
@@ -26,10 +35,14 @@ use crate::block::{BlockOp, RangeList};
 pub mod status {
     /// It ended well.
     pub const GOOD: u8 = 0x00;
+    /// Not now, but soon.
+    pub const BUSY: u8 = 0x08;
     /// There is sense data.
     pub const CHECK_CONDITION: u8 = 0x02;
     /// Another initiator has reserved the logical unit.
     pub const RESERVATION_CONFLICT: u8 = 0x18;
+    /// There is no room for another command.
+    pub const TASK_SET_FULL: u8 = 0x28;
 }
 
 /// The longest parameter list that a command takes: one block of WRITE SAME. More than 256 UNMAP descriptors need.
@@ -110,6 +123,12 @@ pub enum Action {
     Good,
     /// It has ended with CHECK CONDITION.
     Check(Sense),
+    /// Another initiator has reserved the logical unit: RESERVATION CONFLICT.
+    Conflict,
+    /// What it is about is being changed at this moment: BUSY.
+    Busy,
+    /// It may have to wait, which is not for the caller to do: [`Nexus::settle`] carries it out.
+    Defer,
     /// The block device has to do something first.
     Carry(Carry),
 }

@@ -1,15 +1,17 @@
 //! Targets, logical units and who may speak to them.
 //!
-//! A [`Target`] is all that one controller shows: logical units, each at a target identifier and a LUN. A [`Nexus`] is one
-//! initiator's relation to it: what that initiator has not been told yet.
+//! A [`Target`] is all that one host shows to its initiator: logical units, each at a target identifier and a LUN. Other
+//! hosts may show the same logical units to theirs. A [`Nexus`] is the initiator while it is connected.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
 
+use super::attention::{self, Attention, Conditions};
 use super::command::{self, Cdb, Scope};
-use super::sense::{MAX_SENSE_BYTES, Sense, key};
+use super::initiator::Initiator;
+use super::persistent::MAX_FULL_STATUS;
+use super::sense::{MAX_SENSE_BYTES, Sense};
+use super::unit::{LogicalUnit, Settlement, ShareError, Tasks};
 use super::{Action, Exchange, Result};
-use crate::block::Geometry;
 
 /// A logical unit number of up to 14 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -93,136 +95,45 @@ impl Address {
     }
 }
 
-/// What a namespace says of its identity.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct UnitIds {
-    /// 8 bytes.
-    pub eui64: Option<[u8; 8]>,
-    /// 16 bytes, EUI-64 based.
-    pub nguid: Option<[u8; 16]>,
-    /// RFC 4122.
-    pub uuid: Option<[u8; 16]>,
-}
-
-/// A disk, as its initiators see it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LogicalUnit {
-    geometry: Geometry,
-    serial: String,
-    ids: UnitIds,
-    volatile_cache: bool,
-    unmap: bool,
-    write_zeroes: bool,
-    unmapped_reads_zero: bool,
-}
-
-impl LogicalUnit {
-    /// A disk with `serial`, ASCII, and nothing more: no cache, no UNMAP.
-    ///
-    /// # Panics
-    /// When it has no blocks: there is no last one.
-    #[must_use]
-    pub fn new(geometry: Geometry, serial: &str) -> LogicalUnit {
-        assert!(geometry.blocks() > 0, "a disk has blocks");
-        LogicalUnit {
-            geometry,
-            serial: serial.to_owned(),
-            ids: UnitIds::default(),
-            volatile_cache: false,
-            unmap: false,
-            write_zeroes: false,
-            unmapped_reads_zero: false,
-        }
-    }
-
-    /// What it is called.
-    #[must_use]
-    pub fn with_ids(self, ids: UnitIds) -> LogicalUnit {
-        LogicalUnit { ids, ..self }
-    }
-
-    /// Writes may be lost before they are synchronized.
-    #[must_use]
-    pub fn with_volatile_cache(self, volatile_cache: bool) -> LogicalUnit {
-        LogicalUnit {
-            volatile_cache,
-            ..self
-        }
-    }
-
-    /// Blocks can be given back, and are zeroes then if `reads_zero`; zeroes can be written without sending any.
-    #[must_use]
-    pub fn with_provisioning(
-        self,
-        unmap: bool,
-        reads_zero: bool,
-        write_zeroes: bool,
-    ) -> LogicalUnit {
-        LogicalUnit {
-            unmap,
-            unmapped_reads_zero: unmap && reads_zero,
-            write_zeroes,
-            ..self
-        }
-    }
-
-    /// Its size.
-    #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
-    }
-
-    pub(super) fn serial(&self) -> &str {
-        &self.serial
-    }
-
-    pub(super) fn ids(&self) -> &UnitIds {
-        &self.ids
-    }
-
-    pub(super) fn has_volatile_cache(&self) -> bool {
-        self.volatile_cache
-    }
-
-    pub(super) fn can_unmap(&self) -> bool {
-        self.unmap
-    }
-
-    pub(super) fn can_write_zeroes(&self) -> bool {
-        self.write_zeroes
-    }
-
-    pub(super) fn unmapped_reads_zero(&self) -> bool {
-        self.unmapped_reads_zero
-    }
-}
-
-/// All logical units of one controller.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// All logical units of one host, for its initiator.
+#[derive(Debug)]
 pub struct Target {
+    initiator: Initiator,
     /// Sorted by place.
     places: Vec<((u8, Lun), usize)>,
     /// In the order given.
     units: Vec<LogicalUnit>,
+    /// By unit: what the initiator is to be told of it.
+    conditions: Vec<Arc<Conditions>>,
 }
 
 /// Bytes of an entry of REPORT LUNS, and of its header.
 const LUN_ENTRY: usize = 8;
 
 impl Target {
-    /// Logical units with the target identifier and the LUN of each. Of two at one place the first one counts.
-    #[must_use]
-    pub fn new(units: Vec<(u8, Lun, LogicalUnit)>) -> Target {
+    /// Logical units with the target identifier and the LUN of each, for `initiator`. Of two at one place the first one
+    /// counts.
+    ///
+    /// # Errors
+    /// When the initiator has one of them already, or too many others have.
+    pub fn new(
+        initiator: &Initiator,
+        units: Vec<(u8, Lun, LogicalUnit)>,
+    ) -> std::result::Result<Target, ShareError> {
         let places = units.iter().enumerate();
         let mut places: Vec<((u8, Lun), usize)> = places
             .map(|(index, (target, lun, _))| ((*target, *lun), index))
             .collect();
         places.sort();
         places.dedup_by_key(|(place, _)| *place);
-        Target {
+        let units: Vec<LogicalUnit> = units.into_iter().map(|(_, _, unit)| unit).collect();
+        let conditions = units.iter().map(|unit| unit.share(initiator));
+        Ok(Target {
+            initiator: initiator.clone(),
             places,
-            units: units.into_iter().map(|(_, _, unit)| unit).collect(),
-        }
+            conditions: conditions.collect::<std::result::Result<_, _>>()?,
+            units,
+        })
     }
 
     /// The logical units, by the index that [`super::Carry::unit`] gives.
@@ -256,8 +167,8 @@ impl Target {
     /// How large the buffer for the answer of any command must be.
     #[must_use]
     pub fn data_in_bytes(&self) -> usize {
-        // The well-known ones and the header: three entries more. Nothing else exceeds a page.
-        ((self.places.len() + 3) * LUN_ENTRY).max(4096)
+        // The well-known ones and the header: three entries more. Nothing else exceeds a full status of reservations.
+        ((self.places.len() + 3) * LUN_ENTRY).max(MAX_FULL_STATUS)
     }
 }
 
@@ -286,6 +197,12 @@ impl Seat<'_> {
         }
     }
 
+    /// What its initiator is to know of it.
+    fn conditions(&self) -> Option<&Conditions> {
+        let conditions = self.nexus.target.conditions.get(self.unit?)?;
+        Some(conditions)
+    }
+
     /// The logical unit and its index.
     pub(super) fn unit(&self) -> Result<(&LogicalUnit, usize)> {
         let index = self.unit.ok_or(Sense::NO_UNIT)?;
@@ -294,26 +211,82 @@ impl Seat<'_> {
     }
 }
 
-/// One initiator and the logical units that it reaches.
+/// One initiator, connected, and the logical units that it reaches.
 #[derive(Debug)]
 pub struct Nexus {
     target: Arc<Target>,
-    /// By unit: ASC and ASCQ of what the initiator is to be told; 0 for nothing.
-    attentions: Box<[AtomicU16]>,
 }
 
-/// POWER ON, RESET, OR BUS DEVICE RESET OCCURRED.
-const POWER_ON: u16 = 0x2900;
-
 impl Nexus {
-    /// An initiator that has just come.
+    /// An initiator that has just come: whatever happened before, it is told that all is new.
     #[must_use]
     pub fn new(target: Arc<Target>) -> Nexus {
-        let attentions = target.units.iter().map(|_| AtomicU16::new(POWER_ON));
-        Nexus {
-            attentions: attentions.collect(),
-            target,
+        for (unit, conditions) in target.units.iter().zip(&target.conditions) {
+            unit.lose_nexus(conditions);
+            conditions.establish(Attention::PowerOn);
         }
+        Nexus { target }
+    }
+
+    /// Where its commands are, for others that preempt it.
+    #[must_use]
+    pub fn with_tasks(self, tasks: &Arc<dyn Tasks>) -> Nexus {
+        for (unit, conditions) in self.target.units.iter().zip(&self.target.conditions) {
+            unit.watch(conditions, tasks);
+        }
+        self
+    }
+
+    /// The initiator has gone. What it reserved as SPC-2 has it is no longer reserved.
+    pub fn end(&self) {
+        for (unit, conditions) in self.target.units.iter().zip(&self.target.conditions) {
+            unit.lose_nexus(conditions);
+        }
+    }
+
+    /// Carries out a command of [`Action::Defer`]. Waits for what it needs; not for a thread that must not.
+    #[must_use]
+    pub fn settle(&self, unit: usize, cdb: &Cdb, parameters: &[u8]) -> Settlement {
+        let target = &self.target;
+        match (target.units.get(unit), target.conditions.get(unit)) {
+            (Some(unit), Some(own)) => unit.settle(&target.initiator, own, cdb, parameters),
+            _ => Settlement::at_once(Action::Check(Sense::NO_UNIT)),
+        }
+    }
+
+    /// A unit is reset: what anybody reserved of it as SPC-2 has it is no longer reserved, and all are told. `false` when
+    /// that is to be tried again.
+    pub fn reset_unit(&self, index: usize) -> bool {
+        let Some(unit) = self.target.units.get(index) else {
+            return true;
+        };
+        let Some(mut state) = unit.try_state() else {
+            return false;
+        };
+        unit.forget_reserve(&mut state, None);
+        self.attend(index, Attention::Reset);
+        self.attend_others(index, Attention::Reset);
+        true
+    }
+
+    /// The nexus with the target at an address is reset: the same for what this initiator reserved. `false` when that is
+    /// to be tried again.
+    pub fn reset_target(&self, address: Address) -> bool {
+        let (Address::Unit { target, .. } | Address::WellKnown { target }) = address else {
+            return true;
+        };
+        for (_, index) in self.target.luns_of(target) {
+            let unit = self.target.units.get(*index);
+            let (Some(unit), Some(own)) = (unit, self.target.conditions.get(*index)) else {
+                continue;
+            };
+            let Some(mut state) = unit.try_state() else {
+                return false;
+            };
+            unit.forget_reserve(&mut state, Some(own));
+            own.establish(Attention::NexusLoss);
+        }
+        true
     }
 
     /// What it reaches.
@@ -322,33 +295,18 @@ impl Nexus {
         &self.target
     }
 
-    /// Tells the initiator with its next command to a unit that this has happened to it. A reset is all that is told so
-    /// far, and the last one counts.
-    pub fn attend(&self, unit: usize, asc: u8, ascq: u8) {
-        if let Some(attention) = self.attentions.get(unit) {
-            attention.store(u16::from_be_bytes([asc, ascq]), Ordering::Relaxed);
+    /// Tells the initiator with its next command to a unit that this has happened to it.
+    pub fn attend(&self, unit: usize, attention: Attention) {
+        if let Some(conditions) = self.target.conditions.get(unit) {
+            conditions.establish(attention);
         }
     }
 
-    /// The same for all units of the target at an address.
-    pub fn attend_target(&self, address: Address, asc: u8, ascq: u8) {
-        if let Address::Unit { target, .. } | Address::WellKnown { target } = address {
-            for (_, unit) in self.target.luns_of(target) {
-                self.attend(*unit, asc, ascq);
-            }
-        }
-    }
-
-    /// What the initiator is to be told of a unit, once.
-    fn take_attention(&self, unit: usize) -> Option<Sense> {
-        let attention = self.attentions.get(unit)?;
-        // Looked at first: of all commands hardly one finds anything.
-        if attention.load(Ordering::Relaxed) == 0 {
-            return None;
-        }
-        match attention.swap(0, Ordering::Relaxed).to_be_bytes() {
-            [0, 0] => None,
-            [asc, ascq] => Some(Sense::new(key::UNIT_ATTENTION, asc, ascq)),
+    /// Tells all other initiators of a unit.
+    pub fn attend_others(&self, unit: usize, attention: Attention) {
+        let target = &self.target;
+        if let (Some(own), Some(unit)) = (target.conditions.get(unit), target.units.get(unit)) {
+            unit.attend_others(own, attention);
         }
     }
 
@@ -413,20 +371,29 @@ fn seat_command(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> 
         _ if absent => return Err(Sense::NO_UNIT),
         Ok(_) => return Err(Sense::INVALID_OPCODE),
         Err(sense) => {
-            attention(seat)?;
+            attention(seat, attention::ALL)?;
             return Err(sense);
         }
     };
-    if command.scope != Scope::Always {
-        attention(seat)?;
+    if let Some(conditions) = seat.conditions()
+        && conditions.any()
+        && command.scope != Scope::Always
+    {
+        // In the order of SAM-5, 5.3.3.
+        attention(seat, attention::RESETS)?;
+        if conditions.denies(command.access.needs(exchange.cdb)) {
+            return Ok(Action::Conflict);
+        }
+        attention(seat, attention::ALL)?;
     }
     command::check_unused(command, exchange.cdb)?;
     (command.handler)(seat, exchange)
 }
 
-/// A command that finds a unit attention ends with it.
-fn attention(seat: &Seat<'_>) -> Result<()> {
-    match seat.unit.and_then(|unit| seat.nexus.take_attention(unit)) {
+/// A command that finds one of these unit attentions ends with it.
+#[cold]
+fn attention(seat: &Seat<'_>, which: u32) -> Result<()> {
+    match seat.conditions().and_then(|own| own.take(which)) {
         Some(sense) => Err(sense),
         None => Ok(()),
     }
@@ -440,7 +407,7 @@ pub(super) fn test_unit_ready(_seat: &Seat<'_>, _exchange: &mut Exchange<'_>) ->
 pub(super) fn request_sense(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
     let sense = match seat.role() {
         Role::Absent => Sense::NO_UNIT,
-        _ => attention(seat).err().unwrap_or(Sense::NONE),
+        _ => attention(seat, attention::ALL).err().unwrap_or(Sense::NONE),
     };
     let mut bytes = [0; MAX_SENSE_BYTES];
     let len = sense.encode(exchange.cdb.bit(1, 0), &mut bytes);

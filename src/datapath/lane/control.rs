@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
 use nvme_driver::transport::Armed;
@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{LaneId, State, max_segments, scsi};
 use crate::datapath::signal::Signal;
-use crate::scsi::{Address, Nexus};
+use crate::scsi::{Address, Nexus, Tasks};
 use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::GuestMemory;
@@ -32,6 +32,8 @@ pub struct Barrier {
     wanted: AtomicU64,
     /// By lane; the highest number where there is none.
     passed: Box<[AtomicU64]>,
+    /// By lane: the same, of all but the commands that wait for the clerk.
+    swept: Box<[AtomicU64]>,
     /// By lane: an eventfd that wakes its poller, should that sleep. Nobody reads it: it is watched edge-triggered.
     wakers: Box<[OwnedFd]>,
     /// For a lane that the barrier does not know.
@@ -48,6 +50,7 @@ impl Barrier {
         Ok(Barrier {
             wanted: AtomicU64::new(0),
             passed: (0..lanes).map(|_| AtomicU64::new(u64::MAX)).collect(),
+            swept: (0..lanes).map(|_| AtomicU64::new(u64::MAX)).collect(),
             wakers: (0..lanes).map(|_| waker()).collect::<Result<_, _>>()?,
             nobody: waker()?,
         })
@@ -67,14 +70,34 @@ impl Barrier {
     pub(super) fn enter(&self, lane: usize) -> u64 {
         let wanted = self.wanted();
         self.pass(lane, wanted);
+        // Who asks from now on sees that the lane is there, or the lane sees that it is asked, and by then what was changed
+        // before. Pairs with the fence in `ask`.
+        fence(Ordering::SeqCst);
         wanted
     }
 
     /// All that a lane had in flight has ended, and its guest can see that.
     pub(super) fn pass(&self, lane: usize, number: u64) {
+        self.sweep(lane, number);
         if let Some(passed) = self.passed.get(lane) {
             // Pairs with the acquire in `is_passed`: the used ring first, then this, then the control queue's used ring.
             passed.store(number, Ordering::Release);
+        }
+    }
+
+    /// The same, but for commands that the clerk has.
+    pub(super) fn sweep(&self, lane: usize, number: u64) {
+        if let Some(swept) = self.swept.get(lane) {
+            // Pairs with the acquire in `have_ended`.
+            swept.store(number, Ordering::Release);
+        }
+    }
+
+    /// Wakes the poller of a lane, should it sleep.
+    pub(in crate::datapath) fn wake(&self, lane: usize) {
+        if let Some(waker) = self.wakers.get(lane) {
+            // A counter at its limit has been told of already.
+            let _ = rustix::io::write(waker, &1_u64.to_ne_bytes());
         }
     }
 
@@ -86,9 +109,9 @@ impl Barrier {
     /// The number that all lanes have to pass.
     fn ask(&self) -> u64 {
         let number = self.wanted.fetch_add(1, Ordering::Release) + 1;
-        for waker in &self.wakers {
-            // A counter at its limit has been told of already.
-            let _ = rustix::io::write(waker, &1_u64.to_ne_bytes());
+        fence(Ordering::SeqCst);
+        for lane in 0..self.wakers.len() {
+            self.wake(lane);
         }
         number
     }
@@ -97,6 +120,21 @@ impl Barrier {
         self.passed
             .iter()
             .all(|passed| passed.load(Ordering::Acquire) >= number)
+    }
+}
+
+/// For the initiator that preempts this one: its commands have ended that can touch blocks or the guest's memory. Those
+/// that the clerk has, that one among them perhaps, are carried out when their turn comes, by an initiator that is no
+/// longer registered.
+impl Tasks for Barrier {
+    fn ask(&self) -> u64 {
+        Barrier::ask(self)
+    }
+
+    fn have_ended(&self, number: u64) -> bool {
+        self.swept
+            .iter()
+            .all(|swept| swept.load(Ordering::Acquire) >= number)
     }
 }
 
@@ -269,8 +307,9 @@ impl ControlLane {
     /// Ends the function that waits, if it need not any longer. Whether none waits.
     fn go_on(&mut self) -> bool {
         match self.waiting.take() {
-            Some(waiting) if self.config.barrier.is_passed(waiting.number) => {
-                self.attend(&waiting);
+            Some(waiting)
+                if self.config.barrier.is_passed(waiting.number) && self.attend(&waiting) =>
+            {
                 self.answer(waiting.head, &waiting.place, response::OK);
                 true
             }
@@ -281,17 +320,15 @@ impl ControlLane {
         }
     }
 
-    /// What was reset says so with its next command (SAM-5, 5.14).
-    fn attend(&self, waiting: &Waiting) {
+    /// What was reset says so with its next command (SAM-5, 5.14). `false` when the next turn is to try again.
+    fn attend(&self, waiting: &Waiting) -> bool {
         let nexus = &self.config.nexus;
         match waiting.function {
-            task::LOGICAL_UNIT_RESET => {
-                if let Some(unit) = nexus.find(waiting.address) {
-                    nexus.attend(unit, 0x29, 0x03); // BUS DEVICE RESET FUNCTION OCCURRED
-                }
-            }
-            task::I_T_NEXUS_RESET => nexus.attend_target(waiting.address, 0x29, 0x07), // I_T NEXUS LOSS OCCURRED
-            _ => {}
+            task::LOGICAL_UNIT_RESET => nexus
+                .find(waiting.address)
+                .is_none_or(|unit| nexus.reset_unit(unit)),
+            task::I_T_NEXUS_RESET => nexus.reset_target(waiting.address),
+            _ => true,
         }
     }
 

@@ -13,6 +13,7 @@ use super::{
     as_data, copy_out, piece,
 };
 use crate::block::BlockOp;
+use crate::datapath::errand::{Desk, PLACES};
 use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
@@ -43,6 +44,8 @@ pub struct ScsiLaneConfig {
     pub barrier: Arc<Barrier>,
     /// Its number among those that the barrier knows.
     pub number: usize,
+    /// Where it leaves commands that may wait.
+    pub desk: Arc<Desk>,
     /// Flush means something: the controller has a volatile write cache.
     pub volatile_cache: bool,
     /// The call eventfd.
@@ -68,6 +71,11 @@ pub(in crate::datapath) struct Scsi {
     /// A command's answer.
     data_in: Box<[u8]>,
     gate: Gate,
+    desk: Arc<Desk>,
+    /// By place at the desk: whose command is there.
+    errands: [Option<(HeadIndex, Place)>; PLACES],
+    /// How many.
+    errand_count: u16,
 }
 
 /// Where the lane stands before the [`Barrier`].
@@ -132,6 +140,17 @@ fn translate(failure: Status) -> (u8, Sense) {
     }
 }
 
+/// The status of a command that needs nothing of the device.
+fn status_of(action: Action) -> u8 {
+    match action {
+        Action::Good => status::GOOD,
+        Action::Conflict => status::RESERVATION_CONFLICT,
+        Action::Check(_) => status::CHECK_CONDITION,
+        // Those that have not ended are not answered; a guest would try again.
+        Action::Busy | Action::Defer | Action::Carry(_) => status::BUSY,
+    }
+}
+
 /// Writes the response to a command that has ended, and returns the used length.
 fn finish(place: &ResponsePlace, outcome: (u8, Sense), residual: u32, data_in: u32) -> u32 {
     let (status, sense) = outcome;
@@ -167,6 +186,10 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn may_fetch(lane: &mut RequestLane<Scsi>) -> bool {
+        if lane.front.errand_count > 0 && lane.collect() {
+            // To be published first.
+            return false;
+        }
         let gate = &lane.front.gate;
         let wanted = gate.barrier.wanted();
         wanted == gate.passed || lane.approach(wanted)
@@ -174,8 +197,14 @@ impl Front for Scsi {
 
     /// While the gate is closed, completions are waited for, and they tell of themselves.
     fn is_wanted(lane: &RequestLane<Scsi>) -> bool {
-        let gate = &lane.front.gate;
-        gate.barrier.wanted() != gate.passed && !(gate.closed && lane.queue.in_flight() > 0)
+        let front = &lane.front;
+        let gate = &front.gate;
+        if front.errand_count > 0 && (0..PLACES).any(|at| front.desk.is_settled(at)) {
+            return true;
+        }
+        let wanted = gate.barrier.wanted();
+        let waits = gate.closed && gate.wanted == wanted && lane.queue.in_flight() > 0;
+        wanted != gate.passed && !waits
     }
 
     fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
@@ -257,6 +286,9 @@ impl RequestLane<Scsi> {
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
             namespaces: config.namespaces,
+            desk: config.desk,
+            errands: [None; PLACES],
+            errand_count: 0,
             gate: Gate {
                 barrier: config.barrier,
                 number: config.number,
@@ -302,10 +334,14 @@ impl RequestLane<Scsi> {
     /// If everything that was fetched has ended, and the guest can see it.
     #[cold]
     fn pass(&mut self) {
-        if self.queue.in_flight() > 0 || self.work.is_some() {
+        if self.queue.in_flight() > self.front.errand_count || self.work.is_some() {
             return;
         }
         let gate = &mut self.front.gate;
+        gate.barrier.sweep(gate.number, gate.wanted);
+        if self.front.errand_count > 0 {
+            return;
+        }
         gate.closed = false;
         gate.passed = gate.wanted;
         gate.barrier.pass(gate.number, gate.passed);
@@ -373,7 +409,8 @@ impl RequestLane<Scsi> {
             data_in: DataIn::new(&mut self.front.data_in),
             ranges: &mut self.ranges,
         };
-        match nexus.execute(address, unit, &mut exchange) {
+        let action = nexus.execute(address, unit, &mut exchange);
+        match action {
             Action::Good => {
                 let data = exchange.data_in.as_slice();
                 let moved = u32::try_from(data.len()).unwrap_or(u32::MAX);
@@ -391,6 +428,20 @@ impl RequestLane<Scsi> {
                 let written = finish(&place, (status::CHECK_CONDITION, sense), residual, 0);
                 self.answer(head, written);
             }
+            Action::Conflict | Action::Busy => {
+                self.counters.checks += 1;
+                let outcome = (status_of(action), Sense::NONE);
+                let written = finish(&place, outcome, residual, 0);
+                self.answer(head, written);
+            }
+            Action::Defer => {
+                let place = Place {
+                    response: place,
+                    residual: residual - wanted,
+                    residual_failed: residual,
+                };
+                self.defer(head, place, unit, &cdb, wanted);
+            }
             Action::Carry(carry) if carry.data_in > writable || carry.data_out > readable => {
                 self.refuse(head, &place, response::OVERRUN);
             }
@@ -404,6 +455,66 @@ impl RequestLane<Scsi> {
                 self.carry(pair, head, place, &carry);
             }
         }
+    }
+
+    /// The clerk carries a command out.
+    #[cold]
+    fn defer(
+        &mut self,
+        head: HeadIndex,
+        place: Place,
+        unit: Option<usize>,
+        cdb: &Cdb,
+        wanted: u32,
+    ) {
+        let front = &mut self.front;
+        let len = (wanted as usize).min(front.parameters.len());
+        let left = unit.and_then(|unit| front.desk.leave(unit, cdb, &front.parameters[..len]));
+        match left.and_then(|at| front.errands.get_mut(at)) {
+            Some(errand) => {
+                *errand = Some((head, place));
+                front.errand_count += 1;
+            }
+            None => {
+                let outcome = (status::TASK_SET_FULL, Sense::NONE);
+                let written = finish(&place.response, outcome, place.residual_failed, 0);
+                self.answer(head, written);
+            }
+        }
+    }
+
+    /// Answers what the clerk has carried out. `true` when there was anything.
+    #[cold]
+    pub(super) fn collect(&mut self) -> bool {
+        let before = self.front.errand_count;
+        for at in 0..PLACES {
+            let Some((head, place)) = self.front.errands[at] else {
+                continue;
+            };
+            let Some(action) = self.front.desk.collect(at) else {
+                continue;
+            };
+            self.front.errands[at] = None;
+            self.front.errand_count -= 1;
+            let (residual, sense) = match action {
+                Action::Good => {
+                    self.counters.immediate += 1;
+                    (place.residual, Sense::NONE)
+                }
+                Action::Check(sense) => {
+                    self.counters.checks += 1;
+                    (place.residual_failed, sense)
+                }
+                _ => {
+                    self.counters.checks += 1;
+                    (place.residual_failed, Sense::NONE)
+                }
+            };
+            let outcome = (status_of(action), sense);
+            let written = finish(&place.response, outcome, residual, 0);
+            self.answer(head, written);
+        }
+        self.front.errand_count != before
     }
 
     #[cold]
