@@ -1,7 +1,7 @@
 //! The command line as clap sees it: `tandem serve`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
-//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll`, `--state` and `--log` replace
+//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll`, `--state`, `--stats` and `--log` replace
 //! what it says.
 //! clap ends the process with code 2 on a bad flag; so does `main` on a [`ConfigError`].
 
@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::args::BenchArgs;
 use crate::config::{
     BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel, Options,
-    Polling, ScsiOptions, StatePath,
+    Polling, ScsiOptions, SocketPath, StatePath,
 };
 use crate::host::command::{ListArgs, SetupArgs};
 
@@ -63,6 +63,9 @@ pub struct ServeArgs {
     /// Directory where persistent reservations of SCSI hosts are kept over restarts; without it they end with the process
     #[arg(long, value_name = "DIR")]
     pub state: Option<StatePath>,
+    /// Socket where programs read the counters of every virtqueue: one JSON document for each connection
+    #[arg(long, value_name = "PATH")]
+    pub stats: Option<SocketPath>,
     /// Serve real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
     #[arg(long)]
     pub unsafe_noiommu: bool,
@@ -115,6 +118,7 @@ impl ServeArgs {
         options.server.cores = self.cores.clone().or(options.server.cores);
         options.server.poll = self.poll.or(options.server.poll);
         options.server.state = self.state.clone().or(options.server.state);
+        options.server.stats = self.stats.clone().or(options.server.stats);
         options.server.log = self.log.or(options.server.log);
         options.resolve()
     }

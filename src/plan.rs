@@ -59,6 +59,8 @@ pub struct Plan {
     pub poll: Polling,
     /// Where reservations are kept over restarts.
     pub state: Option<PathBuf>,
+    /// Where the server tells programs of itself.
+    pub stats: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,6 +173,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
         cores,
         poll: config.poll,
         state: config.state.clone(),
+        stats: config.stats.clone(),
     })
 }
 
@@ -231,6 +234,9 @@ impl fmt::Display for Plan {
         }
         if let Some(state) = &self.state {
             writeln!(f, "state   {}: reservations are kept", state.display())?;
+        }
+        if let Some(stats) = &self.stats {
+            writeln!(f, "stats   {}: counters as JSON", stats.display())?;
         }
         for core in &self.cores {
             let polled = self

@@ -9,14 +9,17 @@
 //!
 //! Start at [`QueueCounters`].
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 macro_rules! counters {
     ($($(#[$doc:meta])+ $name:ident,)+) => {
         /// The counters of one virtqueue, owned by the poller that counts.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[repr(C)]
         pub struct QueueCounters {
             $($(#[$doc])+ pub $name: u64,)+
@@ -116,9 +119,12 @@ pub enum Stage {
 }
 
 impl Stage {
-    const ALL: [Stage; 4] = [Stage::Submit, Stage::Device, Stage::Used, Stage::Signal];
+    /// In order.
+    pub const ALL: [Stage; 4] = [Stage::Submit, Stage::Device, Stage::Used, Stage::Signal];
 
-    const fn name(self) -> &'static str {
+    /// What it is called.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
             Stage::Submit => "submit",
             Stage::Device => "device",
@@ -160,30 +166,102 @@ impl StageTimes {
         count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
-    fn count(&self, stage: Stage) -> u64 {
-        let bins = self.bins[stage as usize].iter();
-        bins.map(|bin| bin.load(Ordering::Relaxed)).sum()
+    /// What was counted so far.
+    #[must_use]
+    pub fn snapshot(&self) -> StageCounts {
+        StageCounts(Stage::ALL.map(|stage| {
+            let bins = self.bins[stage as usize].iter().enumerate();
+            let counted = bins.filter_map(|(index, bin)| {
+                let (index, one) = (index as u64, 1 << BINS_LOG2);
+                let width = 1 << (index >> BINS_LOG2);
+                let count = bin.load(Ordering::Relaxed);
+                (count > 0).then_some(((one + index % one) * width + width / 2, count))
+            });
+            counted.collect()
+        }))
+    }
+}
+
+/// How many sampled requests spent how long in each [`Stage`], in order: counts by nanoseconds, to the middle of a bin.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageCounts([BTreeMap<u64, u64>; Stage::ALL.len()]);
+
+impl StageCounts {
+    /// Counts by nanoseconds.
+    #[must_use]
+    pub fn bins(&self, stage: Stage) -> &BTreeMap<u64, u64> {
+        &self.0[stage as usize]
     }
 
-    /// Nanoseconds that so many percent of the requests did not exceed, to the middle of a bin; `None` with fewer than ten
-    /// of them beyond.
-    fn percentile(&self, stage: Stage, percent: u64) -> Option<u64> {
+    /// How many requests went through a stage.
+    #[must_use]
+    pub fn count(&self, stage: Stage) -> u64 {
+        self.bins(stage).values().sum()
+    }
+
+    /// Nanoseconds that so many percent of the requests did not exceed; `None` with fewer than ten of them beyond.
+    #[must_use]
+    pub fn percentile(&self, stage: Stage, percent: u64) -> Option<u64> {
         let mut left = self.count(stage) * (100 - percent) / 100;
         if left < 10 {
             return None;
         }
-        let bins = self.bins[stage as usize].iter().enumerate().rev();
-        for (index, bin) in bins {
-            let count = bin.load(Ordering::Relaxed);
-            if count > left {
-                let (index, one) = (index as u64, 1 << BINS_LOG2);
-                let width = 1 << (index >> BINS_LOG2);
-                return Some((one + index % one) * width + width / 2);
+        for (nanos, count) in self.bins(stage).iter().rev() {
+            if *count > left {
+                return Some(*nanos);
             }
             left -= count;
         }
         None
     }
+
+    /// What came on top of an earlier count of the same virtqueue.
+    #[must_use]
+    pub fn since(mut self, before: &StageCounts) -> StageCounts {
+        for (bins, before) in self.0.iter_mut().zip(&before.0) {
+            for (nanos, count) in bins.iter_mut() {
+                *count = count.saturating_sub(before.get(nanos).copied().unwrap_or(0));
+            }
+            bins.retain(|_, count| *count > 0);
+        }
+        self
+    }
+
+    /// Adds what was counted at another time.
+    pub fn add(&mut self, other: &StageCounts) {
+        for (bins, other) in self.0.iter_mut().zip(&other.0) {
+            for (nanos, count) in other {
+                let sum = bins.entry(*nanos).or_default();
+                *sum = sum.saturating_add(*count);
+            }
+        }
+    }
+}
+
+/// What a server says of itself to whoever connects to its statistics socket: one JSON document.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Statistics {
+    /// Of the server.
+    pub version: String,
+    /// Every virtqueue.
+    pub queues: Vec<QueueStatistics>,
+}
+
+/// One virtqueue of [`Statistics`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueStatistics {
+    /// Where its front-end connects.
+    pub socket: String,
+    /// Its number there.
+    pub queue: usize,
+    /// The core that polls it.
+    pub core: usize,
+    /// The NVMe queue pair that it rides with.
+    pub queue_pair: u16,
+    /// Since the server started.
+    pub counters: QueueCounters,
+    /// Since the server started: for each of submit, device, used and signal the requests by nanoseconds.
+    pub stages: StageCounts,
 }
 
 /// Where the time of sampled requests went, for people: one row for each virtqueue, in nanoseconds.
@@ -194,7 +272,7 @@ pub struct StageTable {
 
 impl StageTable {
     /// Adds virtqueue `queue` of a disk.
-    pub fn push(&mut self, disk: &str, queue: usize, times: &StageTimes) {
+    pub fn push(&mut self, disk: &str, queue: usize, times: &StageCounts) {
         let samples = times.count(Stage::Submit);
         let mut line = vec![shortened(disk), queue.to_string(), grouped(samples)];
         for stage in Stage::ALL {
@@ -383,9 +461,14 @@ mod tests {
         for nanos in [1, 5, 100, 777, 4096, 1 << 30, 1 << 41] {
             let times = StageTimes::default();
             for count in 0..20 {
-                assert_eq!(times.percentile(Stage::Device, 50), None, "{count}");
+                assert_eq!(
+                    times.snapshot().percentile(Stage::Device, 50),
+                    None,
+                    "{count}"
+                );
                 times.record(Stage::Device, Duration::from_nanos(nanos));
             }
+            let times = times.snapshot();
             let said = times.percentile(Stage::Device, 50).unwrap();
             let wanted = nanos.max(4);
             assert!(said.abs_diff(wanted) * 8 <= wanted, "{nanos}: {said}");
@@ -396,6 +479,7 @@ mod tests {
         for nanos in 1..=10_000 {
             times.record(Stage::Submit, Duration::from_nanos(nanos));
         }
+        let times = times.snapshot();
         let [half, most] =
             [50, 99].map(|percent| times.percentile(Stage::Submit, percent).unwrap());
         assert!(

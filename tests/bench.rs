@@ -193,6 +193,7 @@ impl Server {
         let blk = format!("path={socket},queues=2");
         let mut child = Command::new(env!("CARGO_BIN_EXE_tandem"))
             .args(["serve", "--device", RAM, "--cores", "0", "--blk", &blk])
+            .args(["--stats", &format!("{socket}.stats")])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -270,6 +271,55 @@ fn server_is_measured_in_every_way_of_its_rings() {
         let notified = number(job, "/tandem/cost_per_io/notifications") > 0.0;
         assert_eq!(notified, interrupts != "off", "{ways:?}");
     }
+}
+
+#[test]
+fn server_that_tells_has_the_stages_of_its_requests_in_the_result() {
+    let _turn = turn_of_servers();
+    let folder = Folder::of_sockets();
+    let socket = folder.path("disk.sock");
+    let server = Server::tandem(&socket);
+    let target = format!("{socket},stats={socket}.stats,interrupts=on");
+    let load = ["--iodepth", "8", "--numjobs", "2", "--runtime", "1s"];
+    let result = measured(
+        &[
+            &["--vhost-user", &target][..],
+            &load,
+            &["--ramp_time", "100ms"],
+        ]
+        .concat(),
+    );
+    let job = &result["jobs"][0];
+    let queues = job.pointer("/tandem/stages").unwrap();
+    assert_eq!(queues.as_array().unwrap().len(), 2);
+    let longest = number(job, "/read/lat_ns/max");
+    for queue in queues.as_array().unwrap() {
+        let samples = number(queue, "/submit/N");
+        assert!(samples > 20.0, "{queue}");
+        for stage in ["submit", "device", "used", "signal"] {
+            let of = &queue[stage];
+            let bins = of["bins"].as_object().unwrap();
+            let sum: u64 = bins.values().map(|count| count.as_u64().unwrap()).sum();
+            assert_eq!(number(of, "/N"), sum as f64);
+            // A request that is forgotten was submitted, and one in eight beyond is a bin's width.
+            assert!(number(of, "/N") <= samples, "{queue}");
+            assert!(number(of, "/p50_ns") <= longest * 1.125, "{queue}");
+        }
+    }
+    let text = bench(&["--vhost-user", &target, "--runtime", "300ms"]).stdout;
+    let text = String::from_utf8(text).unwrap();
+    assert!(
+        text.contains("stages in the server (usec, p50/p99 of "),
+        "{text}"
+    );
+    assert!(text.contains("nsec in the run queue"), "{text}");
+    // What was measured must be there: another socket's server tells nothing of it.
+    drop(server);
+    let other = folder.path("other.sock");
+    let _server = Server::tandem(&other);
+    let foreign = format!("{other},stats={socket}");
+    let error = stderr(&bench(&["--vhost-user", &foreign, "--runtime", "100ms"]));
+    assert!(error.contains("statistics socket"), "{error}");
 }
 
 #[test]

@@ -284,7 +284,7 @@ prop_compose! {
             })
             .collect();
         let poll = if adaptive { Polling::Adaptive } else { Polling::Always };
-        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, state: None, log }
+        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, state: None, stats: None, log }
     }
 }
 
@@ -370,6 +370,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
         cores: [CoreId(0), CoreId(1)].into_iter().collect(),
         poll: Polling::Always,
         state: None,
+        stats: None,
         log: LogLevel::Info,
     };
     assert_eq!(file, expected);
@@ -524,7 +525,7 @@ fn file_with_unknown_field_names_file_line_and_field() {
     );
     assert_eq!(
         refusal("[server]\ncore = \"0\"\n"),
-        "vm.toml:2: unknown field `core`, expected one of `cores`, `poll`, `state`, `log`\n  2 | core = \"0\""
+        "vm.toml:2: unknown field `core`, expected one of `cores`, `poll`, `state`, `stats`, `log`\n  2 | core = \"0\""
     );
 }
 

@@ -113,7 +113,8 @@ before files. With several, the first is measured twice a round; how far these
 two differ is the noise that a difference must exceed.
 Keys of a --vhost-user socket, before the flags of the same names: ring,
 indirect, event_idx, interrupts, hugepages; and pid=N, the server's process if
-another one made the socket. A socket that is named twice is connected to anew
+another one made the socket, and stats=PATH, what it was given as --stats: where
+its requests spend their time. A socket that is named twice is connected to anew
 for each measurement. If this is killed (SIGKILL), servers that it parked stand
 still until SIGCONT.
 Exit code 1: it failed while measuring, or --verify found something.

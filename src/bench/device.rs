@@ -120,6 +120,7 @@ where
         block: namespace.block_size,
         server: None,
         ring: None,
+        stages: None,
         doorbells: "doorbells",
     };
     Ok(Box::new(Pool {

@@ -89,6 +89,7 @@ fn open_rings(
         block,
         server: None,
         ring: None,
+        stages: None,
         doorbells: "io_uring_enter",
     };
     Ok(Box::new(Pool {

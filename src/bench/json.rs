@@ -8,9 +8,10 @@ use std::time::UNIX_EPOCH;
 use serde_json::{Map, Value, json};
 
 use super::io::Op;
-use super::report::{server_usage, tail};
+use super::report::{server_usage, tail, told_stages};
 use super::session::{CaseResult, Results, Series};
 use super::stats::{LEAST_BEYOND, Latencies, Moments, OpStats, Outcome, Usage};
+use crate::stats::{Stage, StageCounts};
 
 /// What fio lists, and one more.
 pub const FIO_PERCENTILES: [f64; 18] = [
@@ -269,6 +270,7 @@ fn extra(series: &Series, total: &Outcome) -> Value {
         },
         "server": server.map(switches),
         "generator": switches(total.usage),
+        "stages": told_stages(series).iter().map(stages).collect::<Vec<Value>>(),
         "tail": {
             "text": tail(series, total),
             "longest_gap_ns": total.longest_gap,
@@ -305,10 +307,25 @@ fn queue(series: &Series, index: usize) -> Value {
     })
 }
 
+/// Of one virtqueue in the server.
+fn stages(counts: &StageCounts) -> Value {
+    let one = |stage: Stage| {
+        let of = json!({
+            "N": counts.count(stage),
+            "p50_ns": counts.percentile(stage, 50),
+            "p99_ns": counts.percentile(stage, 99),
+            "bins": counts.bins(stage),
+        });
+        (stage.name().to_owned(), of)
+    };
+    Value::Object(Stage::ALL.map(one).into_iter().collect())
+}
+
 fn switches(usage: Usage) -> Value {
     json!({
         "user_ns": usage.user,
         "system_ns": usage.system,
+        "run_queue_ns": usage.waited,
         "voluntary_switches": usage.voluntary_switches,
         "involuntary_switches": usage.involuntary_switches,
     })

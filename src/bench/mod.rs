@@ -27,6 +27,7 @@ mod session;
 mod slots;
 mod spec;
 mod split;
+mod stages;
 mod stats;
 mod target;
 mod terse;

@@ -6,6 +6,7 @@ use super::io::Op;
 use super::session::{CaseResult, Results, Series};
 use super::stats::{LEAST_BEYOND, Latencies, Outcome, PERCENTILES, Usage, whole};
 use super::target::Info;
+use crate::stats::{Stage, StageCounts};
 
 /// The whole result.
 #[must_use]
@@ -151,6 +152,7 @@ fn one_series(out: &mut String, results: &Results, series: &Series) {
             );
         }
     }
+    stages(out, series);
     cost(out, info, series, &total);
     let _ = writeln!(out, "    tail: {}", tail(series, &total));
     // A short queue at the end is chance; one that took a twentieth of the time to grow is not.
@@ -244,16 +246,18 @@ fn cost(out: &mut String, info: &Info, series: &Series, total: &Outcome) {
     let usage = total.usage;
     let _ = write!(
         out,
-        "    cost of an I/O: generator {:.0} nsec of CPU ({:.0} % in the kernel)",
+        "    cost of an I/O: generator {:.0} nsec of CPU ({:.0} % in the kernel; {:.0} nsec in the run queue)",
         per(usage.cpu()),
-        100.0 * usage.system as f64 / usage.cpu().max(1) as f64
+        100.0 * usage.system as f64 / usage.cpu().max(1) as f64,
+        per(usage.waited)
     );
     if let Some(server) = server_usage(series) {
         let _ = write!(
             out,
-            ", server {:.0} nsec ({:.0} % in the kernel; {} switches, {} of them involuntary)",
+            ", server {:.0} nsec ({:.0} % in the kernel; {:.0} nsec in the run queue; {} switches, {} of them involuntary)",
             per(server.cpu()),
             100.0 * server.system as f64 / server.cpu().max(1) as f64,
+            per(server.waited),
             server.voluntary_switches + server.involuntary_switches,
             server.involuntary_switches
         );
@@ -267,6 +271,44 @@ fn cost(out: &mut String, info: &Info, series: &Series, total: &Outcome) {
         per(total.polls),
         100.0 * total.idle_polls as f64 / total.polls.max(1) as f64
     );
+}
+
+/// Where the server's sampled requests spent their time.
+fn stages(out: &mut String, series: &Series) {
+    let told = told_stages(series);
+    for (queue, counts) in told.iter().enumerate() {
+        let mut parts = Vec::new();
+        for stage in Stage::ALL {
+            let [half, most] = [50, 99].map(|percent| {
+                let nanos = counts.percentile(stage, percent);
+                nanos.map_or_else(|| "-".to_owned(), |nanos| micros(nanos as f64))
+            });
+            parts.push(format!("{} {half}/{most}", stage.name()));
+        }
+        let which = match told.len() {
+            1 => String::new(),
+            _ => format!(" of queue {queue}"),
+        };
+        let _ = writeln!(
+            out,
+            "    stages in the server{which} (usec, p50/p99 of {} sampled): {}",
+            counts.count(Stage::Submit),
+            parts.join(", ")
+        );
+    }
+}
+
+/// By virtqueue, of all rounds.
+#[must_use]
+pub fn told_stages(series: &Series) -> Vec<StageCounts> {
+    let count = series.rounds.iter().map(|round| round.stages.len()).max();
+    let mut sums = vec![StageCounts::default(); count.unwrap_or(0)];
+    for round in &series.rounds {
+        for (sum, stages) in sums.iter_mut().zip(&round.stages) {
+            sum.add(stages);
+        }
+    }
+    sums
 }
 
 /// Of all rounds; `None` when there is no server on this machine.
@@ -348,8 +390,8 @@ mod tests {
             rate: None,
             rounds: vec![Measured {
                 queues: vec![outcome.clone()],
-                server: None,
                 steal,
+                ..Measured::default()
             }],
         };
         tail(&series, &outcome)

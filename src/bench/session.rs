@@ -656,6 +656,7 @@ mod tests {
             block: 512,
             server: None,
             ring: None,
+            stages: None,
             doorbells: "doorbells",
         };
         let job = |text: [&str; 2]| {

@@ -22,6 +22,8 @@ pub struct ServerSpec {
     pub hugepages: Option<OnOff>,
     /// The process that serves, if it is not the one that made the socket.
     pub pid: Option<u32>,
+    /// Where it tells what it counts.
+    pub stats: Option<PathBuf>,
 }
 
 impl ServerSpec {
@@ -68,6 +70,7 @@ impl FromStr for ServerSpec {
             interrupts: None,
             hugepages: None,
             pid: None,
+            stats: None,
         };
         for pair in keys {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -81,10 +84,12 @@ impl FromStr for ServerSpec {
                     let pid = value.parse().ok().filter(|pid| *pid > 1);
                     spec.pid = Some(pid.ok_or_else(|| format!("pid: `{value}` is no server"))?);
                 }
+                "stats" if value.is_empty() => return Err("stats: no socket is named".to_owned()),
+                "stats" => spec.stats = Some(value.into()),
                 _ => {
                     return Err(format!(
-                        "key `{key}` is none of ring, indirect, event_idx, interrupts, hugepages and pid (a comma in a \
-                         path is written ,,)"
+                        "key `{key}` is none of ring, indirect, event_idx, interrupts, hugepages, pid and stats (a comma in \
+                         a path is written ,,)"
                     ));
                 }
             }
@@ -112,6 +117,8 @@ mod tests {
         let wishes = spec.wishes(all);
         assert_eq!(wishes.ring, RingKind::Packed);
         assert!(!wishes.indirect && wishes.event_idx);
+        let spec: ServerSpec = "a.sock,stats=b=c.sock".parse().unwrap();
+        assert_eq!(spec.stats.as_deref(), Some(Path::new("b=c.sock")));
         let plain: ServerSpec = "a=b.sock".parse().unwrap();
         assert_eq!(plain.path, Path::new("a=b.sock"));
         assert_eq!(plain.wishes(all).ring, RingKind::Split);
@@ -124,6 +131,7 @@ mod tests {
             ("a,ring=round", "`round`"),
             ("a,speed=9", "`speed`"),
             ("a,indirect", "indirect: ``"),
+            ("a,stats=", "stats: no socket"),
             ("a,pid=1", "`1` is no server"),
         ] {
             let error = text.parse::<ServerSpec>().unwrap_err();

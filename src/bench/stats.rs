@@ -1,5 +1,7 @@
 //! Latencies and what they say: log-linear histograms, percentiles that know how many samples carry them.
 
+use std::path::Path;
+
 use hdrhistogram::Histogram;
 
 use super::io::Op;
@@ -207,8 +209,21 @@ pub struct Usage {
     /// CPU time in nanoseconds.
     pub user: u64,
     pub system: u64,
+    /// Nanoseconds for which it could have run, and another had its CPU.
+    pub waited: u64,
     pub voluntary_switches: u64,
     pub involuntary_switches: u64,
+}
+
+/// Nanoseconds on a CPU, and waiting for one, of a thread with this schedstat file (proc_pid_schedstat(5)); zeroes where the
+/// kernel does not count.
+#[must_use]
+pub fn schedule(schedstat: &Path) -> [u64; 2] {
+    let text = std::fs::read_to_string(schedstat).unwrap_or_default();
+    let mut numbers = text
+        .split_whitespace()
+        .map(|number| number.parse().unwrap_or(0));
+    std::array::from_fn(|_| numbers.next().unwrap_or(0))
 }
 
 impl Usage {
@@ -229,6 +244,7 @@ impl Usage {
         Usage {
             user: nanos(usage.ru_utime),
             system: nanos(usage.ru_stime),
+            waited: schedule(Path::new("/proc/thread-self/schedstat"))[1],
             voluntary_switches: count(usage.ru_nvcsw),
             involuntary_switches: count(usage.ru_nivcsw),
         }
@@ -239,6 +255,7 @@ impl Usage {
         Usage {
             user: self.user.saturating_sub(before.user),
             system: self.system.saturating_sub(before.system),
+            waited: self.waited.saturating_sub(before.waited),
             voluntary_switches: self
                 .voluntary_switches
                 .saturating_sub(before.voluntary_switches),
@@ -251,6 +268,7 @@ impl Usage {
     pub fn add(&mut self, other: Usage) {
         self.user += other.user;
         self.system += other.system;
+        self.waited += other.waited;
         self.voluntary_switches += other.voluntary_switches;
         self.involuntary_switches += other.involuntary_switches;
     }

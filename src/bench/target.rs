@@ -9,7 +9,9 @@ use anyhow::anyhow;
 
 use super::args::RingKind;
 use super::engine::{Live, Queue, Shot, drive};
-use super::stats::{Outcome, Usage};
+use super::stages::{self, StageSource};
+use super::stats::{Outcome, Usage, schedule};
+use crate::stats::StageCounts;
 
 /// What all measurements together need of a target.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +44,8 @@ pub struct Info {
     pub server: Option<u32>,
     /// The layout of its virtqueues, if it has any.
     pub ring: Option<RingKind>,
+    /// Where its server tells of the ways of requests, if it does.
+    pub stages: Option<StageSource>,
     /// What [`super::stats::Counters::doorbells`] counts.
     pub doorbells: &'static str,
 }
@@ -73,6 +77,8 @@ pub struct Measured {
     pub queues: Vec<Outcome>,
     /// CPU time and switches of the server meanwhile.
     pub server: Option<Usage>,
+    /// By virtqueue, where the server's sampled requests spent their time; empty where it does not tell.
+    pub stages: Vec<StageCounts>,
     /// Time that the hypervisor took from our CPUs meanwhile, in nanoseconds.
     pub steal: u64,
 }
@@ -119,7 +125,14 @@ impl<Q: Queue, K: Keeper<Q>> Target for Pool<Q, K> {
         let jobs = shot.job.numjobs as usize;
         let server = self.info.server;
         let barrier = Barrier::new(jobs + 1);
-        let look = || (server.and_then(server_usage), steal());
+        let source = self.info.stages.as_ref();
+        let tells = || {
+            source
+                .map(StageSource::read)
+                .transpose()
+                .map(Option::unwrap_or_default)
+        };
+        let look = || (server.and_then(server_usage), steal(), tells());
         let (results, before, after) = std::thread::scope(|scope| {
             let threads: Vec<_> = self
                 .queues
@@ -153,8 +166,11 @@ impl<Q: Queue, K: Keeper<Q>> Target for Pool<Q, K> {
             .into_iter()
             .collect::<anyhow::Result<_>>()
             .map_err(named)?;
+        let mut told = stages::since(after.2?, &before.2?);
+        told.truncate(jobs);
         Ok(Measured {
             queues,
+            stages: told,
             server: after
                 .0
                 .zip(before.0)
@@ -213,13 +229,9 @@ fn server_usage(pid: u32) -> Option<Usage> {
             line.and_then(|value| value.trim().parse().ok())
                 .unwrap_or(0)
         };
-        // proc_pid_schedstat(5): the first number is the time on a CPU in nanoseconds.
-        let times = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
-        let time = times
-            .split(' ')
-            .next()
-            .and_then(|time| time.parse::<u64>().ok());
-        exact += time.unwrap_or(0);
+        let [time, waited] = schedule(&task.path().join("schedstat"));
+        exact += time;
+        usage.waited += waited;
         usage.voluntary_switches += field("voluntary_ctxt_switches:");
         usage.involuntary_switches += field("nonvoluntary_ctxt_switches:");
     }

@@ -163,6 +163,7 @@ mod tests {
             block: 512,
             server,
             ring: None,
+            stages: None,
             doorbells: "kicks",
         }
     }

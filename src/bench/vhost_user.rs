@@ -19,6 +19,7 @@ use super::packed::PackedRing;
 use super::slots::{DriverRing, Memory, RingConfig, Signals, Wishes};
 use super::spec::ServerSpec;
 use super::split::SplitRing;
+use super::stages::StageSource;
 use super::target::{Info, Keeper, Needs, Pool, Target};
 use crate::sim::FrontEnd;
 use crate::sim::front_end::{
@@ -138,6 +139,10 @@ fn connect<R: DriverRing + 'static>(
         block: disk.block,
         server,
         ring: Some(config.ring),
+        stages: spec.stats.clone().map(|stats| StageSource {
+            stats,
+            socket: spec.path.clone(),
+        }),
         doorbells: "kicks",
     };
     Ok(Box::new(Pool {

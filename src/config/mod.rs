@@ -23,7 +23,7 @@ use std::time::Duration;
 use nvme_driver::vfio::pci::PciAddress;
 
 use crate::scsi::Initiator;
-use values::{DeviceName, Kind, SocketPath, Switch};
+use values::{DeviceName, Kind, Switch};
 
 pub use nvme_driver::vfio::Isolation;
 pub(crate) use options::split_at_commas;
@@ -31,8 +31,8 @@ pub use options::{
     BlkOptions, DeviceOptions, MediumKind, Options, ScsiOptions, ServerOptions, SpecError,
 };
 pub use values::{
-    BlockSize, ByteSize, CoreId, CoreList, LogLevel, LunPlace, OnDeviceLoss, Polling, StatePath,
-    ValueError,
+    BlockSize, ByteSize, CoreId, CoreList, LogLevel, LunPlace, OnDeviceLoss, Polling, SocketPath,
+    StatePath, ValueError,
 };
 
 /// Everything `tandem serve` was asked for.
@@ -50,6 +50,8 @@ pub struct Config {
     pub poll: Polling,
     /// The directory where reservations are kept over restarts.
     pub state: Option<PathBuf>,
+    /// The socket where the server tells programs of itself.
+    pub stats: Option<PathBuf>,
     pub log: LogLevel,
 }
 
@@ -353,7 +355,8 @@ impl Options {
         let hosts = self.scsi.into_iter();
         let hosts = hosts.map(|options| resolve_host(options, &devices));
         let hosts = hosts.collect::<Result<Vec<HostConfig>, ConfigError>>()?;
-        check_sockets(&disks, &hosts)?;
+        let stats = self.server.stats.map(|socket| socket.0);
+        check_sockets(&disks, &hosts, stats.as_ref())?;
         check_uses(&disks, &hosts, &devices)?;
         if let (Some(state), true) = (&self.server.state, hosts.is_empty()) {
             let path = state.0.clone();
@@ -366,6 +369,7 @@ impl Options {
             cores: self.server.cores.ok_or(ConfigError::NoCores)?,
             poll: self.server.poll.unwrap_or_default(),
             state: self.server.state.map(|directory| directory.0),
+            stats,
             log: self.server.log.unwrap_or_default(),
         })
     }
@@ -669,14 +673,20 @@ fn resolve_host(options: ScsiOptions, devices: &[DeviceConfig]) -> Result<HostCo
     })
 }
 
-fn check_sockets(disks: &[DiskConfig], hosts: &[HostConfig]) -> Result<(), ConfigError> {
+fn check_sockets(
+    disks: &[DiskConfig],
+    hosts: &[HostConfig],
+    stats: Option<&PathBuf>,
+) -> Result<(), ConfigError> {
     let sockets = disks.iter().map(|disk| &disk.socket);
-    let sockets: Vec<&Socket> = sockets
+    let sockets: Vec<Socket> = sockets
         .chain(hosts.iter().map(|host| &host.socket))
+        .cloned()
+        .chain(stats.cloned().map(Socket::Path))
         .collect();
     for (at, socket) in sockets.iter().enumerate() {
         if sockets[..at].contains(socket) {
-            let socket = (*socket).clone();
+            let socket = socket.clone();
             return Err(ConfigError::DuplicateSocket { socket });
         }
     }

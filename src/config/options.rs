@@ -28,13 +28,14 @@ pub struct Options {
     pub scsi: Vec<ScsiOptions>,
 }
 
-/// `[server]`, or `--cores`, `--poll`, `--state` and `--log`.
+/// `[server]`, or `--cores`, `--poll`, `--state`, `--stats` and `--log`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerOptions {
     pub cores: Option<CoreList>,
     pub poll: Option<Polling>,
     pub state: Option<StatePath>,
+    pub stats: Option<SocketPath>,
     pub log: Option<LogLevel>,
 }
 

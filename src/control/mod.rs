@@ -10,3 +10,4 @@ pub mod server;
 pub mod session;
 pub mod socket;
 pub mod state;
+mod view;

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
 use nvme_driver::spec::{Nsid, ascii_field};
-use nvme_model::ModelHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
@@ -24,13 +23,14 @@ use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
 use super::state::{StateDirectory, StateError};
+use super::view::{self, View};
 use crate::block::Geometry;
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
 use crate::datapath::{Clerk, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
-use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
+use crate::reactor::{Mode, PollerId, Reactor, ReactorError};
 use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
-use crate::stats::{CounterTable, SharedCounters, StageTable};
+use crate::stats::SharedCounters;
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -81,25 +81,21 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     devices: Vec<Arc<Device>>,
-    models: Vec<(String, ModelHandle)>,
-    exports: Vec<Arc<Export>>,
     reactors: Vec<Reactor>,
-    /// Of each reactor, also after its end.
-    handles: Vec<ReactorHandle>,
     /// Every poller, with the index of its device.
     pollers: Vec<(usize, Place)>,
-    /// One for each device.
-    keepers: Arc<[(String, Mutex<Keeper>)]>,
+    /// What it shows of itself, once it is up.
+    view: Arc<View>,
     stop: Arc<Stop>,
     threads: Vec<JoinHandle<()>>,
 }
 
 /// Tells every control thread that the server ends.
 #[derive(Debug)]
-struct Stop {
+pub(super) struct Stop {
     flag: AtomicBool,
     /// Readable from then on.
-    event: OwnedFd,
+    pub(super) event: OwnedFd,
 }
 
 impl Stop {
@@ -117,7 +113,7 @@ impl Stop {
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }
 
-    fn is_set(&self) -> bool {
+    pub(super) fn is_set(&self) -> bool {
         self.flag.load(Ordering::Acquire)
     }
 }
@@ -134,18 +130,16 @@ impl Server {
             Socket::Fd(fd) => Listener::inherit(*fd),
         });
         let listeners = listeners.collect::<Result<Vec<Listener>, SocketError>>()?;
+        let shown = plan.stats.as_deref().map(Listener::bind).transpose()?;
         let mut server = Server {
             devices: Vec::new(),
-            models: Vec::new(),
-            exports: Vec::new(),
             reactors: Vec::new(),
-            handles: Vec::new(),
             pollers: Vec::new(),
-            keepers: Arc::new([]),
+            view: Arc::default(),
             stop: Arc::new(Stop::new()?),
             threads: Vec::new(),
         };
-        match server.bring_up(plan, listeners) {
+        match server.bring_up(plan, listeners, shown) {
             Ok(()) => Ok(server),
             Err(error) => {
                 if let Err(also) = server.take_down() {
@@ -156,7 +150,13 @@ impl Server {
         }
     }
 
-    fn bring_up(&mut self, plan: &Plan, listeners: Vec<Listener>) -> Result<(), ServerError> {
+    fn bring_up(
+        &mut self,
+        plan: &Plan,
+        listeners: Vec<Listener>,
+        shown: Option<Listener>,
+    ) -> Result<(), ServerError> {
+        let mut view = View::default();
         let (mode, interrupts) = match plan.poll {
             Polling::Always => (Mode::Always, Interrupts::Off),
             Polling::Adaptive => (Mode::Adaptive, Interrupts::OnRequest),
@@ -171,7 +171,7 @@ impl Server {
                 );
             }
             let (device, handle) = open_device(&device.config, device.virtqueues, interrupts)?;
-            self.models
+            view.models
                 .extend(handle.map(|handle| (device.name.clone(), handle)));
             self.devices.push(Arc::new(device));
         }
@@ -179,16 +179,17 @@ impl Server {
             self.reactors.push(Reactor::start(core.id.0, mode)?);
         }
         let handles = self.reactors.iter().map(Reactor::handle);
-        self.handles = handles.cloned().collect();
+        view.handles = handles.cloned().collect();
         let mut shared = Shared::of(plan)?;
         for (index, device) in self.devices.clone().iter().enumerate() {
-            self.create_exports(plan, index, device, &mut shared)?;
+            let exports = self.create_exports(plan, index, device, &mut shared)?;
+            view.exports.extend(exports);
         }
         // `create_exports` went device by device; listeners are in the order of the plan.
-        self.exports.sort_by_key(|export| {
+        view.exports.sort_by_key(|export| {
             sockets(plan).position(|socket| socket.to_string() == export.name)
         });
-        for (disk, listener) in self.exports.iter().zip(listeners) {
+        for (disk, listener) in view.exports.iter().zip(listeners) {
             let (disk, stop) = (Arc::clone(disk), Arc::clone(&self.stop));
             let thread = std::thread::Builder::new().name("listener".to_owned());
             self.threads
@@ -206,13 +207,20 @@ impl Server {
             );
             (planned.config.name.clone(), Mutex::new(keeper))
         });
-        self.keepers = keepers.collect();
+        view.keepers = keepers.collect();
         // A thread for each device: one that does not come up holds up no other.
-        for index in 0..self.keepers.len() {
-            let (keepers, stop) = (Arc::clone(&self.keepers), Arc::clone(&self.stop));
+        for index in 0..view.keepers.len() {
+            let (keepers, stop) = (Arc::clone(&view.keepers), Arc::clone(&self.stop));
             let thread = std::thread::Builder::new().name("keeper".to_owned());
             self.threads
                 .push(thread.spawn(move || keep(&keepers[index].1, &stop))?);
+        }
+        self.view = Arc::new(view);
+        if let Some(listener) = shown {
+            let (view, stop) = (Arc::clone(&self.view), Arc::clone(&self.stop));
+            let thread = std::thread::Builder::new().name("statistics".to_owned());
+            self.threads
+                .push(thread.spawn(move || view::show(&view, &listener, &stop))?);
         }
         Ok(())
     }
@@ -224,7 +232,7 @@ impl Server {
         index: usize,
         device: &Arc<Device>,
         shared: &mut Shared,
-    ) -> Result<(), ServerError> {
+    ) -> Result<Vec<Arc<Export>>, ServerError> {
         let disks = plan.disks.iter().filter(|disk| disk.device == index);
         let hosts = plan.hosts.iter().filter(|host| host.device == index);
         let kinds = disks.map(Planned::Disk).chain(hosts.map(Planned::Host));
@@ -249,7 +257,7 @@ impl Server {
                 .map_or(0, |place| place.core);
             pollers.push(self.create_poller(index, core)?);
         }
-        let mut next = 0;
+        let (mut next, mut exports) = (0, Vec::new());
         for export in planned {
             let kind = export.kind(device, shared)?;
             let mut queues: Vec<ExportQueue> = Vec::new();
@@ -262,14 +270,14 @@ impl Server {
                 }
                 queues.push(export_queue(place));
             }
-            self.exports.push(Arc::new(Export {
+            exports.push(Arc::new(Export {
                 name: export.socket().to_string(),
                 device: Arc::clone(device),
                 queues,
                 kind,
             }));
         }
-        Ok(())
+        Ok(exports)
     }
 
     fn create_poller(&mut self, device: usize, core: usize) -> Result<Place, ServerError> {
@@ -296,43 +304,7 @@ impl Server {
     /// The counters of every virtqueue, and what the software controllers say of themselves.
     #[must_use]
     pub fn report(&self) -> String {
-        let mut table = CounterTable::default();
-        for disk in &self.exports {
-            for (i, queue) in disk.queues.iter().enumerate() {
-                table.push(
-                    &disk.name,
-                    disk.virtqueue(i),
-                    queue.reactor.core(),
-                    queue.pair,
-                    queue.counters.snapshot(),
-                );
-            }
-        }
-        let mut stages = StageTable::default();
-        for disk in &self.exports {
-            for (i, queue) in disk.queues.iter().enumerate() {
-                stages.push(&disk.name, disk.virtqueue(i), &queue.counters.stages);
-            }
-        }
-        let mut report = format!("{table}\n{stages}");
-        for handle in &self.handles {
-            report.push_str(&format!("core {}: {}\n", handle.core(), handle.stats()));
-        }
-        for (name, keeper) in self.keepers.iter() {
-            report.push_str(&match keeper.try_lock() {
-                Ok(keeper) => keeper.report(),
-                // Nobody waits here for a controller that comes up.
-                Err(_) => format!("device {name}: being reset, or taken again\n"),
-            });
-        }
-        for (name, model) in &self.models {
-            report.push_str(&format!(
-                "device {name}: iommu violations {}, driver errors {}\n",
-                model.iommu_violations(),
-                model.driver_errors()
-            ));
-        }
-        report
+        self.view.report()
     }
 
     /// Ends everything: sessions, queue pairs, reactors, controllers. Returns the last report.
@@ -652,7 +624,7 @@ fn accept_loop(disk: &Arc<Export>, listener: &Listener, stop: &Arc<Stop>) {
 }
 
 /// Waits until `fd` or `stop` is readable, or `timeout` has passed. `false` on an error that will not go away.
-fn wait_readable(
+pub(super) fn wait_readable(
     fd: BorrowedFd<'_>,
     stop: Option<BorrowedFd<'_>>,
     timeout: Option<Duration>,
