@@ -20,7 +20,7 @@ const ROOMS: Rooms = &[
     // It stands where `control` stands for a server: it opens devices, and speaks to servers as a front-end does.
     (
         "bench",
-        &["config", "control", "sim", "virtio", "nvme_driver"],
+        &["config", "control", "sim", "stats", "virtio", "nvme_driver"],
     ),
     // How a PCI address and an initiator's name are written is known where they are read.
     ("config", &["nvme_driver::vfio", "scsi::Initiator"]),
