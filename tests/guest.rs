@@ -866,27 +866,157 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
     );
 }
 
+/// Words for two guests of one disk, which tell each other where they are by the keys that they register.
+const RESERVATIONS: &str = r#"
+    # key_is_there DISK KEY, no_key DISK
+    key_is_there() {
+        for _ in $(seq 300); do
+            sg_persist -n -i -k "$1" 2>/dev/null | grep -qx " *$2" && return 0
+            sleep 0.1
+        done
+        return 1
+    }
+    no_key() {
+        for _ in $(seq 300); do
+            sg_persist -n -i -k "$1" 2>/dev/null | grep -q 'NO registered' && return 0
+            sleep 0.1
+        done
+        return 1
+    }
+    # out DISK OPTION...: PERSISTENT RESERVE OUT, once unit attentions have been told
+    out() {
+        out_disk=$1
+        shift
+        sg_turs -n 3 "$out_disk" >/dev/null 2>&1
+        sg_persist -n -o "$@" "$out_disk"
+    }
+    # may_read DISK, may_write DISK
+    may_read() { dd if="$1" of=/dev/null bs=512 skip=8 count=1 iflag=direct; }
+    may_write() { dd if=/tmp/block of="$1" bs=512 seek=8 count=1 oflag=direct conv=notrunc; }
+    access() {
+        may_read "$1" >/dev/null 2>&1 && access_read=r || access_read=-
+        may_write "$1" >/dev/null 2>&1 && access_write=w || access_write=-
+        echo "$access_read$access_write"
+    }
+"#;
+
+/// Reserves the disk with every type, and fences the other guest off in the middle of its writes.
+const RESERVES: &str = r#"
+    head -c 512 /dev/urandom >/tmp/block
+    step register out /dev/sda -G -S 0xa
+    key=0xa
+    step 'the other is there' key_is_there /dev/sda 0xb
+    for type in 1 3 5 6 7 8; do
+        step "reserve $type" out /dev/sda -R -K $key -T $type
+        step "say so $type" out /dev/sda -G -K $key -S 0xa$type
+        key=0xa$type
+        step "tried $type" key_is_there /dev/sda 0xb$type
+        fact "holder.$type" "$(access /dev/sda)"
+        step "release $type" out /dev/sda -L -K $key -T $type
+    done
+    step 'reserve to fence' out /dev/sda -R -K $key -T 5
+    step 'say so' out /dev/sda -G -K $key -S 0xaf
+    step 'the other writes' key_is_there /dev/sda 0xbf
+    sleep 1
+    step fence out /dev/sda -A -K 0xaf -S 0xbf -T 5
+    step 'write there' may_write /dev/sda
+    step 'the other cannot' key_is_there /dev/sda 0xbe
+    step 'and has not' sh -c 'dd if=/dev/sda bs=512 skip=8 count=1 iflag=direct | cmp - /tmp/block'
+    fact status "$(sg_persist -n -i -s /dev/sda | tr -s ' \n' ' ')"
+    fact capabilities "$(sg_persist -n -i -c /dev/sda | tr -s ' \n' ' ')"
+    step clear out /dev/sda -C -K 0xaf
+    step 'the other has seen it' key_is_there /dev/sda 0xc
+"#;
+
+/// The other guest.
+const IS_FENCED: &str = r#"
+    step modules modprobe -a virtio_scsi sd_mod sg
+    step 'the disk is there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && break; sleep 0.1; done'
+    head -c 512 /dev/urandom >/tmp/block
+    step 'the first is there' key_is_there /dev/sda 0xa
+    step register out /dev/sda -G -S 0xb
+    key=0xb
+    for type in 1 3 5 6 7 8; do
+        step "reserved $type" key_is_there /dev/sda 0xa$type
+        fact "registrant.$type" "$(access /dev/sda)"
+        step "unregister $type" out /dev/sda -G -K $key -S 0
+        fact "other.$type" "$(access /dev/sda)"
+        step "say so $type" out /dev/sda -G -S 0xb$type
+        key=0xb$type
+    done
+    step 'reserved again' key_is_there /dev/sda 0xaf
+    (while may_write /dev/sda; do :; done) >/dev/null 2>&1 &
+    step 'say that it writes' out /dev/sda -G -K $key -S 0xbf
+    step 'is fenced' wait $!
+    fact fenced "$(access /dev/sda)"
+    step 'say that it cannot' out /dev/sda -G -S 0xbe
+    step 'all is cleared' no_key /dev/sda
+    fact cleared "$(access /dev/sda)"
+    step 'say that it is done' out /dev/sda -G -S 0xc
+"#;
+
 #[test]
-fn resets_of_a_scsi_host_with_packed_rings_whose_cores_sleep_are_answered() {
+fn two_guests_reserve_a_disk_from_each_other_and_reset_it_while_cores_sleep() {
     let lab = Lab::new("scsi-sleep");
-    let scsi = "path=vm0.sock,queues=2,lun=0:0:ns1";
+    let [first, second] = [
+        "path=vm0.sock,queues=2,lun=0:0:ns1,initiator=first",
+        "path=vm1.sock,lun=0:0:ns1,initiator=second",
+    ];
     let device = "model:ram,size=256M";
-    let arguments = ["--poll", "adaptive", "--device", device, "--scsi", scsi];
-    let server = Server::start(&lab, &arguments);
+    let arguments = ["--poll", "adaptive", "--device", device];
+    let hosts = ["--scsi", first, "--scsi", second];
+    let server = Server::start(&lab, &[&arguments[..], &hosts[..]].concat());
+    let more = ["--scsi", "vm1.sock,num_queues=1"];
+    let job = format!("{RESERVATIONS}{IS_FENCED}");
+    let setup = Setup {
+        cpus: 1,
+        more: &more,
+        ..Setup::new(&[], &job)
+    };
+    let second = Guest::boot(&lab, &setup);
     // Nothing else happens: every core sleeps between two resets.
     let job = "
         step modules modprobe -a virtio_scsi sd_mod sg
         step 'the disk is there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && break; sleep 0.1; done'
         fact features $(cat /sys/bus/virtio/devices/virtio0/features)
+        #RESERVES
         step resets sh -c 'for i in $(seq 10); do sg_reset -d /dev/sda || exit 1; sg_turs -n 2 /dev/sda; sleep 0.2; done'
         step verify fio_verify /dev/sda 2 2m";
     let more = ["--scsi", "vm0.sock,num_queues=2,packed=on"];
+    let job = job.replace("#RESERVES", &format!("{RESERVATIONS}{RESERVES}"));
     let setup = Setup {
         cpus: 2,
         more: &more,
-        ..Setup::new(&[], job)
+        ..Setup::new(&[], &job)
     };
     let facts = Guest::boot(&lab, &setup).ends_well();
+    let others = second.ends_well();
+    // SPC-4, table 66, for reads and writes.
+    for (kind, registrant, other) in [
+        (1, "r-", "r-"),
+        (3, "--", "--"),
+        (5, "rw", "r-"),
+        (6, "rw", "--"),
+        (7, "rw", "r-"),
+        (8, "rw", "--"),
+    ] {
+        assert_eq!(facts[&format!("holder.{kind}")], "rw");
+        assert_eq!(others[&format!("registrant.{kind}")], registrant);
+        assert_eq!(others[&format!("other.{kind}")], other);
+    }
+    assert_eq!((&*others["fenced"], &*others["cleared"]), ("r-", "rw"));
+    for (key, words) in [
+        ("status", "Reservation holder"),
+        ("status", "iqn.2025-01.internal.tandem:first"),
+        ("status", "iqn.2025-01.internal.tandem:second"),
+        ("capabilities", "All Target Ports Capable(ATP_C): 1"),
+        (
+            "capabilities",
+            "Persist Through Power Loss Capable(PTPL_C): 0",
+        ),
+    ] {
+        assert!(facts[key].contains(words), "{key}: {}", facts[key]);
+    }
     assert_eq!(facts["features"].as_bytes()[F_RING_PACKED], b'1');
     let report = server.end_well();
     assert_eq!(report.total("tasks"), 10, "{report:?}");

@@ -1,9 +1,9 @@
 //! Persistent reservations of a logical unit (SPC-4, 5.13): who is registered, who holds the reservation, and what PERSISTENT
 //! RESERVE OUT makes of that.
 //!
-//! A [`Reservations`] is a value. [`Reservations::out`] says what comes after a command, and nothing has changed yet: so it
+//! A [`Reservations`] is a value. `Reservations::out` says what comes after a command, and nothing has changed yet: so it
 //! can be made durable first. I_T nexuses are told apart by their initiators alone, since a unit has one target port.
-//! Start at [`Reservations::out`].
+//! Start at `Reservations::out`.
 
 use super::attention::Attention;
 use super::initiator::Initiator;
