@@ -774,6 +774,13 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         fact opcodes \"$(sg_opcodes -n /dev/sda | grep -cE '^ [0-9a-f][0-9a-f] ')\"
         fact read10 \"$(sg_opcodes -n -o 0x28 -m /dev/sda | tr -s ' \\n' ' ')\"
         fact modes \"$(sg_modes -6 /dev/sda | tr -s ' \\n' ' ')\"
+        fact features \"$(sg_vpd -p ei /dev/sda | tr -s ' \\n' ' ')\"
+        fact temperature \"$(sg_logs -p 0xd /dev/sda | tr -s ' \\n' ' ')\"
+        fact wear \"$(sg_logs -p 0x11 /dev/sda | tr -s ' \\n' ' ')\"
+        fact exceptions \"$(sg_logs -p 0x2f /dev/sda | tr -s ' \\n' ' ')\"
+        fact logs \"$(sg_logs -L /dev/sda | tr -s ' \\n' ' ')\"
+        fact lba.status \"$(sg_get_lba_status -l 1000 /dev/sda | tr -s ' \\n' ' ')\"
+        fact ports \"$(sg_rtpg -d /dev/sda | tr -s ' \\n' ' ')\"
         step ready sg_turs -n 20 /dev/sda
         step requests sg_requests /dev/sda
         step start sg_start --start /dev/sda
@@ -783,6 +790,13 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         step 'write same' sg_write_same --16 -l 1000 -n 300 -i /tmp/pattern /dev/sda
         step 'expected pattern' sh -c 'for i in $(seq 300); do cat /tmp/pattern; done >/tmp/expected'
         step 'read pattern' sh -c 'dd if=/dev/sda bs=512 skip=1000 count=300 iflag=direct | cmp - /tmp/expected'
+        step verify sg_verify -l 1000 -c 300 /dev/sda
+        step 'verify all zones' sg_verify --16 -l 0 -c 100000 -b 20000 /dev/sda
+        step 'same bytes' sh -c 'sg_verify -E 1 -n 153600 -l 1000 -c 300 -i /tmp/expected /dev/sda'
+        step 'same block' sh -c 'sg_verify -E 3 -n 512 -l 1000 -c 300 -i /tmp/pattern /dev/sda'
+        fact miscompare $(sg_verify -E 3 -n 512 -l 999 -c 2 -i /tmp/pattern /dev/sda >/dev/null 2>&1; echo $?)
+        step 'write and verify' sh -c 'sg_write_verify --16 -l 1300 -n 10 -i /tmp/expected --ilen=5120 -b 1 /dev/sda'
+        step 'read what was verified' sh -c 'dd if=/dev/sda bs=512 skip=1300 count=10 iflag=direct | cmp -n 5120 - /tmp/expected'
         step unmap sg_unmap -l 1000 -n 300 /dev/sda
         step 'write zeroes' sg_write_same --10 -l 1000 -n 300 /dev/sda
         step 'read zeroes' sh -c 'dd if=/dev/sda bs=512 skip=1000 count=300 iflag=direct | cmp -n 153600 - /dev/zero'
@@ -821,7 +835,9 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("fua.a", "1"),
         ("serial.a", "d0-ns1"),
         ("serial.b", "d0-ns2"),
-        ("opcodes", "25"),
+        ("opcodes", "36"),
+        // MISCOMPARE.
+        ("miscompare", "14"),
     ] {
         assert_eq!(facts[key], value, "{key}: {facts:#?}");
     }
@@ -842,6 +858,18 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("thin", "Unmap command supported (LBPU): 1"),
         ("luns.a", "0000000000000000"),
         ("luns.b", "412c000000000000 c101000000000000"),
+        ("features", "V_SUP=1"),
+        ("features", "SIMPSUP=1"),
+        ("temperature", "Current temperature = 30 C"),
+        ("wear", "Percentage used endurance indicator: 0%"),
+        ("exceptions", "IE asc = 0x0, ascq = 0x0"),
+        ("logs", "0x0d"),
+        ("lba.status", "0x00000000000003e8"),
+        (
+            "ports",
+            "target port group asymmetric access state : 0x00 (active/optimized)",
+        ),
+        ("designators", "Target port group: 0x1"),
         ("capacity", "Last LBA=524287"),
         ("capacity", "lbpme=1"),
         ("read10", "28 18 ff ff ff ff 1f ff ff 00"),

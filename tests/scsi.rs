@@ -2,13 +2,18 @@
 //! code. Then the same through virtio-scsi rings over the software controller, with what a hostile guest may put there.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "scsi/log.rs"]
+mod log;
+#[path = "scsi/verify.rs"]
+mod verify;
+
 use std::sync::Arc;
 
 use tandem::block::{BlockCount, BlockOp, BlockRange, Geometry, Lba, RangeList};
 use tandem::scsi::command::COMMANDS;
 use tandem::scsi::{
-    Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, Lun, MAX_SENSE_BYTES, Nexus, Sense,
-    Target, UnitIds,
+    Action, Address, Carry, Cdb, DataIn, Exchange, Health, HealthReport, LogicalUnit, Lun,
+    MAX_SENSE_BYTES, Nexus, Sense, Target, UnitIds,
 };
 
 const NOTHING: [u8; 0] = [];
@@ -19,6 +24,7 @@ const EUI64: [u8; 8] = [0xb2; 8];
 /// One initiator of a target with a disk at LUN 0 and a read-only one at LUN 300; unit attentions told.
 struct Bench {
     nexus: Nexus,
+    health: Arc<Health>,
     buffer: Vec<u8>,
     ranges: RangeList,
 }
@@ -49,7 +55,9 @@ impl Bench {
         let disk = |shift, read_only| {
             LogicalUnit::new(Geometry::new(shift, BLOCKS, read_only).unwrap(), "serial-1")
         };
+        let health = Arc::new(Health::default());
         let first = disk(9, false)
+            .with_health(Arc::clone(&health))
             .with_ids(UnitIds {
                 eui64: Some(EUI64),
                 nguid: Some(NGUID),
@@ -63,6 +71,7 @@ impl Bench {
         Bench {
             buffer: vec![0xee; target.data_in_bytes()],
             nexus: Nexus::new(target),
+            health,
             ranges: RangeList::new(),
         }
     }
@@ -355,10 +364,9 @@ fn blocks_beyond_the_end_are_21_00_and_none_at_the_end_are_fine() {
 #[test]
 fn writes_to_a_read_only_disk_are_write_protected() {
     let mut bench = Bench::new();
-    let cdbs: [&[u8]; 4] = [
+    let cdbs: [&[u8]; 3] = [
         &[0x0a, 0, 0, 0, 1, 0],
         &[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0],
-        &[0x42, 0, 0, 0, 0, 0, 0, 0, 8, 0],
         &[0x41, 0, 0, 0, 0, 0, 0, 0, 1, 0],
     ];
     for cdb in cdbs {
@@ -382,7 +390,7 @@ fn inquiry_has_the_standard_data_and_is_cut_to_the_allocation_length() {
     let mut bench = Bench::new();
     let data = bench.says(&[0x12, 0, 0, 0, 255, 0]);
     assert_eq!(data.len(), 96);
-    assert_eq!(data[..8], [0x00, 0, 0x06, 0x12, 91, 0, 0, 0x02]);
+    assert_eq!(data[..8], [0x00, 0, 0x06, 0x12, 91, 0x10, 0, 0x02]);
     assert_eq!(&data[8..36], b"TANDEM  Tandem NVMe disk0001");
     assert_eq!(data[58..64], [0x00, 0x80, 0x04, 0x60, 0x04, 0xc0]);
     assert_eq!(bench.says(&[0x12, 0, 0, 0, 5, 0]), data[..5]);
@@ -402,9 +410,12 @@ fn inquiry_has_the_standard_data_and_is_cut_to_the_allocation_length() {
 fn vital_product_data_pages_have_their_shapes() {
     let mut bench = Bench::new();
     let mut page = |code| bench.says(&[0x12, 1, code, 1, 0, 0]);
-    assert_eq!(page(0), [0, 0, 0, 6, 0x00, 0x80, 0x83, 0xb0, 0xb1, 0xb2]);
+    assert_eq!(
+        page(0),
+        [0, 0, 0, 7, 0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2]
+    );
     assert_eq!(page(0x80), b"\x00\x80\x00\x08serial-1");
-    let mut expected = vec![0, 0x83, 0, 20 + 12 + 20 + 8];
+    let mut expected = vec![0, 0x83, 0, 20 + 12 + 20 + 8 + 8];
     expected.extend([1, 2, 0, 16]);
     expected.extend(NGUID);
     expected.extend([1, 2, 0, 8]);
@@ -412,7 +423,12 @@ fn vital_product_data_pages_have_their_shapes() {
     expected.extend([2, 1, 0, 16]);
     expected.extend(b"TANDEM  serial-1");
     expected.extend([1, 0x14, 0, 4, 0, 0, 0, 1]);
+    expected.extend([1, 0x15, 0, 4, 0, 0, 0, 1]);
     assert_eq!(page(0x83), expected);
+    // SIMPSUP; V_SUP; the longest sense data.
+    let mut extended = vec![0, 0x86, 0, 60, 0, 0x01, 0x01, 0, 0, 0, 0, 0, 0, 28];
+    extended.resize(64, 0);
+    assert_eq!(page(0x86), extended);
     let limits = page(0xb0);
     assert_eq!(
         (limits.len(), limits[..6].to_vec()),
@@ -671,6 +687,13 @@ fn supported_operation_codes_are_those_of_the_table() {
     assert_eq!(bench.refuses(&cdb(2, 0x28, 0, 0), &[]), invalid_field(2, 2));
     assert_eq!(bench.refuses(&cdb(1, 0x9e, 0, 0), &[]), invalid_field(2, 2));
     assert_eq!(bench.refuses(&cdb(4, 0x28, 0, 0), &[]), invalid_field(2, 2));
+    // A disk that cannot unmap has no UNMAP, and says so.
+    let unmap = cdb(3, 0x42, 0, 0);
+    assert_eq!(bench.says(&unmap)[..4], [0, 3, 0, 10]);
+    assert_eq!(bench.run_at(READ_ONLY, &unmap, &[]).data, absent);
+    let fewer = bench.run_at(READ_ONLY, &cdb(0, 0, 0, 0), &[]).data;
+    assert_eq!(fewer.len(), all.len() - 8);
+    assert!(fewer[4..].chunks(8).all(|entry| entry[0] != 0x42));
     let tasks = bench.says(&[0xa3, 0x0d, 0, 0, 0, 0, 0, 0, 0, 255, 0, 0]);
     assert_eq!(tasks, [0xdc, 0x03, 0, 0]);
     assert_eq!(

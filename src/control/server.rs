@@ -160,6 +160,9 @@ impl Server {
             let (device, handle) = open_device(&device.config, device.virtqueues, interrupts)?;
             self.models
                 .extend(handle.map(|handle| (device.name.clone(), handle)));
+            if let Err(error) = device.ask_for_health() {
+                tracing::warn!(device = %device.name, %error, "cannot read its SMART log");
+            }
             self.devices.push(Arc::new(device));
         }
         for core in &plan.cores {
@@ -435,6 +438,7 @@ fn host_of(host: &HostPlan, device: &Device) -> Result<Host, ServerError> {
         };
         let unit = LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, place.nsid))
             .with_ids(ids)
+            .with_health(Arc::clone(&device.health))
             .with_volatile_cache(device.has_volatile_cache())
             .with_provisioning(
                 device.can_deallocate(),

@@ -22,7 +22,7 @@ use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
 use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
 use super::signal::Signal;
-use crate::block::{BlockRange, RangeList};
+use crate::block::{Against, BlockRange, RangeList};
 use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
@@ -82,6 +82,23 @@ struct Request<P> {
     failure: Option<Status>,
 }
 
+/// What became of a command.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    pub(super) status: Status,
+    /// What SCSI says of it in the information field of sense data: the block, or for a comparison which byte differs.
+    pub(super) information: Option<u64>,
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Failure {
+        Failure {
+            status,
+            information: None,
+        }
+    }
+}
+
 /// The namespace that a request is for.
 #[derive(Clone, Copy, Debug)]
 struct Medium {
@@ -109,6 +126,8 @@ struct Work {
     head: HeadIndex,
     medium: Medium,
     step: Step,
+    /// What follows when everything that was issued has ended well.
+    then: Option<Step>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -134,11 +153,20 @@ enum Step {
         lba: u64,
         left: u32,
     },
+    /// `left` blocks from `lba` are read and compared; `offset` bytes of the data segments are behind us.
+    Verify {
+        lba: u64,
+        left: u32,
+        offset: u64,
+        against: Against,
+    },
     Flush,
 }
 
 enum Progress {
     Issued,
+    /// Another step begins.
+    Next,
     /// No slot or no bounce buffer: go on after a completion.
     Blocked,
     Finished,
@@ -208,7 +236,16 @@ pub(super) trait Front: fmt::Debug + Sized {
     fn fail(lane: &mut RequestLane<Self>, most: u16);
 
     /// Writes the answer, and returns the used length.
-    fn finish(&mut self, place: Self::Place, data_in: u32, failure: Option<Status>) -> u32;
+    fn finish(
+        &mut self,
+        head: HeadIndex,
+        place: Self::Place,
+        data_in: u32,
+        failure: Option<Status>,
+    ) -> u32;
+
+    /// The request at `head` fails, and this is why; of several commands that failed the `first` one, or another.
+    fn explain(&mut self, _head: HeadIndex, _failure: Failure, _first: bool) {}
 
     /// Everything that was finished is visible to the guest.
     #[inline(always)]
@@ -445,10 +482,10 @@ impl Lane {
     }
 
     /// A command of the request at `head` has completed.
-    pub(super) fn command_done(&mut self, head: HeadIndex, status: Status) {
+    pub(super) fn command_done(&mut self, head: HeadIndex, failure: Option<Failure>) {
         match &mut self.0 {
-            Kind::Blk(lane) => lane.command_done(head, status),
-            Kind::Scsi(lane) => lane.command_done(head, status),
+            Kind::Blk(lane) => lane.command_done(head, failure),
+            Kind::Scsi(lane) => lane.command_done(head, failure),
             // It has no commands.
             Kind::Control(_) => {}
         }
@@ -702,9 +739,14 @@ impl<F: Front> RequestLane<F> {
         pair: &mut Pair<T>,
         head: HeadIndex,
         medium: Medium,
-        step: Step,
+        (step, then): (Step, Option<Step>),
     ) {
-        self.set_work(Some(Work { head, medium, step }));
+        self.set_work(Some(Work {
+            head,
+            medium,
+            step,
+            then,
+        }));
         self.continue_work(pair);
     }
 
@@ -714,16 +756,22 @@ impl<F: Front> RequestLane<F> {
         let Some(mut work) = self.work else {
             return true;
         };
-        // Each round issues a command, so the free slots bound the loop.
+        // Each round issues a command, so the free slots bound the loop, or goes on to the next of a few steps.
         loop {
             let progress = match work.step {
                 Step::Transfer { .. } => self.issue_transfer(pair, &mut work),
                 Step::WriteZeroes { .. } => self.issue_write_zeroes(pair, &mut work),
                 Step::Discard { .. } => self.issue_discard(pair, &mut work),
                 Step::Same { .. } => self.issue_same(pair, &mut work),
+                Step::Verify { .. } => self.issue_verify(pair, &mut work),
                 Step::Flush => self.issue_flush(pair, &mut work),
             };
+            let progress = match progress {
+                Progress::Finished => self.next_step(&mut work),
+                other => other,
+            };
             match progress {
+                Progress::Next => {}
                 Progress::Issued => {
                     self.counters.commands = self.counters.commands.wrapping_add(1);
                     self.requests[usize::from(work.head.get())].pending += 1;
@@ -772,12 +820,12 @@ impl<F: Front> RequestLane<F> {
         let bytes = blocks << shift;
         let direct = piece(segments, offset, bytes);
         let entry = work.medium.transfer(write, lba, blocks);
-        let (cid, blocks, bounce) =
+        let (cid, blocks) =
             match pair
                 .queue
                 .submit(entry, direct.map(|segment| as_data(&segment)), bytes)
             {
-                Ok(cid) => (cid, blocks, None),
+                Ok(cid) => (Some(cid), blocks),
                 Err(SubmitError::Full) => return Progress::Blocked,
                 Err(SubmitError::Prp(PrpError::LengthMismatch)) => return Progress::Failed,
                 Err(SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong)) => {
@@ -793,27 +841,20 @@ impl<F: Front> RequestLane<F> {
                         pair.bounce.remember(chunk, through);
                     }
                     let entry = work.medium.transfer(write, lba, blocks);
-                    let data = std::iter::once(pair.bounce.data(chunk, bytes));
                     self.counters.bounced += 1;
-                    match pair.queue.submit(entry, data, bytes) {
-                        Ok(cid) => (cid, blocks, Some(chunk)),
-                        Err(error) => {
-                            pair.bounce.release(chunk);
-                            let full = error == SubmitError::Full;
-                            return if full {
-                                Progress::Blocked
-                            } else {
-                                Progress::Failed
-                            };
-                        }
+                    match self.submit_chunk(pair, work.head, entry, (chunk, bytes)) {
+                        Progress::Issued => (None, blocks),
+                        other => return other,
                     }
                 }
             };
-        *pair.context(cid) = CommandContext::Part {
-            lane: self.slot,
-            head: work.head,
-            bounce,
-        };
+        if let Some(cid) = cid {
+            *pair.context(cid) = CommandContext::Part {
+                lane: self.slot,
+                head: work.head,
+                bounce: None,
+            };
+        }
         work.step = Step::Transfer {
             write,
             lba: lba + u64::from(blocks),
@@ -921,17 +962,99 @@ impl<F: Front> RequestLane<F> {
             pair.bounce.gather(chunk, copies);
         }
         let entry = work.medium.transfer(true, lba, blocks);
+        let progress = self.submit_chunk(pair, work.head, entry, (chunk, bytes));
+        if matches!(progress, Progress::Issued) {
+            work.step = Step::Same {
+                lba: lba + u64::from(blocks),
+                left: left - blocks,
+            };
+        }
+        progress
+    }
+
+    /// Through a bounce buffer, also where nothing is compared: the data is not for the guest.
+    fn issue_verify<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Verify {
+            lba,
+            left,
+            offset,
+            against,
+        } = work.step
+        else {
+            return Progress::Failed;
+        };
+        if left == 0 {
+            return Progress::Finished;
+        }
+        if pair.queue.room() == 0 {
+            return Progress::Blocked;
+        }
+        let Some(chunk) = pair.bounce.take() else {
+            return Progress::Blocked;
+        };
+        let shift = work.medium.block_shift;
+        let most = CHUNK_SIZE.min(pair.queue.max_transfer()) >> shift;
+        let blocks = left.min(most).max(1);
+        let bytes = blocks << shift;
+        let segments = self.chain.readable();
+        match against {
+            Against::Nothing => {}
+            Against::Data => {
+                let data = piece(segments, offset, bytes);
+                pair.bounce.expect(chunk, bytes, data, offset);
+            }
+            Against::Block => {
+                let block = piece(segments, 0, 1 << shift);
+                pair.bounce.expect(chunk, bytes, block, 0);
+            }
+        }
+        // From the medium: what a cache holds may be fine, and the medium not.
+        let entry = work.medium.transfer(false, lba, blocks).force_unit_access();
+        let progress = self.submit_chunk(pair, work.head, entry, (chunk, bytes));
+        if matches!(progress, Progress::Issued) {
+            work.step = Step::Verify {
+                lba: lba + u64::from(blocks),
+                left: left - blocks,
+                offset: offset + u64::from(bytes),
+                against,
+            };
+        }
+        progress
+    }
+
+    /// A step was issued. The one that follows, if any, begins when all commands so far have ended, and ended well.
+    fn next_step(&mut self, work: &mut Work) -> Progress {
+        let Some(next) = work.then else {
+            return Progress::Finished;
+        };
+        let request = &self.requests[usize::from(work.head.get())];
+        if request.failure.is_some() {
+            return Progress::Finished;
+        }
+        // One stands for the issuing itself.
+        if request.pending > 1 {
+            return Progress::Blocked;
+        }
+        work.step = next;
+        work.then = None;
+        Progress::Next
+    }
+
+    /// Sends a command whose data is the first bytes of a bounce buffer. That goes back if it cannot be sent.
+    fn submit_chunk<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        head: HeadIndex,
+        entry: SubmissionEntry,
+        (chunk, bytes): (ChunkId, u32),
+    ) -> Progress {
         let data = std::iter::once(pair.bounce.data(chunk, bytes));
         match pair.queue.submit(entry, data, bytes) {
             Ok(cid) => {
                 *pair.context(cid) = CommandContext::Part {
                     lane: self.slot,
-                    head: work.head,
+                    head,
                     bounce: Some(chunk),
-                };
-                work.step = Step::Same {
-                    lba: lba + u64::from(blocks),
-                    left: left - blocks,
                 };
                 Progress::Issued
             }
@@ -1007,17 +1130,22 @@ impl<F: Front> RequestLane<F> {
         }
     }
 
-    fn command_done(&mut self, head: HeadIndex, status: Status) {
-        if !status.is_success() {
-            self.fail_request(head, status);
+    fn command_done(&mut self, head: HeadIndex, failure: Option<Failure>) {
+        if let Some(failure) = failure {
+            self.fail_request(head, failure);
         }
         self.end_command(head);
     }
 
     #[cold]
-    fn fail_request(&mut self, head: HeadIndex, status: Status) {
+    fn fail_request(&mut self, head: HeadIndex, failure: impl Into<Failure>) {
+        let failure = failure.into();
         let request = &mut self.requests[usize::from(head.get())];
-        request.failure.get_or_insert(status);
+        let first = request.failure.is_none();
+        let status = *request.failure.get_or_insert(failure.status);
+        if status.is(failure.status) {
+            self.front.explain(head, failure, first);
+        }
     }
 
     fn end_command(&mut self, head: HeadIndex) {
@@ -1028,7 +1156,7 @@ impl<F: Front> RequestLane<F> {
         }
         let (data_in, failure) = (request.data_in, request.failure);
         if let Some(place) = request.place.take() {
-            let written = self.front.finish(place, data_in, failure);
+            let written = self.front.finish(head, place, data_in, failure);
             self.answer(head, written);
         }
         if failure.is_some() {

@@ -10,12 +10,15 @@
 
 pub mod command;
 mod inquiry;
+mod log;
 mod medium;
 mod mode;
+mod port;
 pub mod sense;
 mod target;
 
 pub use command::Cdb;
+pub use log::{Health, HealthReport};
 pub use medium::MAX_WRITE_SAME_BLOCKS;
 pub use sense::{MAX_SENSE_BYTES, Sense};
 pub use target::{Address, LogicalUnit, Lun, Nexus, Target, UnitIds};

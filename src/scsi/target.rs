@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::command::{self, Cdb, Scope};
 use super::sense::{MAX_SENSE_BYTES, Sense, key};
-use super::{Action, Exchange, Result};
+use super::{Action, Exchange, Health, Result};
 use crate::block::Geometry;
 
 /// A logical unit number of up to 14 bits.
@@ -105,7 +105,7 @@ pub struct UnitIds {
 }
 
 /// A disk, as its initiators see it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct LogicalUnit {
     geometry: Geometry,
     serial: String,
@@ -114,6 +114,7 @@ pub struct LogicalUnit {
     unmap: bool,
     write_zeroes: bool,
     unmapped_reads_zero: bool,
+    health: Arc<Health>,
 }
 
 impl LogicalUnit {
@@ -132,6 +133,7 @@ impl LogicalUnit {
             unmap: false,
             write_zeroes: false,
             unmapped_reads_zero: false,
+            health: Arc::default(),
         }
     }
 
@@ -139,6 +141,12 @@ impl LogicalUnit {
     #[must_use]
     pub fn with_ids(self, ids: UnitIds) -> LogicalUnit {
         LogicalUnit { ids, ..self }
+    }
+
+    /// Where its device's health is told.
+    #[must_use]
+    pub fn with_health(self, health: Arc<Health>) -> LogicalUnit {
+        LogicalUnit { health, ..self }
     }
 
     /// Writes may be lost before they are synchronized.
@@ -180,6 +188,10 @@ impl LogicalUnit {
         &self.ids
     }
 
+    pub(super) fn health(&self) -> &Health {
+        &self.health
+    }
+
     pub(super) fn has_volatile_cache(&self) -> bool {
         self.volatile_cache
     }
@@ -198,7 +210,7 @@ impl LogicalUnit {
 }
 
 /// All logical units of one controller.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Target {
     /// Sorted by place.
     places: Vec<((u8, Lun), usize)>,
@@ -409,7 +421,7 @@ fn seat_command(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> 
     // An absent logical unit is told of before anything that the command gets wrong.
     let absent = seat.role() == Role::Absent;
     let command = match found {
-        Ok(command) if command::serves(command, seat.role()) => command,
+        Ok(command) if command::serves(command, seat) => command,
         _ if absent => return Err(Sense::NO_UNIT),
         Ok(_) => return Err(Sense::INVALID_OPCODE),
         Err(sense) => {

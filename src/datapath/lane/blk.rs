@@ -100,7 +100,13 @@ impl Front for Blk {
         }
     }
 
-    fn finish(&mut self, place: StatusByte, data_in: u32, failure: Option<Status>) -> u32 {
+    fn finish(
+        &mut self,
+        _head: HeadIndex,
+        place: StatusByte,
+        data_in: u32,
+        failure: Option<Status>,
+    ) -> u32 {
         let status = match failure {
             Some(_) => BlockStatus::IoError,
             None => BlockStatus::Ok,
@@ -288,7 +294,7 @@ impl RequestLane<Blk> {
             left: range.count.get(),
             offset: 0,
         };
-        self.begin_work(pair, head, self.front.medium, step);
+        self.begin_work(pair, head, self.front.medium, (step, None));
     }
 
     /// Everything that is neither a read nor a write.
@@ -325,10 +331,14 @@ impl RequestLane<Blk> {
                 None
             }
             // Reads and writes do not come here, and the parser makes no other of them.
-            BlockOp::Read(_) | BlockOp::Write(_) | BlockOp::WriteSame(_) => None,
+            BlockOp::Read(_)
+            | BlockOp::Write(_)
+            | BlockOp::WriteSame(_)
+            | BlockOp::Verify { .. }
+            | BlockOp::WriteAndVerify { .. } => None,
         };
         match step {
-            Some(step) => self.begin_work(pair, head, self.front.medium, step),
+            Some(step) => self.begin_work(pair, head, self.front.medium, (step, None)),
             None => self.end_command(head),
         }
     }

@@ -9,10 +9,10 @@ use nvme_driver::transport::Transport;
 
 use super::control::Barrier;
 use super::{
-    CommandContext, FETCH_BUDGET, Front, LaneId, LaneParts, Medium, Pair, RequestLane, State, Step,
-    as_data, copy_out, piece,
+    CommandContext, FETCH_BUDGET, Failure, Front, LaneId, LaneParts, Medium, Pair, RequestLane,
+    State, Step, as_data, copy_out, piece,
 };
-use crate::block::BlockOp;
+use crate::block::{Against, BlockOp, BlockRange};
 use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
@@ -63,6 +63,8 @@ pub(in crate::datapath) struct Scsi {
     namespaces: Arc<[Nsid]>,
     /// By logical unit: see [`Front::lose_cache`].
     cache_lost: Box<[bool]>,
+    /// By head, of a request that has failed: see [`Failure`].
+    information: Box<[Option<u64>]>,
     /// A command's parameter list.
     parameters: Box<[u8]>,
     /// A command's answer.
@@ -103,33 +105,66 @@ pub(super) fn address(lun: [u8; 8]) -> Option<Address> {
     }
 }
 
-/// What the device says, in SCSI's words. After the NVMe to SCSI translation that the NVM Express organisation publishes,
-/// where it has the code.
-fn translate(failure: Status) -> (u8, Sense) {
-    const MEDIA: u8 = 2;
-    let check = |key: u8, asc: u8, ascq: u8| (status::CHECK_CONDITION, Sense::new(key, asc, ascq));
-    let protect = (key::ABORTED_COMMAND, 0x10);
-    match (failure.sct(), failure.sc()) {
-        _ if failure.is(Status::RESERVATION_CONFLICT) => {
-            (status::RESERVATION_CONFLICT, Sense::NONE)
-        }
-        _ if failure.is(Status::LBA_OUT_OF_RANGE) => (status::CHECK_CONDITION, Sense::OUT_OF_RANGE),
-        _ if failure.is(Status::NAMESPACE_WRITE_PROTECTED) => {
-            (status::CHECK_CONDITION, Sense::WRITE_PROTECTED)
-        }
-        _ if failure.is(Status::CAPACITY_EXCEEDED) => check(key::DATA_PROTECT, 0x27, 0x07),
-        _ if failure.is(Status::NAMESPACE_NOT_READY) => check(key::NOT_READY, 0x04, 0x00),
-        _ if failure.is(Status::FORMAT_IN_PROGRESS) => check(key::NOT_READY, 0x04, 0x04),
-        _ if failure.is(Status::SANITIZE_IN_PROGRESS) => check(key::NOT_READY, 0x04, 0x1b),
-        _ if failure.is(Status::INVALID_NAMESPACE) => (status::CHECK_CONDITION, Sense::NO_UNIT),
-        _ if failure.is(Status::ABORT_REQUESTED) => check(key::ABORTED_COMMAND, 0x00, 0x00),
-        (MEDIA, 0x80) => check(key::MEDIUM_ERROR, 0x0c, 0x00),
-        (MEDIA, 0x81 | 0x87) => check(key::MEDIUM_ERROR, 0x11, 0x00),
-        (MEDIA, tag @ 0x82..=0x84) => check(protect.0, protect.1, tag - 0x81),
-        (MEDIA, 0x85) => check(key::MISCOMPARE, 0x1d, 0x00),
-        (MEDIA, 0x86) => check(key::DATA_PROTECT, 0x20, 0x02),
-        _ => (status::CHECK_CONDITION, Sense::INTERNAL_FAILURE),
+/// What the device says (status code type and code), in SCSI's words: status, sense key, code and qualifier. The public
+/// form of this table is docs/scsi-sense.md. After the NVMe to SCSI translation that the NVM Express organisation
+/// publishes, where it has the code.
+#[rustfmt::skip]
+const TRANSLATIONS: &[(Status, u8, Sense)] = {
+    use key::{
+        ABORTED_COMMAND, DATA_PROTECT, HARDWARE_ERROR, ILLEGAL_REQUEST, MEDIUM_ERROR, NOT_READY,
+    };
+    use status::{CHECK_CONDITION as CHECK, RESERVATION_CONFLICT};
+    const fn sense(key: u8, asc: u8, ascq: u8) -> Sense {
+        Sense::new(key, asc, ascq)
     }
+    &[
+        (Status::DATA_TRANSFER_ERROR, CHECK, sense(HARDWARE_ERROR, 0x44, 0x00)),
+        (Status::ABORTED_POWER_LOSS, CHECK, sense(ABORTED_COMMAND, 0x0b, 0x08)),
+        (Status::INTERNAL_ERROR, CHECK, Sense::INTERNAL_FAILURE),
+        (Status::ABORT_REQUESTED, CHECK, sense(ABORTED_COMMAND, 0x00, 0x00)),
+        (Status::ABORTED_SQ_DELETION, CHECK, sense(ABORTED_COMMAND, 0x00, 0x00)),
+        (Status::INVALID_NAMESPACE, CHECK, Sense::NO_UNIT),
+        (Status::SANITIZE_IN_PROGRESS, CHECK, sense(NOT_READY, 0x04, 0x1b)),
+        (Status::NAMESPACE_WRITE_PROTECTED, CHECK, Sense::WRITE_PROTECTED),
+        (Status::LBA_OUT_OF_RANGE, CHECK, Sense::OUT_OF_RANGE),
+        (Status::CAPACITY_EXCEEDED, CHECK, sense(DATA_PROTECT, 0x27, 0x07)),
+        (Status::NAMESPACE_NOT_READY, CHECK, sense(NOT_READY, 0x04, 0x00)),
+        (Status::RESERVATION_CONFLICT, RESERVATION_CONFLICT, Sense::NONE),
+        (Status::FORMAT_IN_PROGRESS, CHECK, sense(NOT_READY, 0x04, 0x04)),
+        (Status::NAMESPACE_NOT_ATTACHED, CHECK, Sense::NO_UNIT),
+        (Status::CONFLICTING_ATTRIBUTES, CHECK, sense(ILLEGAL_REQUEST, 0x24, 0x00)),
+        (Status::WRITE_TO_READ_ONLY_RANGE, CHECK, Sense::WRITE_PROTECTED),
+        (Status::WRITE_FAULT, CHECK, sense(MEDIUM_ERROR, 0x0c, 0x00)),
+        (Status::UNRECOVERED_READ_ERROR, CHECK, sense(MEDIUM_ERROR, 0x11, 0x00)),
+        (Status::GUARD_CHECK_ERROR, CHECK, sense(ABORTED_COMMAND, 0x10, 0x01)),
+        (Status::APPLICATION_TAG_CHECK_ERROR, CHECK, sense(ABORTED_COMMAND, 0x10, 0x02)),
+        (Status::REFERENCE_TAG_CHECK_ERROR, CHECK, sense(ABORTED_COMMAND, 0x10, 0x03)),
+        (Status::COMPARE_FAILURE, CHECK, Sense::MISCOMPARE),
+        (Status::ACCESS_DENIED, CHECK, sense(DATA_PROTECT, 0x20, 0x02)),
+        (Status::DEALLOCATED_BLOCK, CHECK, sense(MEDIUM_ERROR, 0x11, 0x00)),
+    ]
+};
+
+/// How a command ends that the device let fail. What is not in the table is a failure of the target.
+fn translate(failure: Status, information: Option<u64>) -> (u8, Sense) {
+    let found = TRANSLATIONS.iter().find(|(own, ..)| own.is(failure));
+    let (status, sense) = found.map_or(
+        (status::CHECK_CONDITION, Sense::INTERNAL_FAILURE),
+        |(_, status, sense)| (*status, *sense),
+    );
+    // Of the others the information field would not say what it does of these.
+    let about_blocks = matches!(
+        sense.key,
+        key::MEDIUM_ERROR | key::MISCOMPARE | key::ABORTED_COMMAND
+    );
+    let information = information.filter(|_| about_blocks);
+    (
+        status,
+        Sense {
+            information,
+            ..sense
+        },
+    )
 }
 
 /// Writes the response to a command that has ended, and returns the used length.
@@ -148,6 +183,15 @@ fn finish(place: &ResponsePlace, outcome: (u8, Sense), residual: u32, data_in: u
         data_in,
     };
     scsi::finish(place, &ending)
+}
+
+fn verify(range: BlockRange, against: Against) -> Step {
+    Step::Verify {
+        lba: range.lba.get(),
+        left: range.count.get(),
+        offset: 0,
+        against,
+    }
 }
 
 /// Writes the response to a request that is no command for anybody here.
@@ -206,14 +250,20 @@ impl Front for Scsi {
             lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
             lane.counters.errors += 1;
             let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
-                let outcome = translate(Status::INTERNAL_ERROR);
+                let outcome = translate(Status::INTERNAL_ERROR, None);
                 finish(&request.place, outcome, lane.buffers(), 0)
             });
             lane.answer(lane.chain.head(), written);
         }
     }
 
-    fn finish(&mut self, place: Place, data_in: u32, failure: Option<Status>) -> u32 {
+    fn finish(
+        &mut self,
+        head: HeadIndex,
+        place: Place,
+        data_in: u32,
+        failure: Option<Status>,
+    ) -> u32 {
         match failure {
             None => finish(
                 &place.response,
@@ -221,13 +271,24 @@ impl Front for Scsi {
                 place.residual,
                 data_in,
             ),
-            Some(failure) => finish(
-                &place.response,
-                translate(failure),
-                place.residual_failed,
-                0,
-            ),
+            Some(failure) => {
+                let information = self.information[usize::from(head.get())];
+                let outcome = translate(failure, information);
+                finish(&place.response, outcome, place.residual_failed, 0)
+            }
         }
+    }
+
+    /// Of several commands that say where it was the first place counts.
+    #[cold]
+    fn explain(&mut self, head: HeadIndex, failure: Failure, first: bool) {
+        let known = &mut self.information[usize::from(head.get())];
+        *known = match (*known, failure.information) {
+            (Some(known), Some(new)) if !first => Some(known.min(new)),
+            // One that does not say where it was may have been before.
+            (_, new) if first => new,
+            _ => None,
+        };
     }
 
     #[inline(always)]
@@ -253,6 +314,7 @@ impl RequestLane<Scsi> {
         let front = Scsi {
             sizes: config.sizes,
             cache_lost: vec![false; target.units().len()].into(),
+            information: vec![None; config.queue.size().into()].into(),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
@@ -435,6 +497,7 @@ impl RequestLane<Scsi> {
         // No more than the chain holds.
         let data_in = u32::try_from(carry.data_in).unwrap_or(u32::MAX);
         self.remember(head, place, data_in);
+        let mut then = None;
         let step = match carry.op {
             BlockOp::Read(range) | BlockOp::Write(range) => {
                 let write = carry.data_out > 0;
@@ -473,11 +536,26 @@ impl RequestLane<Scsi> {
                     left: range.count.get(),
                 })
             }
+            BlockOp::Verify { range, against } => {
+                self.count_transfer(false, range.count.get() << medium.block_shift);
+                Some(verify(range, against))
+            }
+            BlockOp::WriteAndVerify { range, against } => {
+                let (lba, left) = (range.lba.get(), range.count.get());
+                self.count_transfer(true, left << medium.block_shift);
+                then = Some(verify(range, against));
+                Some(Step::Transfer {
+                    write: true,
+                    lba,
+                    left,
+                    offset: 0,
+                })
+            }
             // No command asks for it.
             BlockOp::DeviceId => None,
         };
         match step {
-            Some(step) => self.begin_work(pair, head, medium, step),
+            Some(step) => self.begin_work(pair, head, medium, (step, then)),
             None => self.end_command(head),
         }
     }
