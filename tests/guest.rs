@@ -860,7 +860,7 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("luns.b", "412c000000000000 c101000000000000"),
         ("features", "V_SUP=1"),
         ("features", "SIMPSUP=1"),
-        ("temperature", "Current temperature = 30 C"),
+        ("temperature", "Current temperature = 25 C"),
         ("wear", "Percentage used endurance indicator: 0%"),
         ("exceptions", "IE asc = 0x0, ascq = 0x0"),
         ("logs", "0x0d"),
