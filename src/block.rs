@@ -201,6 +201,12 @@ impl Geometry {
         })
     }
 
+    /// The same disk, whether it may be written or not.
+    #[must_use]
+    pub const fn with_read_only(self, read_only: bool) -> Self {
+        Self { read_only, ..self }
+    }
+
     /// The block size as a power of two: 9 for 512 bytes, 12 for 4096.
     pub const fn block_shift(&self) -> u32 {
         self.block_shift

@@ -164,7 +164,10 @@ Keys of --scsi:
   queues=N          request queues, 1 to 64                   [1]
   device=NAME       needed when there are several devices
   lun=T:L:nsN       namespace N is LUN L of target T; once for each
-  readonly=on|off   of all of them                            [off]"
+  readonly=on|off   of all of them                            [off]
+  initiator=NAME    who the guest is, for reservations: an iSCSI name, or one
+                    that is made part of one. Hosts that are both given names
+                    may share a namespace             [made from the socket]"
 );
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use crate::config::{
     ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, Isolation, LunPlace,
     Medium, Polling, Socket,
 };
+use crate::scsi::Initiator;
 
 /// What the machine has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +84,8 @@ pub struct HostPlan {
     pub device: usize,
     pub readonly: bool,
     pub luns: Vec<LunPlace>,
+    /// Who its guest is.
+    pub initiator: Initiator,
     /// The core of each request queue. The control queue is polled where the first one is.
     pub queue_cores: Vec<CoreId>,
 }
@@ -142,6 +145,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
             device: host.device,
             readonly: host.readonly,
             luns: host.luns.clone(),
+            initiator: host.initiator.clone(),
             queue_cores: place(host.queues, &mut spreads[host.device], &mut load)
                 .into_iter()
                 .map(|slot| cores[slot].id)
@@ -262,6 +266,7 @@ impl Plan {
         };
         writeln!(f, "host    {}", host.socket)?;
         let units = count(host.luns.len(), "logical unit");
+        writeln!(f, "  initiator {}", host.initiator)?;
         writeln!(f, "  {device}, {units}, {access}; target:LUN, namespace:")?;
         // 8 to a line keeps to 120 columns.
         for line in host.luns.chunks(8) {

@@ -12,6 +12,7 @@ use tandem::config::{
     MAX_DEVICE_NAME, Medium, ModelConfig, OnDeviceLoss, Options, PciTarget, Polling, Socket,
 };
 use tandem::plan::{Topology, plan};
+use tandem::scsi::Initiator;
 
 fn from_toml(text: &str) -> Result<Config, ConfigError> {
     Options::from_toml(text, Path::new("vm.toml"))?.resolve()
@@ -958,7 +959,8 @@ fn namespace_served_writable_beside_another_disk_is_refused() {
             refusal(&file(DEVICE, &[&disks[0], &disks[1]])),
             format!(
                 "namespace 1 of device d0 would be served by a and by b, of which {writable} writable: two guests would \
-                 destroy each other's file system; make both readonly=on or use another ns="
+                 destroy each other's file system; make both readonly=on or use another ns=. SCSI hosts \
+                 whose guests know of each other share it when each is given a name with initiator=..."
             )
         );
     }
@@ -1055,6 +1057,8 @@ fn scsi_host_as_flags_and_as_a_file_is_the_same() {
         device: 0,
         readonly: true,
         luns: vec![place(0, 0, 1), place(1, 0, 2), place(255, 16383, 4)],
+        initiator: Initiator::new("iqn.2025-01.internal.tandem:run.a-b.sock").unwrap(),
+        named: false,
     };
     let body = "path = \"/run/a,b.sock\"\nqueues = 4\ndevice = \"d0\"\nreadonly = true\n\
                 lun = [\"0:0:ns1\", \"1:0:ns2\", \"255:16383:ns4\"]";
@@ -1140,6 +1144,71 @@ fn scsi_host_refusals_say_what_is_wrong_with_which() {
     );
 }
 
+/// Two hosts with namespace 1, with these lines more.
+fn sharing(first: &str, second: &str) -> Result<Config, ConfigError> {
+    let lun = "lun = [\"0:0:ns1\"]";
+    let first = format!("path = \"/run/a\"\n{lun}\n{first}");
+    let second = format!("path = \"/run/b\"\n{lun}\n{second}");
+    from_toml(&format!("{}[[scsi]]\n{second}\n", host_file(&first)))
+}
+
+#[test]
+fn scsi_hosts_share_a_namespace_when_both_are_named() {
+    let name = |name: &str| format!("initiator = \"{name}\"");
+    let shared = sharing(&name("VM0"), &name("iqn.2001-04.com.example:vm1")).unwrap();
+    let names: Vec<&str> = shared
+        .hosts
+        .iter()
+        .map(|host| host.initiator.name())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "iqn.2025-01.internal.tandem:vm0",
+            "iqn.2001-04.com.example:vm1"
+        ]
+    );
+    let refused = |first: &str, second: &str| sharing(first, second).unwrap_err().to_string();
+    for (first, second) in [("", ""), (&name("vm0")[..], ""), ("", &name("vm1")[..])] {
+        let text = refused(first, second);
+        assert!(
+            text.contains("would be served by /run/a and by /run/b"),
+            "{text}"
+        );
+    }
+    let text = refused(&name("vm0"), &name("iqn.2025-01.internal.tandem:vm0"));
+    assert!(
+        text.contains(
+            "twice to initiator iqn.2025-01.internal.tandem:vm0, by /run/a and by /run/b"
+        ),
+        "{text}"
+    );
+    // Nobody can destroy anything: no names are needed, but they must differ.
+    let read = "readonly = true\n";
+    assert!(sharing(read, read).is_ok());
+    let same = format!("{read}{}", name("x"));
+    assert!(refused(&same, &same).contains("twice to initiator"));
+    // A guest without reservations of its own respects nobody's.
+    let with_blk = format!(
+        "{}[[blk]]\nfd = 4\n",
+        host_file(&format!("fd = 3\nlun = [\"0:0:ns1\"]\n{}", name("x")))
+    );
+    assert!(refusal(&with_blk).contains("would be served by fd 4 and by fd 3"));
+    for (name, reason) in [
+        ("", "it is empty"),
+        ("vm_0", "'_' is no character of a name"),
+        (
+            &"x".repeat(200)[..],
+            "it has 228 bytes, and an iSCSI name at most 223",
+        ),
+    ] {
+        let text = refusal(&host_file(&format!(
+            "fd = 3\nlun = [\"0:0:ns1\"]\ninitiator = \"{name}\""
+        )));
+        assert!(text.contains(reason), "{text}");
+    }
+}
+
 #[test]
 fn plan_of_a_scsi_host_shows_units_and_request_queues() {
     let places: Vec<String> = (0..9)
@@ -1159,6 +1228,7 @@ fn plan_of_a_scsi_host_shows_units_and_request_queues() {
         after,
         "  1 virtqueue, queue@core: 0@0\n\
          host    /run/s\n\
+         \x20 initiator iqn.2025-01.internal.tandem:run.s\n\
          \x20 d0, 9 logical units, read-write; target:LUN, namespace:\n\
          \x20   0:0 ns1, 1:40 ns2, 2:80 ns3, 3:120 ns4, 4:160 ns5, 5:200 ns6, 6:240 ns7, 7:280 ns8\n\
          \x20   8:320 ns9\n\

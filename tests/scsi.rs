@@ -12,8 +12,8 @@ use std::sync::Arc;
 use tandem::block::{BlockCount, BlockOp, BlockRange, Geometry, Lba, RangeList};
 use tandem::scsi::command::COMMANDS;
 use tandem::scsi::{
-    Action, Address, Carry, Cdb, DataIn, Exchange, Health, HealthReport, LogicalUnit, Lun,
-    MAX_SENSE_BYTES, Nexus, Sense, Target, UnitIds,
+    Action, Address, Attention, Carry, Cdb, DataIn, Exchange, Health, HealthReport, Initiator,
+    LogicalUnit, Lun, MAX_INITIATORS, MAX_SENSE_BYTES, Nexus, Sense, ShareError, Target, UnitIds,
 };
 
 const NOTHING: [u8; 0] = [];
@@ -67,7 +67,7 @@ impl Bench {
             .with_provisioning(true, true, true);
         let lun = |number| Lun::new(number).unwrap();
         let units = vec![(3, lun(0), first), (3, lun(300), disk(12, true))];
-        let target = Arc::new(Target::new(units));
+        let target = Arc::new(Target::new(&initiator("vm0"), units).unwrap());
         Bench {
             buffer: vec![0xee; target.data_in_bytes()],
             nexus: Nexus::new(target),
@@ -132,6 +132,10 @@ impl Bench {
             other => panic!("{cdb:02x?} came to {other:?}"),
         }
     }
+}
+
+fn initiator(name: &str) -> Initiator {
+    Initiator::new(name).unwrap()
 }
 
 fn fixed(sense: &Sense) -> Vec<u8> {
@@ -463,8 +467,9 @@ fn capacity_is_the_last_block_and_its_length() {
     assert_eq!(data, expected);
     assert_eq!(bench.says(&cdb(12)), expected[..12]);
     let large = LogicalUnit::new(Geometry::new(9, 1 << 33, false).unwrap(), "l");
-    let target = Target::new(vec![(0, Lun::new(0).unwrap(), large)]);
-    bench.nexus = Nexus::new(Arc::new(target));
+    let units = vec![(0, Lun::new(0).unwrap(), large)];
+    let target = Target::new(&initiator("vm0"), units);
+    bench.nexus = Nexus::new(Arc::new(target.unwrap()));
     let at = Address::Unit {
         target: 0,
         lun: Lun::new(0),
@@ -525,14 +530,14 @@ fn request_sense_tells_a_unit_attention_once_in_the_format_asked_for() {
         bench.says(&[3, 0, 0, 0, 255, 0]),
         fixed_sense(0, 0, 0, [0; 3])
     );
-    bench.nexus.attend(0, 0x29, 0x03);
+    bench.nexus.attend(0, Attention::Reset);
     assert_eq!(
         bench.says(&[3, 1, 0, 0, 255, 0]),
         [0x72, 6, 0x29, 3, 0, 0, 0, 0]
     );
     assert_eq!(bench.says(&[3, 1, 0, 0, 3, 0]), [0x72, 0, 0]);
     // INQUIRY and REPORT LUNS leave it alone; any other command ends with it, also one that is wrong.
-    bench.nexus.attend(0, 0x29, 0x03);
+    bench.nexus.attend(0, Attention::Reset);
     bench.says(&[0x12, 0, 0, 0, 255, 0]);
     bench.says(&[0xa0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0]);
     assert_eq!(
@@ -807,4 +812,57 @@ fn start_stop_and_prevent_allow_do_what_a_fixed_disk_can() {
         bench.refuses(&[0x1e, 0, 0, 0, 2, 0], &[]),
         invalid_field(4, 1)
     );
+}
+
+/// SAM-5, 5.14: the same unit through two hosts.
+#[test]
+fn unit_attentions_of_a_shared_unit_reach_the_others_in_their_order() {
+    let disk = LogicalUnit::new(Geometry::new(9, BLOCKS, false).unwrap(), "shared");
+    let host = |name: &str, lun: u16| {
+        let units = vec![(0, Lun::new(lun).unwrap(), disk.clone())];
+        Nexus::new(Arc::new(Target::new(&initiator(name), units).unwrap()))
+    };
+    let mut buffer = [0; 4096];
+    let mut told = |nexus: &Nexus| {
+        let mut codes = Vec::new();
+        loop {
+            let (cdb, mut ranges) = (Cdb::new(&[0; 6]), RangeList::new());
+            let mut exchange = Exchange {
+                cdb: &cdb,
+                parameters: &[],
+                data_in: DataIn::new(&mut buffer),
+                ranges: &mut ranges,
+            };
+            match nexus.execute(DISK, Some(0), &mut exchange) {
+                Action::Check(sense) => codes.push((sense.key, sense.asc, sense.ascq)),
+                other => {
+                    assert_eq!(other, Action::Good);
+                    return codes;
+                }
+            }
+        }
+    };
+    let (first, second) = (host("vm0", 0), host("vm1", 300));
+    assert_eq!(told(&first), [(6, 0x29, 0)]);
+    assert_eq!(told(&second), [(6, 0x29, 0)]);
+    first.attend_others(0, Attention::ModeParameters);
+    first.attend_others(0, Attention::Reset);
+    first.attend_others(0, Attention::ModeParameters);
+    assert_eq!(told(&first), []);
+    assert_eq!(told(&second), [(6, 0x29, 3), (6, 0x2a, 1)]);
+    // Nothing older than a power on is told.
+    second.attend_others(0, Attention::Capacity);
+    first.attend(0, Attention::PowerOn);
+    first.attend(0, Attention::Inquiry);
+    assert_eq!(told(&first), [(6, 0x29, 0), (6, 0x3f, 3)]);
+    assert_eq!(told(&second), []);
+    let units = vec![(0, Lun::new(0).unwrap(), disk.clone())];
+    let error = Target::new(&initiator("VM1"), units).unwrap_err();
+    assert_eq!(error, ShareError::Taken(initiator("vm1")));
+    for at in 2..MAX_INITIATORS {
+        host(&format!("vm{at}"), 0);
+    }
+    let units = vec![(0, Lun::new(0).unwrap(), disk)];
+    let error = Target::new(&initiator("one-more"), units).unwrap_err();
+    assert_eq!(error, ShareError::Full);
 }

@@ -16,7 +16,7 @@ use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{
     Barrier, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
 };
-use tandem::scsi::{LogicalUnit, Lun, Nexus, Target};
+use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
 use tandem::vhost::memory::{MemoryTable, RegionInfo};
 use tandem::virtio::memory::Gpa;
@@ -156,7 +156,8 @@ impl Host {
         };
         let lun = |number| Lun::new(number).unwrap();
         let units = vec![(0, lun(0), unit(1)), (2, lun(300), unit(2))];
-        let nexus = Arc::new(Nexus::new(Arc::new(Target::new(units))));
+        let target = Target::new(&Initiator::new("vm0").unwrap(), units).unwrap();
+        let nexus = Arc::new(Nexus::new(Arc::new(target)));
         let barrier = Arc::new(Barrier::new(1).unwrap());
         let mut poller = device.create_poller().unwrap().1;
         let signal = || Arc::new(Signal::new().unwrap());

@@ -22,9 +22,9 @@ const ROOMS: Rooms = &[
         "bench",
         &["config", "control", "sim", "virtio", "nvme_driver"],
     ),
-    // How a PCI address is written is known where they are read.
-    ("config", &["nvme_driver::vfio"]),
-    ("plan", &["config"]),
+    // How a PCI address and an initiator's name are written is known where they are read.
+    ("config", &["nvme_driver::vfio", "scsi::Initiator"]),
+    ("plan", &["config", "scsi::Initiator"]),
     // It sees controllers from outside, as PCI functions.
     ("host", &["nvme_driver::vfio"]),
     (

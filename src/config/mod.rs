@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use nvme_driver::vfio::pci::PciAddress;
 
+use crate::scsi::Initiator;
 use values::{DeviceName, Kind, SocketPath, Switch};
 
 pub use nvme_driver::vfio::Isolation;
@@ -151,8 +152,12 @@ pub struct HostConfig {
     /// Index into [`Config::devices`].
     pub device: usize,
     pub readonly: bool,
-    /// Never empty; no place twice, no namespace twice unless all of it is read-only.
+    /// Never empty; no place twice, no namespace twice.
     pub luns: Vec<LunPlace>,
+    /// Who its guest is. No two of a namespace's hosts have the same.
+    pub initiator: Initiator,
+    /// It was named, and not made up from the socket: what its guest shares with others it shares on purpose.
+    pub named: bool,
 }
 
 /// Where a front-end connects.
@@ -303,7 +308,8 @@ pub enum ConfigError {
     DuplicateLun { host: Socket, target: u8, lun: u16 },
     #[error(
         "namespace {nsid} of device {device} would be served by {first} and by {second}, of which {writable} writable: \
-         two guests would destroy each other's file system; make both readonly=on or use another ns="
+         two guests would destroy each other's file system; make both readonly=on or use another ns=. SCSI hosts whose \
+         guests know of each other share it when each is given a name with initiator=..."
     )]
     SharedNamespace {
         device: String,
@@ -311,6 +317,18 @@ pub enum ConfigError {
         first: Socket,
         second: Socket,
         writable: &'static str,
+    },
+    #[error(
+        "namespace {nsid} of device {device} would be served twice to initiator {initiator}, by {first} and by {second}: \
+         reservations could not tell the two apart; give each host a name of its own with initiator=..., or use another \
+         namespace"
+    )]
+    SharedInitiator {
+        device: String,
+        nsid: u32,
+        initiator: Initiator,
+        first: Socket,
+        second: Socket,
     },
 }
 
@@ -625,7 +643,14 @@ fn resolve_host(options: ScsiOptions, devices: &[DeviceConfig]) -> Result<HostCo
     if luns.is_empty() {
         return Err(ConfigError::NoLun { host: socket });
     }
+    let named = options.initiator.is_some();
+    let initiator = match options.initiator {
+        Some(name) => name.0,
+        None => Initiator::of_socket(&socket.to_string()),
+    };
     Ok(HostConfig {
+        initiator,
+        named,
         socket,
         queues: options.queues.map_or(1, |count| count.0),
         device: index,
@@ -654,9 +679,13 @@ struct Use<'a> {
     device: usize,
     nsid: u32,
     readonly: bool,
+    /// Of a SCSI host: who it is for.
+    initiator: Option<&'a Initiator>,
+    /// And whether the configuration says so.
+    named: bool,
 }
 
-/// What one may write, no other may even read.
+/// What one may write, no other may even read: except guests that can reserve it.
 fn check_uses(
     disks: &[DiskConfig],
     hosts: &[HostConfig],
@@ -667,6 +696,8 @@ fn check_uses(
         device: disk.device,
         nsid: disk.nsid,
         readonly: disk.readonly,
+        initiator: None,
+        named: false,
     });
     let of_hosts = hosts.iter().flat_map(|host| {
         host.luns.iter().map(|place| Use {
@@ -674,14 +705,32 @@ fn check_uses(
             device: host.device,
             nsid: place.nsid,
             readonly: host.readonly,
+            initiator: Some(&host.initiator),
+            named: host.named,
         })
     });
     let uses: Vec<Use<'_>> = of_disks.chain(of_hosts).collect();
     for (at, second) in uses.iter().enumerate() {
         let same = |first: &&Use<'_>| first.device == second.device && first.nsid == second.nsid;
         for first in uses[..at].iter().filter(same) {
+            let itself = first.socket == second.socket;
+            let reserved = first.named && second.named && !itself;
+            let read = first.readonly && second.readonly;
+            if let Some(initiator) = first.initiator
+                && Some(initiator) == second.initiator
+                && (reserved || read)
+            {
+                return Err(ConfigError::SharedInitiator {
+                    device: devices[second.device].name.clone(),
+                    nsid: second.nsid,
+                    initiator: initiator.clone(),
+                    first: first.socket.clone(),
+                    second: second.socket.clone(),
+                });
+            }
             let writable = match (first.readonly, second.readonly) {
                 (true, true) => continue,
+                _ if reserved => continue,
                 (false, false) => "both are",
                 (false, true) => "the first is",
                 (true, false) => "the second is",

@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 
 use super::ConfigError;
 use super::values::{
-    BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, Kind, LogLevel, LunPlace,
-    OnDeviceLoss, Pci, Polling, Serial, SocketPath, Switch, ValueError, Within,
+    BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, InitiatorName, Kind, LogLevel,
+    LunPlace, OnDeviceLoss, Pci, Polling, Serial, SocketPath, Switch, ValueError, Within,
 };
 
 /// A configuration as written; [`Options::resolve`] completes and checks it.
@@ -104,6 +104,7 @@ pub struct ScsiOptions {
     #[serde(default)]
     pub(super) lun: Vec<LunPlace>,
     pub(super) readonly: Option<Switch>,
+    pub(super) initiator: Option<InitiatorName>,
 }
 
 impl DeviceOptions {

@@ -13,6 +13,8 @@ use nvme_driver::vfio::pci::{PciAddress, PciAddressError};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
+use crate::scsi::Initiator;
+
 use super::{MAX_DEVICE_NAME, MAX_LUN, MAX_NAMESPACES, MAX_SERIAL, MAX_SOCKET_PATH};
 
 /// Why a single value was refused: the value itself, and what would be right.
@@ -72,6 +74,7 @@ from_scalar!(
     CoreList,
     LogLevel,
     LunPlace,
+    InitiatorName,
     Kind,
     Pci,
     OnDeviceLoss,
@@ -297,6 +300,24 @@ impl FromStr for SocketPath {
             ));
         }
         usable_path(text).map(Self)
+    }
+}
+
+/// Who the guest of a SCSI host is, for reservations.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub struct InitiatorName(pub Initiator);
+
+impl FromStr for InitiatorName {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match Initiator::new(text) {
+            Ok(initiator) => Ok(Self(initiator)),
+            Err(error) => refuse(format!(
+                "`{}` is not the name of an initiator: {error}",
+                text.escape_default()
+            )),
+        }
     }
 }
 

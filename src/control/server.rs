@@ -1,6 +1,7 @@
 //! The life of the process: everything is checked and claimed first, then sockets listen; at the end every queue
 //! pair goes back to its controller and the controller is shut down (I12). Start at [`Server::start`].
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -27,7 +28,7 @@ use crate::config::{ControllerConfig, CoreId, Polling, Socket};
 use crate::datapath::Poll;
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
-use crate::scsi::{LogicalUnit, Lun, Target, UnitIds};
+use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
 use crate::stats::{CounterTable, SharedCounters, StageTable};
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
@@ -58,6 +59,14 @@ pub enum ServerError {
         nsid: u32,
         /// What is wrong with it.
         reason: String,
+    },
+    /// An initiator cannot have its logical units.
+    #[error("host {host}: {source}")]
+    Shared {
+        /// The host's socket.
+        host: String,
+        /// Why.
+        source: ShareError,
     },
     /// The system.
     #[error("cannot start the server: {0}")]
@@ -238,8 +247,9 @@ impl Server {
             pollers.push(self.create_poller(index, core)?);
         }
         let mut next = 0;
+        let mut units = Units::new();
         for export in planned {
-            let kind = export.kind(device)?;
+            let kind = export.kind(device, &mut units)?;
             let mut queues: Vec<ExportQueue> = Vec::new();
             for _ in export.queue_cores() {
                 let place: &Place = &pollers[places[next].pair];
@@ -405,7 +415,7 @@ impl Planned<'_> {
         }
     }
 
-    fn kind(&self, device: &Device) -> Result<Kind, ServerError> {
+    fn kind(&self, device: &Device, units: &mut Units) -> Result<Kind, ServerError> {
         match self {
             Planned::Disk(disk) => {
                 let (namespace, geometry) =
@@ -421,40 +431,54 @@ impl Planned<'_> {
                     writeback: AtomicBool::new(true),
                 }))
             }
-            Planned::Host(host) => host_of(host, device).map(Kind::Host),
+            Planned::Host(host) => host_of(host, device, units).map(Kind::Host),
         }
     }
 }
 
-fn host_of(host: &HostPlan, device: &Device) -> Result<Host, ServerError> {
+/// The logical units of a device's namespaces, by NSID: all hosts that have a namespace have the same one.
+type Units = BTreeMap<u32, LogicalUnit>;
+
+fn host_of(host: &HostPlan, device: &Device, shared: &mut Units) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
     let mut namespaces = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
         let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
-        let ids = UnitIds {
-            eui64: namespace.ids.eui64,
-            nguid: namespace.ids.nguid,
-            uuid: namespace.ids.uuid,
-        };
-        let unit = LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, place.nsid))
-            .with_ids(ids)
-            .with_health(Arc::clone(&device.health))
-            .with_volatile_cache(device.has_volatile_cache())
-            .with_provisioning(
-                device.can_deallocate(),
-                namespace.deallocated_reads_zero,
-                device.can_write_zeroes(),
-            );
+        let unit = shared
+            .entry(place.nsid)
+            .or_insert_with(|| logical_unit(device, &namespace, geometry));
+        let unit = unit.clone().with_read_only(geometry.read_only());
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
             units.push((place.target, lun, unit));
             namespaces.push(namespace.nsid);
         }
     }
+    let target = Target::new(&host.initiator, units).map_err(|source| ServerError::Shared {
+        host: host.socket.to_string(),
+        source,
+    })?;
     Ok(Host {
-        target: Arc::new(Target::new(units)),
+        target: Arc::new(target),
         namespaces: namespaces.into(),
     })
+}
+
+fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> LogicalUnit {
+    let ids = UnitIds {
+        eui64: namespace.ids.eui64,
+        nguid: namespace.ids.nguid,
+        uuid: namespace.ids.uuid,
+    };
+    LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, namespace.nsid.0))
+        .with_ids(ids)
+        .with_health(Arc::clone(&device.health))
+        .with_volatile_cache(device.has_volatile_cache())
+        .with_provisioning(
+            device.can_deallocate(),
+            namespace.deallocated_reads_zero,
+            device.can_write_zeroes(),
+        )
 }
 
 /// The namespace of a disk, if it can be served.

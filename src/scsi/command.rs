@@ -4,7 +4,8 @@
 //! data that REPORT SUPPORTED OPERATION CODES gives is what really counts.
 
 use super::sense::Sense;
-use super::target::{LogicalUnit, Role, Seat};
+use super::target::{Role, Seat};
+use super::unit::LogicalUnit;
 use super::{Action, Exchange, Result, inquiry, log, medium, mode, port, target};
 
 /// The longest CDB that any of the commands has, and the transport's usual size.

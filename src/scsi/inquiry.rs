@@ -2,7 +2,8 @@
 
 use super::medium::MAX_WRITE_SAME_BLOCKS;
 use super::sense::{MAX_SENSE_BYTES, Sense};
-use super::target::{LogicalUnit, Role, Seat, UnitIds};
+use super::target::{Role, Seat};
+use super::unit::{LogicalUnit, UnitIds};
 use super::{Action, DataIn, Exchange, Result, port};
 use crate::block::MAX_RANGES;
 

@@ -4,7 +4,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::sense::Sense;
-use super::target::{LogicalUnit, Seat};
+use super::target::Seat;
+use super::unit::LogicalUnit;
 use super::{Action, Exchange, Result};
 
 /// How a device is.

@@ -2,7 +2,8 @@
 
 use super::command::Cdb;
 use super::sense::Sense;
-use super::target::{LogicalUnit, Seat};
+use super::target::Seat;
+use super::unit::LogicalUnit;
 use super::{Action, Carry, Exchange, Result};
 use crate::block::{Against, BlockCount, BlockOp, BlockRange, Lba, MAX_RANGES};
 

@@ -8,7 +8,9 @@
 //! Start at [`Nexus::execute`]; the table is in [`command`].
 #![forbid(unsafe_code)]
 
+mod attention;
 pub mod command;
+mod initiator;
 mod inquiry;
 mod log;
 mod medium;
@@ -16,12 +18,16 @@ mod mode;
 mod port;
 pub mod sense;
 mod target;
+mod unit;
 
+pub use attention::Attention;
 pub use command::Cdb;
+pub use initiator::{Initiator, InitiatorError};
 pub use log::{Health, HealthReport};
 pub use medium::MAX_WRITE_SAME_BLOCKS;
 pub use sense::{MAX_SENSE_BYTES, Sense};
-pub use target::{Address, LogicalUnit, Lun, Nexus, Target, UnitIds};
+pub use target::{Address, Lun, Nexus, Target};
+pub use unit::{LogicalUnit, MAX_INITIATORS, ShareError, UnitIds};
 
 use crate::block::{BlockOp, RangeList};
 

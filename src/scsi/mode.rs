@@ -1,7 +1,8 @@
 //! Mode parameters (SPC-4, 7.5, and SBC-3, 6.5): what MODE SENSE says of the cache, of sense data and of exceptions.
 
 use super::sense::Sense;
-use super::target::{LogicalUnit, Seat};
+use super::target::Seat;
+use super::unit::LogicalUnit;
 use super::{Action, DataIn, Exchange, Result};
 
 const CACHING: u8 = 0x08;

@@ -1,15 +1,16 @@
 //! Targets, logical units and who may speak to them.
 //!
-//! A [`Target`] is all that one controller shows: logical units, each at a target identifier and a LUN. A [`Nexus`] is one
-//! initiator's relation to it: what that initiator has not been told yet.
+//! A [`Target`] is all that one host shows to its initiator: logical units, each at a target identifier and a LUN. Other
+//! hosts may show the same logical units to theirs. A [`Nexus`] is the initiator while it is connected.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
 
+use super::attention::{self, Attention, Conditions};
 use super::command::{self, Cdb, Scope};
-use super::sense::{MAX_SENSE_BYTES, Sense, key};
-use super::{Action, Exchange, Health, Result};
-use crate::block::Geometry;
+use super::initiator::Initiator;
+use super::sense::{MAX_SENSE_BYTES, Sense};
+use super::unit::{LogicalUnit, ShareError};
+use super::{Action, Exchange, Result};
 
 /// A logical unit number of up to 14 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -93,148 +94,43 @@ impl Address {
     }
 }
 
-/// What a namespace says of its identity.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct UnitIds {
-    /// 8 bytes.
-    pub eui64: Option<[u8; 8]>,
-    /// 16 bytes, EUI-64 based.
-    pub nguid: Option<[u8; 16]>,
-    /// RFC 4122.
-    pub uuid: Option<[u8; 16]>,
-}
-
-/// A disk, as its initiators see it.
-#[derive(Clone, Debug)]
-pub struct LogicalUnit {
-    geometry: Geometry,
-    serial: String,
-    ids: UnitIds,
-    volatile_cache: bool,
-    unmap: bool,
-    write_zeroes: bool,
-    unmapped_reads_zero: bool,
-    health: Arc<Health>,
-}
-
-impl LogicalUnit {
-    /// A disk with `serial`, ASCII, and nothing more: no cache, no UNMAP.
-    ///
-    /// # Panics
-    /// When it has no blocks: there is no last one.
-    #[must_use]
-    pub fn new(geometry: Geometry, serial: &str) -> LogicalUnit {
-        assert!(geometry.blocks() > 0, "a disk has blocks");
-        LogicalUnit {
-            geometry,
-            serial: serial.to_owned(),
-            ids: UnitIds::default(),
-            volatile_cache: false,
-            unmap: false,
-            write_zeroes: false,
-            unmapped_reads_zero: false,
-            health: Arc::default(),
-        }
-    }
-
-    /// What it is called.
-    #[must_use]
-    pub fn with_ids(self, ids: UnitIds) -> LogicalUnit {
-        LogicalUnit { ids, ..self }
-    }
-
-    /// Where its device's health is told.
-    #[must_use]
-    pub fn with_health(self, health: Arc<Health>) -> LogicalUnit {
-        LogicalUnit { health, ..self }
-    }
-
-    /// Writes may be lost before they are synchronized.
-    #[must_use]
-    pub fn with_volatile_cache(self, volatile_cache: bool) -> LogicalUnit {
-        LogicalUnit {
-            volatile_cache,
-            ..self
-        }
-    }
-
-    /// Blocks can be given back, and are zeroes then if `reads_zero`; zeroes can be written without sending any.
-    #[must_use]
-    pub fn with_provisioning(
-        self,
-        unmap: bool,
-        reads_zero: bool,
-        write_zeroes: bool,
-    ) -> LogicalUnit {
-        LogicalUnit {
-            unmap,
-            unmapped_reads_zero: unmap && reads_zero,
-            write_zeroes,
-            ..self
-        }
-    }
-
-    /// Its size.
-    #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
-    }
-
-    pub(super) fn serial(&self) -> &str {
-        &self.serial
-    }
-
-    pub(super) fn ids(&self) -> &UnitIds {
-        &self.ids
-    }
-
-    pub(super) fn health(&self) -> &Health {
-        &self.health
-    }
-
-    pub(super) fn has_volatile_cache(&self) -> bool {
-        self.volatile_cache
-    }
-
-    pub(super) fn can_unmap(&self) -> bool {
-        self.unmap
-    }
-
-    pub(super) fn can_write_zeroes(&self) -> bool {
-        self.write_zeroes
-    }
-
-    pub(super) fn unmapped_reads_zero(&self) -> bool {
-        self.unmapped_reads_zero
-    }
-}
-
-/// All logical units of one controller.
-#[derive(Clone, Debug)]
+/// All logical units of one host, for its initiator.
+#[derive(Debug)]
 pub struct Target {
     /// Sorted by place.
     places: Vec<((u8, Lun), usize)>,
     /// In the order given.
     units: Vec<LogicalUnit>,
+    /// By unit: what the initiator is to be told of it.
+    conditions: Vec<Arc<Conditions>>,
 }
 
 /// Bytes of an entry of REPORT LUNS, and of its header.
 const LUN_ENTRY: usize = 8;
 
 impl Target {
-    /// Logical units with the target identifier and the LUN of each. Of two at one place the first one counts.
-    #[must_use]
-    pub fn new(units: Vec<(u8, Lun, LogicalUnit)>) -> Target {
+    /// Logical units with the target identifier and the LUN of each, for `initiator`. Of two at one place the first one
+    /// counts.
+    ///
+    /// # Errors
+    /// When the initiator has one of them already, or too many others have.
+    pub fn new(
+        initiator: &Initiator,
+        units: Vec<(u8, Lun, LogicalUnit)>,
+    ) -> std::result::Result<Target, ShareError> {
         let places = units.iter().enumerate();
         let mut places: Vec<((u8, Lun), usize)> = places
             .map(|(index, (target, lun, _))| ((*target, *lun), index))
             .collect();
         places.sort();
         places.dedup_by_key(|(place, _)| *place);
-        Target {
+        let units: Vec<LogicalUnit> = units.into_iter().map(|(_, _, unit)| unit).collect();
+        let conditions = units.iter().map(|unit| unit.share(initiator));
+        Ok(Target {
             places,
-            units: units.into_iter().map(|(_, _, unit)| unit).collect(),
-        }
+            conditions: conditions.collect::<std::result::Result<_, _>>()?,
+            units,
+        })
     }
 
     /// The logical units, by the index that [`super::Carry::unit`] gives.
@@ -306,26 +202,20 @@ impl Seat<'_> {
     }
 }
 
-/// One initiator and the logical units that it reaches.
+/// One initiator, connected, and the logical units that it reaches.
 #[derive(Debug)]
 pub struct Nexus {
     target: Arc<Target>,
-    /// By unit: ASC and ASCQ of what the initiator is to be told; 0 for nothing.
-    attentions: Box<[AtomicU16]>,
 }
 
-/// POWER ON, RESET, OR BUS DEVICE RESET OCCURRED.
-const POWER_ON: u16 = 0x2900;
-
 impl Nexus {
-    /// An initiator that has just come.
+    /// An initiator that has just come: whatever happened before, it is told that all is new.
     #[must_use]
     pub fn new(target: Arc<Target>) -> Nexus {
-        let attentions = target.units.iter().map(|_| AtomicU16::new(POWER_ON));
-        Nexus {
-            attentions: attentions.collect(),
-            target,
+        for conditions in &target.conditions {
+            conditions.establish(Attention::PowerOn);
         }
+        Nexus { target }
     }
 
     /// What it reaches.
@@ -334,34 +224,33 @@ impl Nexus {
         &self.target
     }
 
-    /// Tells the initiator with its next command to a unit that this has happened to it. A reset is all that is told so
-    /// far, and the last one counts.
-    pub fn attend(&self, unit: usize, asc: u8, ascq: u8) {
-        if let Some(attention) = self.attentions.get(unit) {
-            attention.store(u16::from_be_bytes([asc, ascq]), Ordering::Relaxed);
+    /// Tells the initiator with its next command to a unit that this has happened to it.
+    pub fn attend(&self, unit: usize, attention: Attention) {
+        if let Some(conditions) = self.target.conditions.get(unit) {
+            conditions.establish(attention);
         }
     }
 
-    /// The same for all units of the target at an address.
-    pub fn attend_target(&self, address: Address, asc: u8, ascq: u8) {
+    /// Tells all other initiators of a unit.
+    pub fn attend_others(&self, unit: usize, attention: Attention) {
+        let target = &self.target;
+        if let (Some(own), Some(unit)) = (target.conditions.get(unit), target.units.get(unit)) {
+            unit.attend_others(own, attention);
+        }
+    }
+
+    /// Tells the initiator, for all units of the target at an address.
+    pub fn attend_target(&self, address: Address, attention: Attention) {
         if let Address::Unit { target, .. } | Address::WellKnown { target } = address {
             for (_, unit) in self.target.luns_of(target) {
-                self.attend(*unit, asc, ascq);
+                self.attend(*unit, attention);
             }
         }
     }
 
     /// What the initiator is to be told of a unit, once.
     fn take_attention(&self, unit: usize) -> Option<Sense> {
-        let attention = self.attentions.get(unit)?;
-        // Looked at first: of all commands hardly one finds anything.
-        if attention.load(Ordering::Relaxed) == 0 {
-            return None;
-        }
-        match attention.swap(0, Ordering::Relaxed).to_be_bytes() {
-            [0, 0] => None,
-            [asc, ascq] => Some(Sense::new(key::UNIT_ATTENTION, asc, ascq)),
-        }
+        self.target.conditions.get(unit)?.take(attention::ALL)
     }
 
     /// The logical unit at an address.

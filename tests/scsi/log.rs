@@ -132,7 +132,8 @@ fn naa_name_is_told_only_where_it_is_all_of_the_namespaces_own() {
         let unit = LogicalUnit::new(geometry, "s").with_ids(ids);
         let mut bench = Bench::new();
         let lun = Lun::new(0);
-        bench.nexus = Nexus::new(Arc::new(Target::new(vec![(0, lun.unwrap(), unit)])));
+        let target = Target::new(&initiator("vm0"), vec![(0, lun.unwrap(), unit)]);
+        bench.nexus = Nexus::new(Arc::new(target.unwrap()));
         let at = Address::Unit { target: 0, lun };
         let page = bench.run_at(at, &[0x12, 1, 0x83, 1, 0, 0], &[]).data;
         let mut rest = &page[4..];

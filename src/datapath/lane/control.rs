@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{LaneId, State, max_segments, scsi};
 use crate::datapath::signal::Signal;
-use crate::scsi::{Address, Nexus};
+use crate::scsi::{Address, Attention, Nexus};
 use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::GuestMemory;
@@ -287,10 +287,13 @@ impl ControlLane {
         match waiting.function {
             task::LOGICAL_UNIT_RESET => {
                 if let Some(unit) = nexus.find(waiting.address) {
-                    nexus.attend(unit, 0x29, 0x03); // BUS DEVICE RESET FUNCTION OCCURRED
+                    nexus.attend(unit, Attention::Reset);
+                    nexus.attend_others(unit, Attention::Reset);
                 }
             }
-            task::I_T_NEXUS_RESET => nexus.attend_target(waiting.address, 0x29, 0x07), // I_T NEXUS LOSS OCCURRED
+            task::I_T_NEXUS_RESET => {
+                nexus.attend_target(waiting.address, Attention::NexusLoss);
+            }
             _ => {}
         }
     }
