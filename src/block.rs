@@ -145,6 +145,11 @@ pub enum BlockOp {
         /// How it should be.
         against: Against,
     },
+    /// Look whether the range is what the first half of the data segments says, and if so store the second half there. No
+    /// other write to it comes in between.
+    CompareAndWrite(BlockRange),
+    /// [`BlockOp::Flush`] when every write of the disk that is at the device has ended.
+    DrainAndFlush,
     /// Fill the data segments with the serial number of the disk.
     DeviceId,
 }

@@ -2,6 +2,8 @@
 //! guest may put there, entry by entry. After each test the controller has seen no DMA outside guest memory.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "scsi_host/compare.rs"]
+mod compare;
 #[path = "scsi_host/verify.rs"]
 mod verify;
 
@@ -51,8 +53,53 @@ const SECOND: [u8; 8] = [1, 2, 0x41, 0x2c, 0, 0, 0, 0];
 /// Address, length and flags of each descriptor of a chain.
 type Buffers = Vec<(u64, u32, u16)>;
 
+/// A device with two namespaces, and what its hosts share.
+#[derive(Clone)]
+struct Storage {
+    device: Arc<Device>,
+    model: ModelHandle,
+    units: [LogicalUnit; 2],
+    barrier: Arc<Barrier>,
+}
+
+/// Hosts of a device, at most.
+const HOSTS: usize = 4;
+
+impl Storage {
+    fn new(config: ModelConfig) -> Storage {
+        let config = ModelConfig {
+            namespaces: 2,
+            max_namespaces: 2,
+            size: 32 << 20,
+            queues: HOSTS as u16,
+            ..config
+        };
+        let transport = Model::new(config).unwrap();
+        let model = transport.handle();
+        let claim = || {
+            Err(DeviceError::Lost {
+                name: "host".to_owned(),
+            })
+        };
+        let device = Device::open("host", transport, HOSTS as u16, Box::new(claim)).unwrap();
+        let units = [1, 2].map(|nsid| {
+            let namespace = device.namespace(Nsid(nsid)).unwrap();
+            let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
+            LogicalUnit::new(geometry, "serial")
+                .with_volatile_cache(true)
+                .with_provisioning(true, true, true)
+        });
+        Storage {
+            device: Arc::new(device),
+            model,
+            units,
+            barrier: Arc::new(Barrier::new(HOSTS).unwrap()),
+        }
+    }
+}
+
 struct Host {
-    device: Device,
+    device: Arc<Device>,
     model: ModelHandle,
     poller: Option<Box<dyn Poll>>,
     requests: SimGuest,
@@ -107,21 +154,17 @@ impl Host {
     }
 
     fn with(config: ModelConfig, sizes: Sizes, bytes: (usize, usize)) -> Host {
-        let config = ModelConfig {
-            namespaces: 2,
-            max_namespaces: 2,
-            size: 32 << 20,
-            queues: 1,
-            ..config
-        };
-        let transport = Model::new(config).unwrap();
-        let model = transport.handle();
-        let claim = || {
-            Err(DeviceError::Lost {
-                name: "host".to_owned(),
-            })
-        };
-        let device = Device::open("host", transport, 1, Box::new(claim)).unwrap();
+        Host::of(&Storage::new(config), 0, sizes, bytes)
+    }
+
+    /// The host of that number on a device.
+    fn of(storage: &Storage, number: usize, sizes: Sizes, bytes: (usize, usize)) -> Host {
+        let Storage {
+            device,
+            model,
+            units,
+            barrier,
+        } = storage.clone();
         let mut table = MemoryTable::new(Arc::clone(&device.space));
         let file =
             File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
@@ -147,18 +190,12 @@ impl Host {
         let control = SimGuest::new(Arc::clone(&memory), ring(BASE + 0x10_0000)).unwrap();
         assert!(ring(BASE).bytes() < 0x10_0000);
 
-        let unit = |nsid| {
-            let namespace = device.namespace(Nsid(nsid)).unwrap();
-            let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
-            LogicalUnit::new(geometry, "serial")
-                .with_volatile_cache(true)
-                .with_provisioning(true, true, true)
-        };
         let lun = |number| Lun::new(number).unwrap();
-        let units = vec![(0, lun(0), unit(1)), (2, lun(300), unit(2))];
-        let target = Target::new(&Initiator::new("vm0").unwrap(), units).unwrap();
+        let [first, second] = units;
+        let units = vec![(0, lun(0), first), (2, lun(300), second)];
+        let initiator = Initiator::new(&format!("vm{number}")).unwrap();
+        let target = Target::new(&initiator, units).unwrap();
         let nexus = Arc::new(Nexus::new(Arc::new(target)));
-        let barrier = Arc::new(Barrier::new(1).unwrap());
         let mut poller = device.create_poller().unwrap().1;
         let signal = || Arc::new(Signal::new().unwrap());
         let lanes = vec![LaneId(1), LaneId(2)];
@@ -171,7 +208,7 @@ impl Host {
             nexus: Arc::clone(&nexus),
             namespaces: [Nsid(1), Nsid(2)].into(),
             barrier: Arc::clone(&barrier),
-            number: 0,
+            number,
             volatile_cache: true,
             call: signal(),
             error: signal(),
@@ -185,6 +222,7 @@ impl Host {
             memory,
             nexus,
             barrier,
+            lanes: number..number + 1,
             call: signal(),
             error: signal(),
             kick: None,
@@ -380,7 +418,10 @@ impl Host {
         }
         assert_eq!(poller.lanes(), 0, "a lane did not drain");
         self.device.delete_poller(poller).unwrap();
-        self.device.shutdown().unwrap();
+        // Unless other hosts have it.
+        if Arc::strong_count(&self.device) == 1 {
+            self.device.shutdown().unwrap();
+        }
         assert_eq!(
             (self.model.iommu_violations(), self.model.driver_errors()),
             (0, 0)

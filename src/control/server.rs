@@ -25,7 +25,7 @@ use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
 use crate::block::Geometry;
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
-use crate::datapath::Poll;
+use crate::datapath::{Barrier, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
 use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
@@ -247,9 +247,16 @@ impl Server {
             pollers.push(self.create_poller(index, core)?);
         }
         let mut next = 0;
-        let mut units = Units::new();
+        let lanes = plan.hosts.iter().filter(|host| host.device == index);
+        let lanes = lanes.map(|host| host.queue_cores.len()).sum();
+        let mut shared = Hosts {
+            barrier: Arc::new(Barrier::new(lanes)?),
+            lanes,
+            given: 0,
+            units: BTreeMap::new(),
+        };
         for export in planned {
-            let kind = export.kind(device, &mut units)?;
+            let kind = export.kind(device, &mut shared)?;
             let mut queues: Vec<ExportQueue> = Vec::new();
             for _ in export.queue_cores() {
                 let place: &Place = &pollers[places[next].pair];
@@ -415,7 +422,7 @@ impl Planned<'_> {
         }
     }
 
-    fn kind(&self, device: &Device, units: &mut Units) -> Result<Kind, ServerError> {
+    fn kind(&self, device: &Device, shared: &mut Hosts) -> Result<Kind, ServerError> {
         match self {
             Planned::Disk(disk) => {
                 let (namespace, geometry) =
@@ -431,22 +438,31 @@ impl Planned<'_> {
                     writeback: AtomicBool::new(true),
                 }))
             }
-            Planned::Host(host) => host_of(host, device, units).map(Kind::Host),
+            Planned::Host(host) => host_of(host, device, shared).map(Kind::Host),
         }
     }
 }
 
-/// The logical units of a device's namespaces, by NSID: all hosts that have a namespace have the same one.
-type Units = BTreeMap<u32, LogicalUnit>;
+/// What the hosts of a device share.
+struct Hosts {
+    barrier: Arc<Barrier>,
+    /// Request queues of all of them, and how many have a place at the barrier.
+    lanes: usize,
+    given: usize,
+    /// By NSID: all hosts that have a namespace have the same logical unit.
+    units: BTreeMap<u32, LogicalUnit>,
+}
 
-fn host_of(host: &HostPlan, device: &Device, shared: &mut Units) -> Result<Host, ServerError> {
+fn host_of(host: &HostPlan, device: &Device, shared: &mut Hosts) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
     let mut namespaces = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
         let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
+        let lanes = shared.lanes;
         let unit = shared
+            .units
             .entry(place.nsid)
-            .or_insert_with(|| logical_unit(device, &namespace, geometry));
+            .or_insert_with(|| logical_unit(device, &namespace, geometry).with_lanes(lanes));
         let unit = unit.clone().with_read_only(geometry.read_only());
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
@@ -458,9 +474,13 @@ fn host_of(host: &HostPlan, device: &Device, shared: &mut Units) -> Result<Host,
         host: host.socket.to_string(),
         source,
     })?;
+    let first = shared.given;
+    shared.given += host.queue_cores.len();
     Ok(Host {
         target: Arc::new(target),
         namespaces: namespaces.into(),
+        barrier: Arc::clone(&shared.barrier),
+        lanes: first..shared.given,
     })
 }
 

@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -117,6 +118,10 @@ pub struct Host {
     pub target: Arc<Target>,
     /// The namespace behind each.
     pub namespaces: Arc<[Nsid]>,
+    /// Where request queues of the device's hosts are waited for.
+    pub barrier: Arc<Barrier>,
+    /// The numbers of this one's request queues there.
+    pub lanes: Range<usize>,
 }
 
 /// Virtqueue 0 of a SCSI host (virtio 1.2, 5.6.2).
@@ -287,7 +292,7 @@ impl Vring {
 #[derive(Debug)]
 pub struct Session {
     disk: Arc<Export>,
-    /// Of a SCSI host: its front-end as an initiator, and where its virtqueues wait for each other.
+    /// Of a SCSI host: its front-end as an initiator.
     initiator: Option<Initiator>,
     owned: bool,
     features: u64,
@@ -300,23 +305,17 @@ pub struct Session {
 #[derive(Debug)]
 struct Initiator {
     nexus: Arc<Nexus>,
-    barrier: Arc<Barrier>,
 }
 
 impl Initiator {
     /// One that has just come, or was reset, if `export` is for initiators.
-    ///
-    /// # Errors
-    /// When the process has no file descriptor left.
-    fn of(export: &Export) -> io::Result<Option<Initiator>> {
-        Ok(match &export.kind {
+    fn of(export: &Export) -> Option<Initiator> {
+        match &export.kind {
             Kind::Disk(_) => None,
             Kind::Host(host) => Some(Initiator {
                 nexus: Arc::new(Nexus::new(Arc::clone(&host.target))),
-                // All but the control queue.
-                barrier: Arc::new(Barrier::new(export.queues.len() - 1)?),
             }),
-        })
+        }
     }
 }
 
@@ -352,7 +351,7 @@ impl Session {
             .collect::<io::Result<_>>()?;
         let memory = MemoryTable::new(Arc::clone(&disk.device.space));
         Ok(Session {
-            initiator: Initiator::of(&disk)?,
+            initiator: Initiator::of(&disk),
             disk,
             owned: false,
             features: 0,
@@ -524,7 +523,7 @@ impl Session {
         let initiator = self.initiator.as_ref();
         // Made with the session.
         let initiator = initiator.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
-        let (nexus, barrier) = (Arc::clone(&initiator.nexus), Arc::clone(&initiator.barrier));
+        let (nexus, barrier) = (Arc::clone(&initiator.nexus), Arc::clone(&host.barrier));
         Ok(match index.checked_sub(FIRST_REQUEST_QUEUE) {
             Some(number) => Lane::scsi(ScsiLaneConfig {
                 id,
@@ -534,7 +533,7 @@ impl Session {
                 nexus,
                 namespaces: Arc::clone(&host.namespaces),
                 barrier,
-                number,
+                number: host.lanes.start + number,
                 volatile_cache,
                 call,
                 error,
@@ -547,6 +546,7 @@ impl Session {
                 memory,
                 nexus,
                 barrier,
+                lanes: host.lanes.clone(),
                 call,
                 error,
                 kick,
@@ -629,7 +629,7 @@ impl Session {
         if let Some(disk) = self.disk.disk() {
             disk.writeback.store(true, Ordering::Relaxed);
         }
-        self.initiator = Initiator::of(&self.disk).map_err(VhostError::ReqHandlerError)?;
+        self.initiator = Initiator::of(&self.disk);
         Ok(())
     }
 }

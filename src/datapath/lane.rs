@@ -122,13 +122,17 @@ impl Medium {
 
 /// A request that takes several commands, and how far it has come.
 #[derive(Clone, Copy, Debug)]
-struct Work {
+pub(super) struct Work {
     head: HeadIndex,
     medium: Medium,
     step: Step,
-    /// What follows when everything that was issued has ended well.
-    then: Option<Step>,
+    /// What follows, each when everything that was issued has ended well.
+    then: Then,
 }
+
+type Then = [Option<Step>; 2];
+
+const NOTHING_MORE: Then = [None; 2];
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -159,11 +163,30 @@ enum Step {
         left: u32,
         offset: u64,
         against: Against,
+        /// From the medium: what a cache holds may be fine, and the medium not.
+        fua: bool,
     },
     Flush,
+    /// Something that is not for the device to do; see [`Front::wait`].
+    Wait(Wait),
+    /// Everything was issued.
+    Done,
 }
 
-enum Progress {
+/// What a request waits for that is about logical units which others use too. `unit` is its index.
+#[derive(Clone, Copy, Debug)]
+enum Wait {
+    /// The lock of a range of blocks.
+    Lock { unit: usize, lba: u64, count: u32 },
+    /// Commands of other lanes that were at the device before `number`.
+    Others { unit: usize, number: u64 },
+    /// A turn among those who want the lock, after others who hold blocks of the step that follows: whoever looked for a
+    /// moment without a lock might never find one.
+    Turn { unit: usize },
+}
+
+/// How far a step has come.
+pub(super) enum Progress {
     Issued,
     /// Another step begins.
     Next,
@@ -246,6 +269,19 @@ pub(super) trait Front: fmt::Debug + Sized {
 
     /// The request at `head` fails, and this is why; of several commands that failed the `first` one, or another.
     fn explain(&mut self, _head: HeadIndex, _failure: Failure, _first: bool) {}
+
+    /// Goes on with a request that waits, if it need not any longer.
+    fn wait(_lane: &mut RequestLane<Self>, _work: &mut Work) -> Progress {
+        Progress::Failed
+    }
+
+    /// Whether the work at hand keeps others waiting: then it is not over before its commands have ended.
+    fn keeps_others_waiting(&self) -> bool {
+        false
+    }
+
+    /// The work at hand is over.
+    fn work_ended(&mut self) {}
 
     /// Everything that was finished is visible to the guest.
     #[inline(always)]
@@ -640,7 +676,7 @@ impl<F: Front> RequestLane<F> {
 
     fn wants(&self) -> bool {
         match self.attention {
-            Attention::Ring => self.queue.has_request(),
+            Attention::Ring => self.queue.has_request() || F::is_wanted(self),
             Attention::Work => true,
             Attention::Nothing => false,
         }
@@ -739,7 +775,7 @@ impl<F: Front> RequestLane<F> {
         pair: &mut Pair<T>,
         head: HeadIndex,
         medium: Medium,
-        (step, then): (Step, Option<Step>),
+        (step, then): (Step, Then),
     ) {
         self.set_work(Some(Work {
             head,
@@ -765,6 +801,8 @@ impl<F: Front> RequestLane<F> {
                 Step::Same { .. } => self.issue_same(pair, &mut work),
                 Step::Verify { .. } => self.issue_verify(pair, &mut work),
                 Step::Flush => self.issue_flush(pair, &mut work),
+                Step::Wait(_) => F::wait(self, &mut work),
+                Step::Done => Progress::Finished,
             };
             let progress = match progress {
                 Progress::Finished => self.next_step(&mut work),
@@ -783,14 +821,20 @@ impl<F: Front> RequestLane<F> {
                 Progress::Finished => break,
                 Progress::Failed => {
                     self.fail_request(work.head, Status::INTERNAL_ERROR);
-                    break;
+                    work.step = Step::Done;
                 }
             }
         }
-        self.set_work(None);
-        // Drops the count that stood for the issuing itself.
-        self.end_command(work.head);
+        self.end_work(work.head);
         true
+    }
+
+    /// All of the work at hand was issued, or never will be.
+    fn end_work(&mut self, head: HeadIndex) {
+        self.set_work(None);
+        self.front.work_ended();
+        // Drops the count that stood for the issuing itself.
+        self.end_command(head);
     }
 
     fn issue_transfer<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
@@ -979,6 +1023,7 @@ impl<F: Front> RequestLane<F> {
             left,
             offset,
             against,
+            fua,
         } = work.step
         else {
             return Progress::Failed;
@@ -1008,8 +1053,10 @@ impl<F: Front> RequestLane<F> {
                 pair.bounce.expect(chunk, bytes, block, 0);
             }
         }
-        // From the medium: what a cache holds may be fine, and the medium not.
-        let entry = work.medium.transfer(false, lba, blocks).force_unit_access();
+        let mut entry = work.medium.transfer(false, lba, blocks);
+        if fua {
+            entry = entry.force_unit_access();
+        }
         let progress = self.submit_chunk(pair, work.head, entry, (chunk, bytes));
         if matches!(progress, Progress::Issued) {
             work.step = Step::Verify {
@@ -1017,6 +1064,7 @@ impl<F: Front> RequestLane<F> {
                 left: left - blocks,
                 offset: offset + u64::from(bytes),
                 against,
+                fua,
             };
         }
         progress
@@ -1024,19 +1072,21 @@ impl<F: Front> RequestLane<F> {
 
     /// A step was issued. The one that follows, if any, begins when all commands so far have ended, and ended well.
     fn next_step(&mut self, work: &mut Work) -> Progress {
-        let Some(next) = work.then else {
-            return Progress::Finished;
-        };
         let request = &self.requests[usize::from(work.head.get())];
-        if request.failure.is_some() {
+        let [next, last] = work.then;
+        let next = next.filter(|_| request.failure.is_none());
+        if next.is_none() && !self.front.keeps_others_waiting() {
             return Progress::Finished;
         }
         // One stands for the issuing itself.
         if request.pending > 1 {
             return Progress::Blocked;
         }
+        let Some(next) = next else {
+            return Progress::Finished;
+        };
         work.step = next;
-        work.then = None;
+        work.then = [last, None];
         Progress::Next
     }
 
@@ -1078,21 +1128,14 @@ impl<F: Front> RequestLane<F> {
             head: work.head,
             bounce: None,
         };
-        // No ranges follow: the next look finds this work finished.
-        work.step = Step::Transfer {
-            write: false,
-            lba: 0,
-            left: 0,
-            offset: 0,
-        };
+        work.step = Step::Done;
         Progress::Issued
     }
 
     fn give_up_work(&mut self) {
         if let Some(work) = self.work {
-            self.set_work(None);
             self.fail_request(work.head, Status::ABORTED_POWER_LOSS);
-            self.end_command(work.head);
+            self.end_work(work.head);
         }
     }
 

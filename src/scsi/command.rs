@@ -75,6 +75,8 @@ pub(super) enum Scope {
 pub(super) enum DataOut {
     /// Nothing, or data that is not for us to look at.
     None,
+    /// A parameter list of as many bytes as the byte at this place says.
+    Length8(usize),
     /// A parameter list of as many bytes as the 16 bits at this place say.
     Length16(usize),
     /// One block, unless the bit 0 of byte 1 (NDOB) says that there is none.
@@ -152,6 +154,8 @@ pub const COMMANDS: &[Command] = &[
     command(&[0x0a, 0x1f, X, X, X, 0], Scope::Unit, DataOut::None, medium::write_6),
     // INQUIRY
     command(&[0x12, 0x01, X, X, X, 0], Scope::Always, DataOut::None, inquiry::inquiry),
+    // MODE SELECT (6)
+    command(&[0x15, 0x10, 0, 0, X, 0], Scope::Unit, DataOut::Length8(4), mode::select_6),
     // MODE SENSE (6)
     command(&[0x1a, 0x08, X, X, X, 0], Scope::Unit, DataOut::None, mode::sense_6),
     // START STOP UNIT
@@ -178,10 +182,14 @@ pub const COMMANDS: &[Command] = &[
     where_unit(LogicalUnit::can_unmap, command(&[0x42, 0, 0, 0, 0, 0, GROUP, X, X, 0], Scope::Unit, DataOut::Length16(7), medium::unmap)),
     // LOG SENSE
     command(&[0x4d, 0, X, X, 0, X, X, X, X, 0], Scope::Unit, DataOut::None, log::log_sense),
+    // MODE SELECT (10)
+    command(&[0x55, 0x10, 0, 0, 0, 0, 0, X, X, 0], Scope::Unit, DataOut::Length16(7), mode::select_10),
     // MODE SENSE (10)
     command(&[0x5a, 0x18, X, X, 0, 0, 0, X, X, 0], Scope::Unit, DataOut::None, mode::sense_10),
     // READ (16)
     command(&[0x88, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::read_16),
+    // COMPARE AND WRITE
+    command(&[0x89, RW, X, X, X, X, X, X, X, X, 0, 0, 0, X, GROUP, 0], Scope::Unit, DataOut::None, medium::compare_and_write),
     // WRITE (16)
     command(&[0x8a, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::write_16),
     // WRITE AND VERIFY (16)
@@ -282,6 +290,7 @@ pub(super) fn check_unused(command: &Command, cdb: &Cdb) -> Result<()> {
 #[must_use]
 pub fn parameter_bytes(cdb: &Cdb, unit: Option<&LogicalUnit>) -> u32 {
     match find(cdb).map(|command| command.data_out) {
+        Ok(DataOut::Length8(at)) => cdb.byte(at).into(),
         Ok(DataOut::Length16(at)) => cdb.be16(at).into(),
         Ok(DataOut::Block { ndob }) if !(ndob && cdb.bit(1, 0)) => {
             unit.map_or(0, |unit| unit.geometry().block_bytes())

@@ -1,6 +1,6 @@
 //! INQUIRY (SPC-4, 6.6 and 7.8; SBC-3, 6.6): what a logical unit is, and its vital product data pages.
 
-use super::medium::MAX_WRITE_SAME_BLOCKS;
+use super::medium::{MAX_COMPARE_BLOCKS, MAX_WRITE_SAME_BLOCKS};
 use super::sense::{MAX_SENSE_BYTES, Sense};
 use super::target::{Role, Seat};
 use super::unit::{LogicalUnit, UnitIds};
@@ -151,8 +151,8 @@ fn block_limits(unit: &LogicalUnit, out: &mut DataIn<'_>) {
         true => (u32::MAX, u32::try_from(MAX_RANGES).unwrap_or(0)),
         false => (0, 0),
     };
-    // WSNZ; no COMPARE AND WRITE; no limit for transfers, and no optimum.
-    out.put(&[0x01, 0, 0, 0]);
+    // WSNZ; COMPARE AND WRITE; no limit for transfers, and no optimum.
+    out.put(&[0x01, MAX_COMPARE_BLOCKS, 0, 0]);
     out.put(&[0; 20 - 8]);
     out.put(&unmap_blocks.to_be_bytes());
     out.put(&unmap_ranges.to_be_bytes());

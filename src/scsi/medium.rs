@@ -7,6 +7,9 @@ use super::unit::LogicalUnit;
 use super::{Action, Carry, Exchange, Result};
 use crate::block::{Against, BlockCount, BlockOp, BlockRange, Lba, MAX_RANGES};
 
+/// The most blocks of one COMPARE AND WRITE, likewise. Others wait for as long as it takes.
+pub const MAX_COMPARE_BLOCKS: u8 = 32;
+
 /// The most blocks of one WRITE SAME, as the block limits page says.
 pub const MAX_WRITE_SAME_BLOCKS: u32 = 1 << 22;
 
@@ -22,8 +25,11 @@ fn range(unit: &LogicalUnit, lba: u64, count: u32) -> Result<BlockRange> {
 }
 
 fn writable(unit: &LogicalUnit) -> Result<()> {
-    match unit.geometry().read_only() {
-        true => Err(Sense::WRITE_PROTECTED),
+    if unit.geometry().read_only() {
+        return Err(Sense::WRITE_PROTECTED);
+    }
+    match unit.modes().write_protected {
+        true => Err(Sense::SOFTWARE_WRITE_PROTECTED),
         false => Ok(()),
     }
 }
@@ -45,7 +51,7 @@ fn transfer(seat: &Seat<'_>, write: bool, lba: u64, count: u32, fua: bool) -> Re
             BlockOp::Read(range)
         },
         unit: index,
-        fua: write && fua,
+        fua: write && (fua || unit.writes_through()),
         data_in: if write { 0 } else { bytes },
         data_out: if write { bytes } else { 0 },
     }))
@@ -162,6 +168,28 @@ verifications! {
     verify_16, write_and_verify_16: extent_16;
 }
 
+/// Twice the data: what the blocks have to be, and what they are to become.
+pub(super) fn compare_and_write(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+    let cdb = exchange.cdb;
+    let (unit, index) = seat.unit()?;
+    let (lba, count) = (cdb.be64(2), cdb.byte(13));
+    writable(unit)?;
+    if count > MAX_COMPARE_BLOCKS {
+        return Err(Sense::in_cdb(13, 7));
+    }
+    let range = range(unit, lba, count.into())?;
+    if count == 0 {
+        return Ok(Action::Good);
+    }
+    Ok(Action::Carry(Carry {
+        op: BlockOp::CompareAndWrite(range),
+        unit: index,
+        fua: cdb.bit(1, 3) || unit.writes_through(),
+        data_in: 0,
+        data_out: 2 * u64::from(count) << unit.geometry().block_shift(),
+    }))
+}
+
 fn nothing_moves(op: BlockOp, unit: usize) -> Action {
     Action::Carry(Carry {
         op,
@@ -254,7 +282,7 @@ fn write_same(
     Ok(Action::Carry(Carry {
         op,
         unit: index,
-        fua: false,
+        fua: unit.writes_through(),
         data_in: 0,
         data_out: if ndob {
             0

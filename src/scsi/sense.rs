@@ -78,6 +78,8 @@ impl Sense {
     pub const NOT_SAVED: Sense = Sense::new(key::ILLEGAL_REQUEST, 0x39, 0);
     /// WRITE PROTECTED.
     pub const WRITE_PROTECTED: Sense = Sense::new(key::DATA_PROTECT, 0x27, 0);
+    /// LOGICAL UNIT SOFTWARE WRITE PROTECTED.
+    pub const SOFTWARE_WRITE_PROTECTED: Sense = Sense::new(key::DATA_PROTECT, 0x27, 0x02);
     /// MISCOMPARE DURING VERIFY OPERATION.
     pub const MISCOMPARE: Sense = Sense::new(key::MISCOMPARE, 0x1d, 0);
     /// INTERNAL TARGET FAILURE.

@@ -194,6 +194,13 @@ impl Seat<'_> {
         }
     }
 
+    /// Everybody else is told what this initiator has done to the logical unit.
+    pub(super) fn attend_others(&self, attention: Attention) {
+        if let Some(unit) = self.unit {
+            self.nexus.attend_others(unit, attention);
+        }
+    }
+
     /// The logical unit and its index.
     pub(super) fn unit(&self) -> Result<(&LogicalUnit, usize)> {
         let index = self.unit.ok_or(Sense::NO_UNIT)?;

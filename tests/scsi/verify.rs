@@ -88,3 +88,72 @@ fn verification_beyond_the_end_is_21_00() {
         assert_eq!(bench.refuses(&cdb, &[]), fixed_sense(5, 0x21, 0, [0; 3]));
     }
 }
+
+#[test]
+fn compare_and_write_takes_twice_its_blocks_and_no_more_than_the_limit() {
+    let mut bench = Bench::new();
+    let cdb = |options, lba: u8, count| {
+        [
+            0x89, options, 0, 0, 0, 0, 0, 1, 0x23, lba, 0, 0, 0, count, 0x1f, 0,
+        ]
+    };
+    for (options, fua) in [(0x00, false), (0x10, false), (0x08, true)] {
+        let expected = Carry {
+            op: BlockOp::CompareAndWrite(range(0x1_2300, 32)),
+            unit: 0,
+            fua,
+            data_in: 0,
+            data_out: 64 * 512,
+        };
+        assert_eq!(bench.carries(&cdb(options, 0, 32), &[]), expected);
+    }
+    assert_eq!(bench.refuses(&cdb(0, 0, 33), &[]), invalid_field(13, 7));
+    assert_eq!(bench.says(&cdb(0, 0x45, 0)), NOTHING);
+    assert_eq!(
+        bench.refuses(&cdb(0, 0x44, 2), &[]),
+        fixed_sense(5, 0x21, 0, [0; 3])
+    );
+    let mut protected = cdb(0, 0, 1);
+    protected[7] = 0;
+    assert_eq!(
+        bench.run_at(READ_ONLY, &protected, &[]).action,
+        Action::Check(Sense::new(7, 0x27, 0))
+    );
+}
+
+#[test]
+fn range_lock_is_given_in_turn_and_to_nobody_who_has_given_up() {
+    let lock = RangeLock::new(4);
+    (0..4).for_each(|seat| lock.enter(seat));
+    assert!(lock.acquire(1) && lock.acquire(1));
+    lock.hold(10, 5);
+    for (first, count, held) in [
+        (0, 10, false),
+        (0, 11, true),
+        (14, 1, true),
+        (15, 9, false),
+        (0, u32::MAX, true),
+        (u64::MAX, 1, false),
+    ] {
+        assert_eq!(lock.holds(first, count), held, "{first}+{count}");
+    }
+    // All want it; one of them no longer.
+    for seat in [0, 2, 3, 0, 2, 3] {
+        assert!(!lock.acquire(seat));
+    }
+    lock.release(2);
+    assert!(lock.holds_any());
+    lock.release(1);
+    assert!(!lock.holds_any());
+    // The next in turn behind the owner, however often others ask.
+    assert!(!lock.acquire(0) && !lock.acquire(1) && lock.acquire(3));
+    lock.release(3);
+    assert!(!lock.acquire(1) && lock.acquire(0));
+    lock.release(0);
+    assert!(lock.acquire(1));
+    lock.release(1);
+    assert!(lock.acquire(2));
+    lock.release(2);
+    (0..3).for_each(|seat| lock.leave(seat));
+    assert_eq!(lock.taken().collect::<Vec<_>>(), [3]);
+}

@@ -9,7 +9,8 @@ use nvme_driver::transport::{Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, SubmitError};
 
 use super::{
-    CommandContext, Front, LaneId, LaneParts, Medium, Pair, RequestLane, Step, as_data, copy_out,
+    CommandContext, Front, LaneId, LaneParts, Medium, NOTHING_MORE, Pair, RequestLane, Step,
+    as_data, copy_out,
 };
 use crate::block::{BlockOp, BlockStatus};
 use crate::datapath::signal::Signal;
@@ -294,7 +295,7 @@ impl RequestLane<Blk> {
             left: range.count.get(),
             offset: 0,
         };
-        self.begin_work(pair, head, self.front.medium, (step, None));
+        self.begin_work(pair, head, self.front.medium, (step, NOTHING_MORE));
     }
 
     /// Everything that is neither a read nor a write.
@@ -335,10 +336,12 @@ impl RequestLane<Blk> {
             | BlockOp::Write(_)
             | BlockOp::WriteSame(_)
             | BlockOp::Verify { .. }
-            | BlockOp::WriteAndVerify { .. } => None,
+            | BlockOp::WriteAndVerify { .. }
+            | BlockOp::CompareAndWrite(_)
+            | BlockOp::DrainAndFlush => None,
         };
         match step {
-            Some(step) => self.begin_work(pair, head, self.front.medium, (step, None)),
+            Some(step) => self.begin_work(pair, head, self.front.medium, (step, NOTHING_MORE)),
             None => self.end_command(head),
         }
     }

@@ -9,15 +9,15 @@ use nvme_driver::transport::Transport;
 
 use super::control::Barrier;
 use super::{
-    CommandContext, FETCH_BUDGET, Failure, Front, LaneId, LaneParts, Medium, Pair, RequestLane,
-    State, Step, as_data, copy_out, piece,
+    CommandContext, FETCH_BUDGET, Failure, Front, LaneId, LaneParts, Medium, NOTHING_MORE, Pair,
+    Progress, RequestLane, State, Step, Wait, Work, as_data, copy_out, piece,
 };
 use crate::block::{Against, BlockOp, BlockRange};
 use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
-    Action, Address, Carry, Cdb, DataIn, Exchange, MAX_PARAMETER_BYTES, MAX_SENSE_BYTES, Nexus,
-    Sense, status,
+    Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
+    MAX_SENSE_BYTES, Nexus, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
 use crate::virtio::memory::GuestMemory;
@@ -70,6 +70,8 @@ pub(in crate::datapath) struct Scsi {
     /// A command's answer.
     data_in: Box<[u8]>,
     gate: Gate,
+    /// The logical unit whose lock the work at hand has, or waits for.
+    locks: Option<usize>,
 }
 
 /// Where the lane stands before the [`Barrier`].
@@ -94,6 +96,8 @@ pub(in crate::datapath) struct Place {
     residual: u32,
     /// If the command fails.
     residual_failed: u32,
+    /// The logical unit.
+    unit: u16,
 }
 
 /// The first 8 bytes of a request (virtio 1.2, 5.6.6.1): the REPORT LUNS well-known logical unit, or a target and a LUN.
@@ -167,12 +171,21 @@ fn translate(failure: Status, information: Option<u64>) -> (u8, Sense) {
     )
 }
 
-/// Writes the response to a command that has ended, and returns the used length.
-fn finish(place: &ResponsePlace, outcome: (u8, Sense), residual: u32, data_in: u32) -> u32 {
+/// Writes the response to a command that has ended, and returns the used length. `unit` says in which format sense data is.
+fn finish(
+    place: &ResponsePlace,
+    unit: Option<&LogicalUnit>,
+    outcome: (u8, Sense),
+    residual: u32,
+    data_in: u32,
+) -> u32 {
     let (status, sense) = outcome;
     let mut bytes = [0; MAX_SENSE_BYTES];
     let len = match status {
-        status::CHECK_CONDITION => sense.encode(false, &mut bytes),
+        status::CHECK_CONDITION => {
+            let descriptors = unit.is_some_and(LogicalUnit::senses_in_descriptors);
+            sense.encode(descriptors, &mut bytes)
+        }
         _ => 0,
     };
     let ending = Ending {
@@ -185,12 +198,13 @@ fn finish(place: &ResponsePlace, outcome: (u8, Sense), residual: u32, data_in: u
     scsi::finish(place, &ending)
 }
 
-fn verify(range: BlockRange, against: Against) -> Step {
+fn verify(range: BlockRange, against: Against, fua: bool) -> Step {
     Step::Verify {
         lba: range.lba.get(),
         left: range.count.get(),
         offset: 0,
         against,
+        fua,
     }
 }
 
@@ -212,14 +226,17 @@ impl Front for Scsi {
     #[inline(always)]
     fn may_fetch(lane: &mut RequestLane<Scsi>) -> bool {
         let gate = &lane.front.gate;
-        let wanted = gate.barrier.wanted();
+        let wanted = gate.barrier.wanted(gate.number);
         wanted == gate.passed || lane.approach(wanted)
     }
 
-    /// While the gate is closed, completions are waited for, and they tell of themselves.
+    /// While the gate is closed, completions are waited for, and they tell of themselves. Other lanes do not.
+    #[inline(always)]
     fn is_wanted(lane: &RequestLane<Scsi>) -> bool {
         let gate = &lane.front.gate;
-        gate.barrier.wanted() != gate.passed && !(gate.closed && lane.queue.in_flight() > 0)
+        let waits = gate.closed && lane.queue.in_flight() > 0;
+        (gate.barrier.wanted(gate.number) != gate.passed && !waits)
+            || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
     }
 
     fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
@@ -251,7 +268,10 @@ impl Front for Scsi {
             lane.counters.errors += 1;
             let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
                 let outcome = translate(Status::INTERNAL_ERROR, None);
-                finish(&request.place, outcome, lane.buffers(), 0)
+                let nexus = &lane.front.nexus;
+                let unit = address(request.lun).and_then(|address| nexus.find(address));
+                let unit = unit.and_then(|unit| nexus.target().units().get(unit));
+                finish(&request.place, unit, outcome, lane.buffers(), 0)
             });
             lane.answer(lane.chain.head(), written);
         }
@@ -267,6 +287,7 @@ impl Front for Scsi {
         match failure {
             None => finish(
                 &place.response,
+                None,
                 (status::GOOD, Sense::NONE),
                 place.residual,
                 data_in,
@@ -274,7 +295,8 @@ impl Front for Scsi {
             Some(failure) => {
                 let information = self.information[usize::from(head.get())];
                 let outcome = translate(failure, information);
-                finish(&place.response, outcome, place.residual_failed, 0)
+                let unit = self.nexus.target().units().get(usize::from(place.unit));
+                finish(&place.response, unit, outcome, place.residual_failed, 0)
             }
         }
     }
@@ -289,6 +311,22 @@ impl Front for Scsi {
             (_, new) if first => new,
             _ => None,
         };
+    }
+
+    fn wait(lane: &mut RequestLane<Scsi>, work: &mut Work) -> Progress {
+        lane.wait(work)
+    }
+
+    fn keeps_others_waiting(&self) -> bool {
+        self.locks.is_some()
+    }
+
+    fn work_ended(&mut self) {
+        if let Some(unit) = self.locks.take()
+            && let Some(unit) = self.nexus.target().units().get(unit)
+        {
+            unit.lock().release(self.gate.number);
+        }
     }
 
     #[inline(always)]
@@ -310,6 +348,10 @@ impl Front for Scsi {
 impl RequestLane<Scsi> {
     pub(super) fn new(config: ScsiLaneConfig) -> RequestLane<Scsi> {
         let target = config.nexus.target();
+        // Known to those who own a lock before the barrier says what it need not wait for.
+        for unit in target.units() {
+            unit.lock().enter(config.number);
+        }
         let passed = config.barrier.enter(config.number);
         let front = Scsi {
             sizes: config.sizes,
@@ -327,6 +369,7 @@ impl RequestLane<Scsi> {
                 left: 0,
                 closed: false,
             },
+            locks: None,
         };
         let parts = LaneParts {
             id: config.id,
@@ -380,7 +423,64 @@ impl RequestLane<Scsi> {
 
     /// Nobody need wait for it any more.
     pub(super) fn leave(&mut self) {
+        for unit in self.front.nexus.target().units() {
+            unit.lock().leave(self.front.gate.number);
+        }
         self.front.gate.barrier.leave(self.front.gate.number);
+    }
+
+    /// A request that is about a logical unit which other lanes have too.
+    #[cold]
+    fn wait(&mut self, work: &mut Work) -> Progress {
+        let Step::Wait(wait) = work.step else {
+            return Progress::Failed;
+        };
+        let (Wait::Lock { unit, .. } | Wait::Others { unit, .. } | Wait::Turn { unit }) = wait;
+        let nexus = Arc::clone(&self.front.nexus);
+        let Some(unit_of) = nexus.target().units().get(unit) else {
+            return Progress::Failed;
+        };
+        let gate = &self.front.gate;
+        let (barrier, lock) = (&gate.barrier, unit_of.lock());
+        // Those who wait for this lane need not wait for what waits for them: it has nothing at the device yet.
+        if self.queue.in_flight() == 1 {
+            barrier.be_quiet(gate.number);
+        }
+        if let Wait::Lock { .. } | Wait::Turn { .. } = wait {
+            self.front.locks = Some(unit);
+            if !lock.acquire(gate.number) {
+                return Progress::Blocked;
+            }
+        }
+        match wait {
+            Wait::Lock { lba, count, .. } => {
+                lock.hold(lba, count);
+                let number = barrier.ask(|| lock.taken());
+                work.step = Step::Wait(Wait::Others { unit, number });
+                return Progress::Next;
+            }
+            Wait::Others { number, .. } if !barrier.are_quiet(lock.taken(), number) => {
+                return Progress::Blocked;
+            }
+            // Nobody else holds any blocks, until this one gives the lock on.
+            Wait::Others { .. } | Wait::Turn { .. } => {}
+        }
+        // The cache may have been switched off meanwhile.
+        work.medium.durable |= unit_of.writes_through();
+        Progress::Finished
+    }
+
+    /// Whether another command has locked blocks that a step would write.
+    fn meets(&self, lock: &RangeLock, step: Step) -> bool {
+        match step {
+            Step::Transfer { lba, left, .. } | Step::Same { lba, left } => lock.holds(lba, left),
+            Step::Discard { .. } | Step::WriteZeroes { .. } => self
+                .ranges
+                .as_slice()
+                .iter()
+                .any(|range| lock.holds(range.lba.get(), range.count.get())),
+            _ => false,
+        }
     }
 
     /// Bytes of all data buffers of the chain.
@@ -445,12 +545,15 @@ impl RequestLane<Scsi> {
                 copy_out(data, self.chain.writable());
                 let residual = residual - moved.max(wanted);
                 self.counters.immediate += 1;
-                let written = finish(&place, (status::GOOD, Sense::NONE), residual, moved);
+                let outcome = (status::GOOD, Sense::NONE);
+                let written = finish(&place, None, outcome, residual, moved);
                 self.answer(head, written);
             }
             Action::Check(sense) => {
                 self.counters.checks += 1;
-                let written = finish(&place, (status::CHECK_CONDITION, sense), residual, 0);
+                let outcome = (status::CHECK_CONDITION, sense);
+                let unit = unit.and_then(|unit| nexus.target().units().get(unit));
+                let written = finish(&place, unit, outcome, residual, 0);
                 self.answer(head, written);
             }
             Action::Carry(carry) if carry.data_in > writable || carry.data_out > readable => {
@@ -462,8 +565,10 @@ impl RequestLane<Scsi> {
                     response: place,
                     residual: residual - moved,
                     residual_failed: residual,
+                    // LUNs have 14 bits.
+                    unit: u16::try_from(carry.unit).unwrap_or(u16::MAX),
                 };
-                self.carry(pair, head, place, &carry);
+                self.carry(pair, head, place, &carry, &nexus);
             }
         }
     }
@@ -481,11 +586,12 @@ impl RequestLane<Scsi> {
         head: HeadIndex,
         place: Place,
         carry: &Carry,
+        nexus: &Nexus,
     ) {
         // Both tables have a place for every logical unit.
         let (Some(nsid), Some(unit)) = (
             self.front.namespaces.get(carry.unit).copied(),
-            self.front.nexus.target().units().get(carry.unit),
+            nexus.target().units().get(carry.unit),
         ) else {
             return self.refuse(head, &place.response, response::FAILURE);
         };
@@ -497,14 +603,16 @@ impl RequestLane<Scsi> {
         // No more than the chain holds.
         let data_in = u32::try_from(carry.data_in).unwrap_or(u32::MAX);
         self.remember(head, place, data_in);
-        let mut then = None;
+        let mut then = NOTHING_MORE;
         let step = match carry.op {
             BlockOp::Read(range) | BlockOp::Write(range) => {
                 let write = carry.data_out > 0;
                 let (lba, left) = (range.lba.get(), range.count.get());
                 let bytes = left << medium.block_shift;
                 self.count_transfer(write, bytes);
-                if self.sent_at_once(pair, head, medium, (write, lba, left)) {
+                // An ordinary write looks once whether it has to wait for anybody.
+                let free = !(write && unit.lock().holds_any());
+                if free && self.sent_at_once(pair, head, medium, (write, lba, left)) {
                     return;
                 }
                 Some(Step::Transfer {
@@ -514,12 +622,29 @@ impl RequestLane<Scsi> {
                     offset: 0,
                 })
             }
-            BlockOp::Flush => {
-                self.counters.flushes += 1;
-                if std::mem::take(&mut self.front.cache_lost[carry.unit]) {
-                    self.fail_request(head, Status::INTERNAL_ERROR);
-                }
-                self.config.volatile_cache.then_some(Step::Flush)
+            BlockOp::Flush => self.flush(head, carry.unit),
+            BlockOp::DrainAndFlush => {
+                then[0] = self.flush(head, carry.unit);
+                let (unit, lock) = (carry.unit, unit.lock());
+                let number = self.front.gate.barrier.ask(|| lock.taken());
+                Some(Step::Wait(Wait::Others { unit, number }))
+            }
+            BlockOp::CompareAndWrite(range) => {
+                let (lba, count) = (range.lba.get(), range.count.get());
+                let bytes = count << medium.block_shift;
+                self.count_transfer(true, bytes);
+                then = [
+                    // What was written last, wherever it is.
+                    Some(verify(range, Against::Data, false)),
+                    Some(Step::Transfer {
+                        write: true,
+                        lba,
+                        left: count,
+                        offset: bytes.into(),
+                    }),
+                ];
+                let unit = carry.unit;
+                Some(Step::Wait(Wait::Lock { unit, lba, count }))
             }
             BlockOp::Discard => {
                 self.counters.discards += 1;
@@ -538,12 +663,12 @@ impl RequestLane<Scsi> {
             }
             BlockOp::Verify { range, against } => {
                 self.count_transfer(false, range.count.get() << medium.block_shift);
-                Some(verify(range, against))
+                Some(verify(range, against, true))
             }
             BlockOp::WriteAndVerify { range, against } => {
                 let (lba, left) = (range.lba.get(), range.count.get());
                 self.count_transfer(true, left << medium.block_shift);
-                then = Some(verify(range, against));
+                then[0] = Some(verify(range, against, true));
                 Some(Step::Transfer {
                     write: true,
                     lba,
@@ -554,10 +679,29 @@ impl RequestLane<Scsi> {
             // No command asks for it.
             BlockOp::DeviceId => None,
         };
-        match step {
-            Some(step) => self.begin_work(pair, head, medium, (step, then)),
-            None => self.end_command(head),
+        let Some(step) = step else {
+            return self.end_command(head);
+        };
+        let writes = !matches!(step, Step::Transfer { write: false, .. });
+        let steps = match writes && self.meets(unit.lock(), step) {
+            true => {
+                let unit = carry.unit;
+                // Of what writes only WRITE AND VERIFY has more than one step.
+                (Step::Wait(Wait::Turn { unit }), [Some(step), then[0]])
+            }
+            false => (step, then),
+        };
+        self.begin_work(pair, head, medium, steps);
+    }
+
+    /// What a flush of a logical unit takes, if anything.
+    fn flush(&mut self, head: HeadIndex, unit: usize) -> Option<Step> {
+        self.counters.flushes += 1;
+        let lost = self.front.cache_lost.get_mut(unit);
+        if lost.is_some_and(std::mem::take) {
+            self.fail_request(head, Status::INTERNAL_ERROR);
         }
+        self.config.volatile_cache.then_some(Step::Flush)
     }
 
     /// A read or write that one NVMe command carries out in place. The count of the issuing is that command's.
