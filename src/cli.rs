@@ -1,7 +1,7 @@
 //! The command line as clap sees it: `tandem serve`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
-//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll` and `--log` replace
+//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll`, `--state` and `--log` replace
 //! what it says.
 //! clap ends the process with code 2 on a bad flag; so does `main` on a [`ConfigError`].
 
@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::args::BenchArgs;
 use crate::config::{
     BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel, Options,
-    Polling, ScsiOptions,
+    Polling, ScsiOptions, StatePath,
 };
 use crate::host::command::{ListArgs, SetupArgs};
 
@@ -60,6 +60,9 @@ pub struct ServeArgs {
     /// [default: always]
     #[arg(long, value_name = "MODE")]
     pub poll: Option<Polling>,
+    /// Directory where persistent reservations of SCSI hosts are kept over restarts; without it they end with the process
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<StatePath>,
     /// Serve real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
     #[arg(long)]
     pub unsafe_noiommu: bool,
@@ -111,6 +114,7 @@ impl ServeArgs {
         }
         options.server.cores = self.cores.clone().or(options.server.cores);
         options.server.poll = self.poll.or(options.server.poll);
+        options.server.state = self.state.clone().or(options.server.state);
         options.server.log = self.log.or(options.server.log);
         options.resolve()
     }

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::config::{
     ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, Isolation, LunPlace,
@@ -56,6 +57,8 @@ pub struct Plan {
     /// The cores that get a reactor, in the order configured.
     pub cores: Vec<Core>,
     pub poll: Polling,
+    /// Where reservations are kept over restarts.
+    pub state: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,6 +170,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
         hosts,
         cores,
         poll: config.poll,
+        state: config.state.clone(),
     })
 }
 
@@ -224,6 +228,9 @@ impl fmt::Display for Plan {
         }
         for host in &self.hosts {
             self.fmt_host(host, f)?;
+        }
+        if let Some(state) = &self.state {
+            writeln!(f, "state   {}: reservations are kept", state.display())?;
         }
         for core in &self.cores {
             let polled = self

@@ -284,7 +284,7 @@ prop_compose! {
             })
             .collect();
         let poll = if adaptive { Polling::Adaptive } else { Polling::Always };
-        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, log }
+        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, state: None, log }
     }
 }
 
@@ -369,6 +369,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
         hosts: vec![],
         cores: [CoreId(0), CoreId(1)].into_iter().collect(),
         poll: Polling::Always,
+        state: None,
         log: LogLevel::Info,
     };
     assert_eq!(file, expected);
@@ -523,7 +524,7 @@ fn file_with_unknown_field_names_file_line_and_field() {
     );
     assert_eq!(
         refusal("[server]\ncore = \"0\"\n"),
-        "vm.toml:2: unknown field `core`, expected one of `cores`, `poll`, `log`\n  2 | core = \"0\""
+        "vm.toml:2: unknown field `core`, expected one of `cores`, `poll`, `state`, `log`\n  2 | core = \"0\""
     );
 }
 

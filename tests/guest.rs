@@ -797,6 +797,13 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         fact miscompare $(sg_verify -E 3 -n 512 -l 999 -c 2 -i /tmp/pattern /dev/sda >/dev/null 2>&1; echo $?)
         step 'write and verify' sh -c 'sg_write_verify --16 -l 1300 -n 10 -i /tmp/expected --ilen=5120 -b 1 /dev/sda'
         step 'read what was verified' sh -c 'dd if=/dev/sda bs=512 skip=1300 count=10 iflag=direct | cmp -n 5120 - /tmp/expected'
+        step 'compare and write' sg_compare_and_write -i /tmp/expected -l 1000 -n 1 -x 1024 /dev/sda
+        fact compare.differs $(sg_compare_and_write -i /tmp/expected -l 2000 -n 1 -x 1024 -q /dev/sda >/dev/null 2>&1; echo $?)
+        step 'cache off' sh -c 'echo \"write through\" >/sys/class/scsi_disk/0:0:0:0/cache_type'
+        fact cache.off \"$(cat /sys/block/sda/queue/write_cache) $(sg_modes -6 -p 8 /dev/sda | grep -c ' 08 12 00')\"
+        step 'durable write' dd if=/tmp/expected of=/dev/sda bs=512 seek=1400 count=10 oflag=direct
+        step 'cache on' sh -c 'echo \"write back\" >/sys/class/scsi_disk/0:0:0:0/cache_type'
+        fact cache.on \"$(cat /sys/block/sda/queue/write_cache)\"
         step unmap sg_unmap -l 1000 -n 300 /dev/sda
         step 'write zeroes' sg_write_same --10 -l 1000 -n 300 /dev/sda
         step 'read zeroes' sh -c 'dd if=/dev/sda bs=512 skip=1000 count=300 iflag=direct | cmp -n 153600 - /dev/zero'
@@ -835,9 +842,12 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("fua.a", "1"),
         ("serial.a", "d0-ns1"),
         ("serial.b", "d0-ns2"),
-        ("opcodes", "36"),
+        ("opcodes", "55"),
         // MISCOMPARE.
         ("miscompare", "14"),
+        ("compare.differs", "14"),
+        ("cache.off", "write through 1"),
+        ("cache.on", "write back"),
     ] {
         assert_eq!(facts[key], value, "{key}: {facts:#?}");
     }

@@ -656,7 +656,7 @@ fn luns_are_read_in_every_addressing_method_that_there_is() {
 fn supported_operation_codes_are_those_of_the_table() {
     let mut bench = Bench::new();
     let cdb =
-        |options, opcode, action, len| [0xa3, 0x0c, options, opcode, 0, action, 0, 0, 4, len, 0, 0];
+        |options, opcode, action, len| [0xa3, 0x0c, options, opcode, 0, action, 0, 0, 8, len, 0, 0];
     let all = bench.says(&cdb(0, 0, 0, 0));
     assert_eq!(all[..4], (COMMANDS.len() as u32 * 8).to_be_bytes());
     assert_eq!(all.len(), 4 + COMMANDS.len() * 8);

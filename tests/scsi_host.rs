@@ -16,7 +16,7 @@ use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
 use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{
-    Barrier, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
+    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
 };
 use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
@@ -107,6 +107,7 @@ struct Host {
     lanes: Vec<LaneId>,
     sizes: (usize, usize),
     next_head: u16,
+    _clerk: Clerk,
     _table: MemoryTable,
 }
 
@@ -196,6 +197,7 @@ impl Host {
         let initiator = Initiator::new(&format!("vm{number}")).unwrap();
         let target = Target::new(&initiator, units).unwrap();
         let nexus = Arc::new(Nexus::new(Arc::new(target)));
+        let clerk = Clerk::start().unwrap();
         let mut poller = device.create_poller().unwrap().1;
         let signal = || Arc::new(Signal::new().unwrap());
         let lanes = vec![LaneId(1), LaneId(2)];
@@ -209,6 +211,7 @@ impl Host {
             namespaces: [Nsid(1), Nsid(2)].into(),
             barrier: Arc::clone(&barrier),
             number,
+            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), number),
             volatile_cache: true,
             call: signal(),
             error: signal(),
@@ -237,6 +240,7 @@ impl Host {
             lanes,
             sizes: bytes,
             next_head: 0,
+            _clerk: clerk,
             _table: table,
         };
         for lun in [FIRST, SECOND] {
@@ -311,6 +315,8 @@ impl Host {
                 return (head as u16, len);
             }
             self.turn();
+            // Hosts on other threads have to come round, too.
+            std::thread::yield_now();
         }
         panic!("nothing came back");
     }

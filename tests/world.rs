@@ -5,6 +5,8 @@
 mod common;
 #[path = "world/recovery.rs"]
 mod recovery;
+#[path = "world/signals.rs"]
+mod signals;
 #[path = "world/sleep.rs"]
 mod sleep;
 
@@ -99,6 +101,7 @@ impl World {
                     first_index: *rng.pick(&[0, 65_500]),
                     regions: 1 + rng.below(3),
                     write_through: rng.one_in(4),
+                    ..GuestSetup::default()
                 })
             })
             .collect();

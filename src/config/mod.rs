@@ -31,7 +31,8 @@ pub use options::{
     BlkOptions, DeviceOptions, MediumKind, Options, ScsiOptions, ServerOptions, SpecError,
 };
 pub use values::{
-    BlockSize, ByteSize, CoreId, CoreList, LogLevel, LunPlace, OnDeviceLoss, Polling, ValueError,
+    BlockSize, ByteSize, CoreId, CoreList, LogLevel, LunPlace, OnDeviceLoss, Polling, StatePath,
+    ValueError,
 };
 
 /// Everything `tandem serve` was asked for.
@@ -47,6 +48,8 @@ pub struct Config {
     pub cores: CoreList,
     /// Whether those cores sleep while nothing happens.
     pub poll: Polling,
+    /// The directory where reservations are kept over restarts.
+    pub state: Option<PathBuf>,
     pub log: LogLevel,
 }
 
@@ -220,6 +223,8 @@ pub enum ConfigError {
         "no cores to poll on: name them, for example --cores 0-3,5 or cores = \"0-3,5\" in [server]"
     )]
     NoCores,
+    #[error("state={} keeps the reservations of SCSI hosts, and there is none: drop it", path.display())]
+    StrayState { path: PathBuf },
     #[error("device {name} is described twice: give each a name=... of its own")]
     DuplicateDevice { name: String },
     #[error("devices {first} and {second} are one SSD, {target}: describe it once")]
@@ -350,12 +355,17 @@ impl Options {
         let hosts = hosts.collect::<Result<Vec<HostConfig>, ConfigError>>()?;
         check_sockets(&disks, &hosts)?;
         check_uses(&disks, &hosts, &devices)?;
+        if let (Some(state), true) = (&self.server.state, hosts.is_empty()) {
+            let path = state.0.clone();
+            return Err(ConfigError::StrayState { path });
+        }
         Ok(Config {
             devices,
             disks,
             hosts,
             cores: self.server.cores.ok_or(ConfigError::NoCores)?,
             poll: self.server.poll.unwrap_or_default(),
+            state: self.server.state.map(|directory| directory.0),
             log: self.server.log.unwrap_or_default(),
         })
     }

@@ -14,7 +14,8 @@ use serde::de::DeserializeOwned;
 use super::ConfigError;
 use super::values::{
     BlockSize, ByteSize, CoreList, Delay, DeviceName, ImagePath, InitiatorName, Kind, LogLevel,
-    LunPlace, OnDeviceLoss, Pci, Polling, Serial, SocketPath, Switch, ValueError, Within,
+    LunPlace, OnDeviceLoss, Pci, Polling, Serial, SocketPath, StatePath, Switch, ValueError,
+    Within,
 };
 
 /// A configuration as written; [`Options::resolve`] completes and checks it.
@@ -27,12 +28,13 @@ pub struct Options {
     pub scsi: Vec<ScsiOptions>,
 }
 
-/// `[server]`, or `--cores`, `--poll` and `--log`.
+/// `[server]`, or `--cores`, `--poll`, `--state` and `--log`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerOptions {
     pub cores: Option<CoreList>,
     pub poll: Option<Polling>,
+    pub state: Option<StatePath>,
     pub log: Option<LogLevel>,
 }
 

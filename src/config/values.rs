@@ -70,6 +70,7 @@ from_scalar!(
     Serial,
     DeviceName,
     ImagePath,
+    StatePath,
     SocketPath,
     CoreList,
     LogLevel,
@@ -278,6 +279,18 @@ impl FromStr for DeviceName {
 pub struct ImagePath(pub PathBuf);
 
 impl FromStr for ImagePath {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        usable_path(text).map(Self)
+    }
+}
+
+/// A directory for what outlives the process.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub struct StatePath(pub PathBuf);
+
+impl FromStr for StatePath {
     type Err = ValueError;
     fn from_str(text: &str) -> Result<Self, ValueError> {
         usable_path(text).map(Self)

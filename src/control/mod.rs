@@ -9,3 +9,4 @@ pub mod recovery;
 pub mod server;
 pub mod session;
 pub mod socket;
+pub mod state;

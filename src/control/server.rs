@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
-use nvme_driver::spec::Nsid;
+use nvme_driver::spec::{Nsid, ascii_field};
 use nvme_model::ModelHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -23,9 +23,10 @@ use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
+use super::state::{StateDirectory, StateError};
 use crate::block::Geometry;
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
-use crate::datapath::{Barrier, Poll};
+use crate::datapath::{Barrier, Clerk, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError, ReactorHandle};
 use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
@@ -60,6 +61,9 @@ pub enum ServerError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Reservations that are kept.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// An initiator cannot have its logical units.
     #[error("host {host}: {source}")]
     Shared {
@@ -179,8 +183,9 @@ impl Server {
         }
         let handles = self.reactors.iter().map(Reactor::handle);
         self.handles = handles.cloned().collect();
+        let mut shared = Shared::of(plan)?;
         for (index, device) in self.devices.clone().iter().enumerate() {
-            self.create_exports(plan, index, device)?;
+            self.create_exports(plan, index, device, &mut shared)?;
         }
         // `create_exports` went device by device; listeners are in the order of the plan.
         self.exports.sort_by_key(|export| {
@@ -221,6 +226,7 @@ impl Server {
         plan: &Plan,
         index: usize,
         device: &Arc<Device>,
+        shared: &mut Shared,
     ) -> Result<(), ServerError> {
         let disks = plan.disks.iter().filter(|disk| disk.device == index);
         let hosts = plan.hosts.iter().filter(|host| host.device == index);
@@ -247,16 +253,9 @@ impl Server {
             pollers.push(self.create_poller(index, core)?);
         }
         let mut next = 0;
-        let lanes = plan.hosts.iter().filter(|host| host.device == index);
-        let lanes = lanes.map(|host| host.queue_cores.len()).sum();
-        let mut shared = Hosts {
-            barrier: Arc::new(Barrier::new(lanes)?),
-            lanes,
-            given: 0,
-            units: BTreeMap::new(),
-        };
+        shared.lanes = lanes_of(plan, index)?;
         for export in planned {
-            let kind = export.kind(device, &mut shared)?;
+            let kind = export.kind(device, shared)?;
             let mut queues: Vec<ExportQueue> = Vec::new();
             for _ in export.queue_cores() {
                 let place: &Place = &pollers[places[next].pair];
@@ -422,7 +421,7 @@ impl Planned<'_> {
         }
     }
 
-    fn kind(&self, device: &Device, shared: &mut Hosts) -> Result<Kind, ServerError> {
+    fn kind(&self, device: &Device, shared: &mut Shared) -> Result<Kind, ServerError> {
         match self {
             Planned::Disk(disk) => {
                 let (namespace, geometry) =
@@ -443,27 +442,89 @@ impl Planned<'_> {
     }
 }
 
-/// What the hosts of a device share.
-struct Hosts {
+/// The request queues of a device's hosts, which are waited for together.
+struct Lanes {
     barrier: Arc<Barrier>,
-    /// Request queues of all of them, and how many have a place at the barrier.
-    lanes: usize,
+    count: usize,
+    /// How many have a place at the barrier.
     given: usize,
-    /// By NSID: all hosts that have a namespace have the same logical unit.
-    units: BTreeMap<u32, LogicalUnit>,
 }
 
-fn host_of(host: &HostPlan, device: &Device, shared: &mut Hosts) -> Result<Host, ServerError> {
+fn lanes_of(plan: &Plan, device: usize) -> io::Result<Lanes> {
+    let hosts = plan.hosts.iter().filter(|host| host.device == device);
+    let count = hosts.map(|host| host.queue_cores.len()).sum();
+    Ok(Lanes {
+        barrier: Arc::new(Barrier::new(count)?),
+        count,
+        given: 0,
+    })
+}
+
+/// What hosts share.
+struct Shared {
+    /// The logical units, by device and NSID: all hosts that have a namespace have the same one.
+    units: BTreeMap<(usize, u32), LogicalUnit>,
+    /// Request queues of the hosts of the device at hand.
+    lanes: Lanes,
+    /// Once there is a host.
+    clerk: Option<Arc<Clerk>>,
+    /// Where reservations are kept.
+    state: Option<StateDirectory>,
+}
+
+impl Shared {
+    fn of(plan: &Plan) -> Result<Shared, ServerError> {
+        Ok(Shared {
+            units: BTreeMap::new(),
+            lanes: lanes_of(plan, usize::MAX)?,
+            clerk: None,
+            state: plan
+                .state
+                .as_deref()
+                .map(StateDirectory::open)
+                .transpose()?,
+        })
+    }
+
+    fn clerk(&mut self) -> Result<Arc<Clerk>, ServerError> {
+        let clerk = match &self.clerk {
+            Some(clerk) => Arc::clone(clerk),
+            None => Arc::new(Clerk::start()?),
+        };
+        self.clerk = Some(Arc::clone(&clerk));
+        Ok(clerk)
+    }
+
+    /// The logical unit of a namespace of the device at `index`.
+    fn unit(
+        &mut self,
+        index: usize,
+        device: &Device,
+        namespace: &Namespace,
+        geometry: Geometry,
+    ) -> Result<LogicalUnit, ServerError> {
+        let place = (index, namespace.nsid.0);
+        if let Some(unit) = self.units.get(&place) {
+            return Ok(unit.clone());
+        }
+        let mut unit = logical_unit(device, namespace, geometry).with_lanes(self.lanes.count);
+        if let Some(state) = &mut self.state {
+            let serial = ascii_field(&device.identity.sn);
+            let (file, kept) = state.file_of(&serial, namespace)?;
+            unit = unit.with_keeper(Box::new(file), kept);
+        }
+        self.units.insert(place, unit.clone());
+        Ok(unit)
+    }
+}
+
+fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
     let mut namespaces = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
         let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
-        let lanes = shared.lanes;
-        let unit = shared
-            .units
-            .entry(place.nsid)
-            .or_insert_with(|| logical_unit(device, &namespace, geometry).with_lanes(lanes));
-        let unit = unit.clone().with_read_only(geometry.read_only());
+        let unit = shared.unit(host.device, device, &namespace, geometry)?;
+        let unit = unit.with_read_only(geometry.read_only());
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
             units.push((place.target, lun, unit));
@@ -474,13 +535,14 @@ fn host_of(host: &HostPlan, device: &Device, shared: &mut Hosts) -> Result<Host,
         host: host.socket.to_string(),
         source,
     })?;
-    let first = shared.given;
-    shared.given += host.queue_cores.len();
+    let first = shared.lanes.given;
+    shared.lanes.given += host.queue_cores.len();
     Ok(Host {
         target: Arc::new(target),
         namespaces: namespaces.into(),
-        barrier: Arc::clone(&shared.barrier),
-        lanes: first..shared.given,
+        barrier: Arc::clone(&shared.lanes.barrier),
+        lanes: first..shared.lanes.given,
+        clerk: shared.clerk()?,
     })
 }
 

@@ -29,9 +29,11 @@ use vhost::vhost_user::{
 use super::device::Device;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
-use crate::datapath::{Barrier, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal};
+use crate::datapath::{
+    Barrier, Clerk, ControlConfig, HostTasks, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal,
+};
 use crate::reactor::{Mode, PollerId, ReactorHandle};
-use crate::scsi::{Nexus, Target};
+use crate::scsi::{Nexus, Target, Tasks};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
@@ -122,6 +124,8 @@ pub struct Host {
     pub barrier: Arc<Barrier>,
     /// The numbers of this one's request queues there.
     pub lanes: Range<usize>,
+    /// Who carries out commands that wait.
+    pub clerk: Arc<Clerk>,
 }
 
 /// Virtqueue 0 of a SCSI host (virtio 1.2, 5.6.2).
@@ -305,6 +309,8 @@ pub struct Session {
 #[derive(Debug)]
 struct Initiator {
     nexus: Arc<Nexus>,
+    /// Whose commands other initiators wait for; they know it for as long as it is here.
+    _tasks: Arc<dyn Tasks>,
 }
 
 impl Initiator {
@@ -312,9 +318,17 @@ impl Initiator {
     fn of(export: &Export) -> Option<Initiator> {
         match &export.kind {
             Kind::Disk(_) => None,
-            Kind::Host(host) => Some(Initiator {
-                nexus: Arc::new(Nexus::new(Arc::clone(&host.target))),
-            }),
+            Kind::Host(host) => {
+                let tasks: Arc<dyn Tasks> = Arc::new(HostTasks {
+                    barrier: Arc::clone(&host.barrier),
+                    lanes: host.lanes.clone(),
+                });
+                let nexus = Nexus::new(Arc::clone(&host.target)).with_tasks(&tasks);
+                Some(Initiator {
+                    nexus: Arc::new(nexus),
+                    _tasks: tasks,
+                })
+            }
         }
     }
 }
@@ -373,6 +387,9 @@ impl Session {
             tracing::error!(disk = %self.disk.name, %error, "a queue did not drain: its memory stays mapped");
         }
         self.memory.clear();
+        if let Some(initiator) = &self.initiator {
+            initiator.nexus.end();
+        }
     }
 
     /// Takes all running lanes back, drained. All are asked first, so they drain side by side.
@@ -530,6 +547,11 @@ impl Session {
                 queue,
                 memory,
                 sizes: Sizes::DEFAULT,
+                desk: host.clerk.desk(
+                    Arc::clone(&nexus),
+                    Arc::clone(&barrier),
+                    host.lanes.start + number,
+                ),
                 nexus,
                 namespaces: Arc::clone(&host.namespaces),
                 barrier,

@@ -32,7 +32,7 @@ use control::ControlLane;
 use scsi::Scsi;
 
 pub use blk::LaneConfig;
-pub use control::{Barrier, ControlConfig};
+pub use control::{Barrier, ControlConfig, HostTasks};
 pub use scsi::ScsiLaneConfig;
 
 /// Requests that one lane takes from its ring in one turn. The fewer, the earlier do the device and the guest get to work
@@ -63,6 +63,8 @@ enum State {
 enum Attention {
     /// New requests.
     Ring,
+    /// The same, and the guest's signal, which the last turn left to this one.
+    Signal,
     /// The work at hand.
     Work,
     /// Completions alone.
@@ -303,6 +305,9 @@ pub(super) struct RequestLane<F: Front> {
     work: Option<Work>,
     state: State,
     attention: Attention,
+    /// The guest's signal may wait for the next turn: the guest goes on sending, so it is awake, and one signal tells of
+    /// what two turns have finished.
+    may_hold: bool,
     /// Its place in the poller.
     slot: u16,
     counters: QueueCounters,
@@ -512,7 +517,7 @@ impl Lane {
     pub(super) fn do_without(&mut self, fail: bool) -> bool {
         match &mut self.0 {
             Kind::Blk(lane) => fail && lane.fail_new(),
-            Kind::Scsi(lane) => fail && lane.fail_new(),
+            Kind::Scsi(lane) => lane.collect() || (fail && lane.fail_new()),
             Kind::Control(lane) => lane.fetch(),
         }
     }
@@ -530,8 +535,14 @@ impl Lane {
     /// Makes finished requests visible to the guest, and tells it once if it wants to know.
     #[inline]
     pub(super) fn publish(&mut self) {
+        on_lane!(&mut self.0, lane => lane.publish());
+    }
+
+    /// [`Lane::publish`] at the end of a turn: a signal may be held back, and the next turn looks at it then.
+    #[inline]
+    pub(super) fn publish_turn(&mut self) {
         match &mut self.0 {
-            Kind::Blk(lane) => lane.publish(),
+            Kind::Blk(lane) => lane.publish_turn(),
             other => other.publish_for_host(),
         }
     }
@@ -554,7 +565,8 @@ impl Kind {
     fn wants_for_host(&self) -> bool {
         match self {
             Kind::Blk(_) => false,
-            Kind::Scsi(lane) => lane.wants(),
+            // Others may ask it to end what it has, or the clerk has answered.
+            Kind::Scsi(lane) => lane.wants() || Scsi::is_wanted(lane),
             Kind::Control(lane) => lane.wants(),
         }
     }
@@ -572,7 +584,7 @@ impl Kind {
     fn publish_for_host(&mut self) {
         match self {
             Kind::Blk(_) => {}
-            Kind::Scsi(lane) => lane.publish(),
+            Kind::Scsi(lane) => lane.publish_turn(),
             Kind::Control(lane) => lane.publish(),
         }
     }
@@ -597,6 +609,7 @@ impl<F: Front> RequestLane<F> {
             work: None,
             state: State::Running,
             attention: Attention::Ring,
+            may_hold: false,
             slot: 0,
             counters: config.shared.snapshot(),
             ranges: RangeList::new(),
@@ -615,6 +628,8 @@ impl<F: Front> RequestLane<F> {
 
     fn drain(&mut self) {
         self.set_state(State::Draining);
+        // There may be no turn that looks at it.
+        self.publish();
     }
 
     fn is_draining(&self) -> bool {
@@ -651,6 +666,9 @@ impl<F: Front> RequestLane<F> {
         if F::is_wanted(self) {
             return Armed::Pending;
         }
+        if self.attention == Attention::Signal {
+            return Armed::Pending;
+        }
         // Work that is being issued waits for completions, and so does a lane that fetches nothing.
         if self.state != State::Running || self.work.is_some() {
             return Armed::Yes;
@@ -677,7 +695,7 @@ impl<F: Front> RequestLane<F> {
     fn wants(&self) -> bool {
         match self.attention {
             Attention::Ring => self.queue.has_request() || F::is_wanted(self),
-            Attention::Work => true,
+            Attention::Signal | Attention::Work => true,
             Attention::Nothing => false,
         }
     }
@@ -705,26 +723,32 @@ impl<F: Front> RequestLane<F> {
             (None, State::Running) => Attention::Ring,
             (None, _) => Attention::Nothing,
         };
+        // Nor must a signal that was held back be forgotten: this turn decides.
+        self.may_hold = false;
     }
 
     #[inline(always)]
     fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        self.may_hold = false;
         if !F::may_fetch(self) {
             // That is something to be published.
             return true;
         }
-        if self.attention != Attention::Ring {
+        let owes = self.attention == Attention::Signal;
+        if !owes && self.attention != Attention::Ring {
             return self.fetch_work(pair);
         }
         // The one look of a turn at the ring.
         let available = match self.queue.available() {
-            Ok(0) => return false,
+            // A signal is something to be published.
+            Ok(0) => return owes,
             Ok(available) => available.min(FETCH_BUDGET),
             Err(error) => {
                 self.break_ring(&error);
                 return true;
             }
         };
+        self.may_hold = !owes;
         let most = available.min(pair.queue.room());
         F::fetch(self, pair, most);
         true
@@ -1237,22 +1261,42 @@ impl<F: Front> RequestLane<F> {
     #[inline]
     fn publish(&mut self) {
         self.queue.publish_used();
+        self.decide();
+        F::published(self);
+    }
+
+    /// [`Self::publish`] at the end of a turn. A signal may wait for the next one.
+    #[inline]
+    fn publish_turn(&mut self) {
+        self.queue.publish_used();
+        if self.may_hold {
+            self.attention = Attention::Signal;
+        } else {
+            self.decide();
+        }
+        F::published(self);
+    }
+
+    /// Signals the guest if it wants that for anything since the last decision.
+    #[inline]
+    fn decide(&mut self) {
+        if self.attention == Attention::Signal {
+            self.attention = Attention::Ring;
+        }
         if self.queue.needs_signal() {
             self.signal();
         }
-        F::published(self);
     }
 
     #[cold]
     fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
         self.queue.publish_used();
         let used = Instant::now();
-        let wants = self.queue.needs_signal();
-        if wants {
-            self.signal();
-        }
+        let before = self.counters.notifications;
+        self.decide();
+        let signalled = self.counters.notifications != before;
         F::published(self);
-        (used, wants.then(Instant::now))
+        (used, signalled.then(Instant::now))
     }
 
     fn stages(&self) -> &StageTimes {

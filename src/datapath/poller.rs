@@ -414,7 +414,7 @@ impl<T: Transport> Poller<T> {
         busy
     }
 
-    /// The rest of a turn with lanes that want more than a look at their rings, or with places where none is any more.
+    /// The rest of a turn with something to do, or with other lanes than a block device's single one.
     #[inline(never)]
     fn closer_look(&mut self) -> bool {
         self.lanes.iter().flatten().any(Lane::wants) && self.busy_turn()
@@ -446,7 +446,7 @@ impl<T: Transport> Poller<T> {
         if busy {
             self.pair.queue.ring();
             for lane in self.lanes.iter_mut().flatten() {
-                lane.publish();
+                lane.publish_turn();
             }
         }
         self.busy_turns = self.busy_turns.wrapping_add(busy.into());
@@ -593,13 +593,11 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         if self.pair.queue.has_completion() {
             return self.busy_turn();
         }
-        for lane in &self.lanes {
-            match lane {
-                Some(Lane(Kind::Blk(lane))) if lane.is_quiet() => {}
-                _ => return self.closer_look(),
-            }
+        // One virtqueue to a queue pair is the rule.
+        match &self.lanes[..] {
+            [Some(Lane(Kind::Blk(lane)))] if lane.is_quiet() => false,
+            _ => self.closer_look(),
         }
-        false
     }
 
     fn attach(&mut self, mut lane: Lane) {
@@ -728,6 +726,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
         self.service = service;
         self.hurry();
         self.health.oldest.store(0, Ordering::Relaxed);
+        self.lanes.iter_mut().flatten().for_each(Lane::publish);
         if service == Service::Fail {
             self.give_up_lanes(|_| true);
         }

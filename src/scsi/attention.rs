@@ -1,7 +1,8 @@
 //! Unit attentions (SAM-5, 5.14): what has happened to a logical unit that an initiator has not been told yet.
 //!
 //! An initiator has a [`Conditions`] with each unit that it reaches: a bit for each condition, so that nothing is lost
-//! when several wait, and so that the many commands that find none pay one relaxed load.
+//! when several wait, and one for each kind of command that a reservation keeps from it. The many commands that find
+//! neither pay one relaxed load.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -53,6 +54,9 @@ const CODES: [(u8, u8); 12] = [
     (0x3f, 0x0e),
 ];
 
+/// Those that a reset establishes: told before a reservation conflict is, the others after it (SAM-5, 5.3.3).
+pub(super) const RESETS: u32 =
+    Attention::PowerOn.bit() | Attention::Reset.bit() | Attention::NexusLoss.bit();
 /// All of them.
 pub(super) const ALL: u32 = (1 << CODES.len()) - 1;
 
@@ -62,11 +66,41 @@ impl Attention {
     }
 }
 
-/// What an initiator is to be told of a logical unit.
+/// What a persistent reservation keeps from an initiator, and what a reservation of SPC-2 does.
+pub(super) mod denied {
+    pub const READS: u32 = 1 << 16;
+    pub const WRITES: u32 = 1 << 17;
+    pub const RESERVED: u32 = 1 << 18;
+}
+
+/// What an initiator is to be told of a logical unit, and what it may not do there.
 #[derive(Debug, Default)]
 pub(super) struct Conditions(AtomicU32);
 
 impl Conditions {
+    /// Whether there is anything at all.
+    ///
+    /// Relaxed is enough: a guest that heard of a reservation heard of it after it was stored here.
+    #[inline(always)]
+    pub(super) fn any(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != 0
+    }
+
+    /// Whether any of these kinds of commands is denied.
+    pub(super) fn denies(&self, kinds: u32) -> bool {
+        self.0.load(Ordering::Relaxed) & kinds != 0
+    }
+
+    /// Of the kinds in `which`, those in `kinds` are denied from now on, and the others are not.
+    pub(super) fn deny(&self, which: u32, kinds: u32) {
+        // The closure always gives a value.
+        let _ = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
+                Some(word & !which | kinds)
+            });
+    }
+
     /// This has happened, and is to be told.
     pub(super) fn establish(&self, attention: Attention) {
         if attention == Attention::PowerOn {

@@ -3,10 +3,11 @@
 //! A bit that no command looks at must be zero; a CDB with one that is not is refused with a pointer to it. So the usage
 //! data that REPORT SUPPORTED OPERATION CODES gives is what really counts.
 
+use super::attention::denied;
 use super::sense::Sense;
 use super::target::{Role, Seat};
 use super::unit::LogicalUnit;
-use super::{Action, Exchange, Result, inquiry, log, medium, mode, port, target};
+use super::{Action, Exchange, Result, inquiry, log, medium, mode, persistent, port, target};
 
 /// The longest CDB that any of the commands has, and the transport's usual size.
 pub const CDB_BYTES: usize = 32;
@@ -70,6 +71,42 @@ pub(super) enum Scope {
     Always,
 }
 
+/// What reservations of other initiators make of a command (SPC-4, table 66; SBC-3, table 15).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Nothing: it is carried out.
+    Any,
+    /// It tells of the unit, which a reservation of SPC-2 denies and a persistent one does not.
+    Tells,
+    /// It reads blocks or parameters.
+    Reads,
+    /// It changes something.
+    Writes,
+    /// START STOP UNIT: a start is none to be afraid of.
+    StartStop,
+    /// PREVENT ALLOW MEDIUM REMOVAL: an allow is none either.
+    PreventAllow,
+    /// It is about reservations, and looks itself.
+    Reserves,
+}
+
+impl Access {
+    /// What must not be denied.
+    pub(super) fn needs(self, cdb: &Cdb) -> u32 {
+        const READS: u32 = denied::RESERVED | denied::READS;
+        const WRITES: u32 = denied::RESERVED | denied::WRITES;
+        match self {
+            Access::Any | Access::Reserves => 0,
+            Access::Tells => denied::RESERVED,
+            Access::Reads => READS,
+            Access::Writes => WRITES,
+            Access::StartStop if cdb.bit(4, 0) && cdb.byte(4) >> 4 == 0 => denied::RESERVED,
+            Access::PreventAllow if cdb.byte(4) & 3 == 0 => 0,
+            Access::StartStop | Access::PreventAllow => WRITES,
+        }
+    }
+}
+
 /// What a command takes from the initiator beside its CDB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DataOut {
@@ -79,6 +116,8 @@ pub(super) enum DataOut {
     Length8(usize),
     /// A parameter list of as many bytes as the 16 bits at this place say.
     Length16(usize),
+    /// The same with 32 bits.
+    Length32(usize),
     /// One block, unless the bit 0 of byte 1 (NDOB) says that there is none.
     Block { ndob: bool },
 }
@@ -96,6 +135,7 @@ pub struct Command {
     /// long as the CDB.
     pub usage: &'static [u8],
     pub(super) scope: Scope,
+    pub(super) access: Access,
     pub(super) data_out: DataOut,
     pub(super) handler: Handler,
     /// What a logical unit has to be able to do for it.
@@ -105,6 +145,7 @@ pub struct Command {
 const fn command(
     usage: &'static [u8],
     scope: Scope,
+    access: Access,
     data_out: DataOut,
     handler: Handler,
 ) -> Command {
@@ -113,6 +154,7 @@ const fn command(
         service_action: None,
         usage,
         scope,
+        access,
         data_out,
         handler,
         needs: None,
@@ -127,10 +169,29 @@ const fn where_unit(can: fn(&LogicalUnit) -> bool, command: Command) -> Command 
     }
 }
 
-const fn with_action(usage: &'static [u8], action: u8, scope: Scope, handler: Handler) -> Command {
+const fn with_action(
+    usage: &'static [u8],
+    action: u8,
+    scope: Scope,
+    access: Access,
+    handler: Handler,
+) -> Command {
     Command {
         service_action: Some(action),
-        ..command(usage, scope, DataOut::None, handler)
+        ..command(usage, scope, access, DataOut::None, handler)
+    }
+}
+
+/// PERSISTENT RESERVE IN.
+const fn reserve_in(action: u8, usage: &'static [u8], handler: Handler) -> Command {
+    with_action(usage, action, Scope::Unit, Access::Reserves, handler)
+}
+
+/// PERSISTENT RESERVE OUT. SCOPE and TYPE are looked at where a service action has them, and else ignored.
+const fn reserve_out(action: u8, usage: &'static [u8]) -> Command {
+    Command {
+        data_out: DataOut::Length32(5),
+        ..reserve_in(action, usage, persistent::defer)
     }
 }
 
@@ -145,83 +206,113 @@ const X: u8 = 0xff;
 #[rustfmt::skip]
 pub const COMMANDS: &[Command] = &[
     // TEST UNIT READY
-    command(&[0x00, 0, 0, 0, 0, 0], Scope::WellKnown, DataOut::None, target::test_unit_ready),
+    command(&[0x00, 0, 0, 0, 0, 0], Scope::WellKnown, Access::Tells, DataOut::None, target::test_unit_ready),
     // REQUEST SENSE
-    command(&[0x03, 0x01, 0, 0, X, 0], Scope::Always, DataOut::None, target::request_sense),
+    command(&[0x03, 0x01, 0, 0, X, 0], Scope::Always, Access::Any, DataOut::None, target::request_sense),
     // READ (6)
-    command(&[0x08, 0x1f, X, X, X, 0], Scope::Unit, DataOut::None, medium::read_6),
+    command(&[0x08, 0x1f, X, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_6),
     // WRITE (6)
-    command(&[0x0a, 0x1f, X, X, X, 0], Scope::Unit, DataOut::None, medium::write_6),
+    command(&[0x0a, 0x1f, X, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_6),
     // INQUIRY
-    command(&[0x12, 0x01, X, X, X, 0], Scope::Always, DataOut::None, inquiry::inquiry),
+    command(&[0x12, 0x01, X, X, X, 0], Scope::Always, Access::Any, DataOut::None, inquiry::inquiry),
     // MODE SELECT (6)
-    command(&[0x15, 0x10, 0, 0, X, 0], Scope::Unit, DataOut::Length8(4), mode::select_6),
+    command(&[0x15, 0x10, 0, 0, X, 0], Scope::Unit, Access::Writes, DataOut::Length8(4), mode::select_6),
+    // RESERVE (6)
+    command(&[0x16, 0, 0, 0, 0, 0], Scope::Unit, Access::Reserves, DataOut::None, persistent::defer),
+    // RELEASE (6)
+    command(&[0x17, 0, 0, 0, 0, 0], Scope::Unit, Access::Reserves, DataOut::None, persistent::defer),
     // MODE SENSE (6)
-    command(&[0x1a, 0x08, X, X, X, 0], Scope::Unit, DataOut::None, mode::sense_6),
+    command(&[0x1a, 0x08, X, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, mode::sense_6),
     // START STOP UNIT
-    command(&[0x1b, 0x01, 0, 0x0f, 0xf7, 0], Scope::Unit, DataOut::None, medium::start_stop_unit),
+    command(&[0x1b, 0x01, 0, 0x0f, 0xf7, 0], Scope::Unit, Access::StartStop, DataOut::None, medium::start_stop_unit),
     // PREVENT ALLOW MEDIUM REMOVAL
-    command(&[0x1e, 0, 0, 0, 0x03, 0], Scope::Unit, DataOut::None, medium::prevent_allow),
+    command(&[0x1e, 0, 0, 0, 0x03, 0], Scope::Unit, Access::PreventAllow, DataOut::None, medium::prevent_allow),
     // READ CAPACITY (10)
-    command(&[0x25, 0, X, X, X, X, 0, 0, 0x01, 0], Scope::Unit, DataOut::None, medium::read_capacity_10),
+    command(&[0x25, 0, X, X, X, X, 0, 0, 0x01, 0], Scope::Unit, Access::Tells, DataOut::None, medium::read_capacity_10),
     // READ (10)
-    command(&[0x28, RW, X, X, X, X, GROUP, X, X, 0], Scope::Unit, DataOut::None, medium::read_10),
+    command(&[0x28, RW, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_10),
     // WRITE (10)
-    command(&[0x2a, RW, X, X, X, X, GROUP, X, X, 0], Scope::Unit, DataOut::None, medium::write_10),
+    command(&[0x2a, RW, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_10),
     // WRITE AND VERIFY (10)
-    command(&[0x2e, VERIFY, X, X, X, X, GROUP, X, X, 0], Scope::Unit, DataOut::None, medium::write_and_verify_10),
+    command(&[0x2e, VERIFY, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_and_verify_10),
     // VERIFY (10)
-    command(&[0x2f, VERIFY, X, X, X, X, GROUP, X, X, 0], Scope::Unit, DataOut::None, medium::verify_10),
+    command(&[0x2f, VERIFY, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, medium::verify_10),
     // PRE-FETCH (10)
-    command(&[0x34, 0x02, X, X, X, X, GROUP, X, X, 0], Scope::Unit, DataOut::None, medium::pre_fetch_10),
+    command(&[0x34, 0x02, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, medium::pre_fetch_10),
     // SYNCHRONIZE CACHE (10)
-    command(&[0x35, 0x02, X, X, X, X, GROUP, X, X, 0], Scope::Unit, DataOut::None, medium::synchronize_cache_10),
+    command(&[0x35, 0x02, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::synchronize_cache_10),
     // WRITE SAME (10)
-    command(&[0x41, 0x08, X, X, X, X, GROUP, X, X, 0], Scope::Unit, DataOut::Block { ndob: false }, medium::write_same_10),
+    command(&[0x41, 0x08, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::Block { ndob: false }, medium::write_same_10),
     // UNMAP
-    where_unit(LogicalUnit::can_unmap, command(&[0x42, 0, 0, 0, 0, 0, GROUP, X, X, 0], Scope::Unit, DataOut::Length16(7), medium::unmap)),
+    where_unit(LogicalUnit::can_unmap, command(&[0x42, 0, 0, 0, 0, 0, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::Length16(7), medium::unmap)),
     // LOG SENSE
-    command(&[0x4d, 0, X, X, 0, X, X, X, X, 0], Scope::Unit, DataOut::None, log::log_sense),
+    command(&[0x4d, 0, X, X, 0, X, X, X, X, 0], Scope::Unit, Access::Tells, DataOut::None, log::log_sense),
     // MODE SELECT (10)
-    command(&[0x55, 0x10, 0, 0, 0, 0, 0, X, X, 0], Scope::Unit, DataOut::Length16(7), mode::select_10),
+    command(&[0x55, 0x10, 0, 0, 0, 0, 0, X, X, 0], Scope::Unit, Access::Writes, DataOut::Length16(7), mode::select_10),
+    // RESERVE (10)
+    command(&[0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0], Scope::Unit, Access::Reserves, DataOut::None, persistent::defer),
+    // RELEASE (10)
+    command(&[0x57, 0, 0, 0, 0, 0, 0, 0, 0, 0], Scope::Unit, Access::Reserves, DataOut::None, persistent::defer),
     // MODE SENSE (10)
-    command(&[0x5a, 0x18, X, X, 0, 0, 0, X, X, 0], Scope::Unit, DataOut::None, mode::sense_10),
+    command(&[0x5a, 0x18, X, X, 0, 0, 0, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, mode::sense_10),
+    // PERSISTENT RESERVE IN, READ KEYS
+    reserve_in(0, &[0x5e, 0x00, 0, 0, 0, 0, 0, X, X, 0], persistent::read_keys),
+    // PERSISTENT RESERVE IN, READ RESERVATION
+    reserve_in(1, &[0x5e, 0x01, 0, 0, 0, 0, 0, X, X, 0], persistent::read_reservation),
+    // PERSISTENT RESERVE IN, REPORT CAPABILITIES
+    reserve_in(2, &[0x5e, 0x02, 0, 0, 0, 0, 0, X, X, 0], persistent::report_capabilities),
+    // PERSISTENT RESERVE IN, READ FULL STATUS
+    reserve_in(3, &[0x5e, 0x03, 0, 0, 0, 0, 0, X, X, 0], persistent::read_full_status),
+    // PERSISTENT RESERVE OUT, REGISTER
+    reserve_out(0, &[0x5f, 0x00, X, 0, 0, X, X, X, X, 0]),
+    // PERSISTENT RESERVE OUT, RESERVE
+    reserve_out(1, &[0x5f, 0x01, X, 0, 0, X, X, X, X, 0]),
+    // PERSISTENT RESERVE OUT, RELEASE
+    reserve_out(2, &[0x5f, 0x02, X, 0, 0, X, X, X, X, 0]),
+    // PERSISTENT RESERVE OUT, CLEAR
+    reserve_out(3, &[0x5f, 0x03, X, 0, 0, X, X, X, X, 0]),
+    // PERSISTENT RESERVE OUT, PREEMPT
+    reserve_out(4, &[0x5f, 0x04, X, 0, 0, X, X, X, X, 0]),
+    // PERSISTENT RESERVE OUT, PREEMPT AND ABORT
+    reserve_out(5, &[0x5f, 0x05, X, 0, 0, X, X, X, X, 0]),
+    // PERSISTENT RESERVE OUT, REGISTER AND IGNORE EXISTING KEY
+    reserve_out(6, &[0x5f, 0x06, X, 0, 0, X, X, X, X, 0]),
     // READ (16)
-    command(&[0x88, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::read_16),
+    command(&[0x88, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_16),
     // COMPARE AND WRITE
-    command(&[0x89, RW, X, X, X, X, X, X, X, X, 0, 0, 0, X, GROUP, 0], Scope::Unit, DataOut::None, medium::compare_and_write),
+    command(&[0x89, RW, X, X, X, X, X, X, X, X, 0, 0, 0, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::compare_and_write),
     // WRITE (16)
-    command(&[0x8a, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::write_16),
+    command(&[0x8a, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_16),
     // WRITE AND VERIFY (16)
-    command(&[0x8e, VERIFY, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::write_and_verify_16),
+    command(&[0x8e, VERIFY, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_and_verify_16),
     // VERIFY (16)
-    command(&[0x8f, VERIFY, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::verify_16),
+    command(&[0x8f, VERIFY, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::verify_16),
     // PRE-FETCH (16)
-    command(&[0x90, 0x02, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::pre_fetch_16),
+    command(&[0x90, 0x02, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::pre_fetch_16),
     // SYNCHRONIZE CACHE (16)
-    command(&[0x91, 0x02, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::synchronize_cache_16),
+    command(&[0x91, 0x02, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::synchronize_cache_16),
     // WRITE SAME (16)
-    command(&[0x93, 0x09, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::Block { ndob: true }, medium::write_same_16),
+    command(&[0x93, 0x09, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::Block { ndob: true }, medium::write_same_16),
     // READ CAPACITY (16)
-    with_action(&[0x9e, 0x10, X, X, X, X, X, X, X, X, X, X, X, X, 0x01, 0], 0x10, Scope::Unit, medium::read_capacity_16),
+    with_action(&[0x9e, 0x10, X, X, X, X, X, X, X, X, X, X, X, X, 0x01, 0], 0x10, Scope::Unit, Access::Tells, medium::read_capacity_16),
     // GET LBA STATUS
-    with_action(&[0x9e, 0x12, X, X, X, X, X, X, X, X, X, X, X, X, 0, 0], 0x12, Scope::Unit, medium::get_lba_status),
+    with_action(&[0x9e, 0x12, X, X, X, X, X, X, X, X, X, X, X, X, 0, 0], 0x12, Scope::Unit, Access::Reads, medium::get_lba_status),
     // REPORT LUNS
-    command(&[0xa0, 0, X, 0, 0, 0, X, X, X, X, 0, 0], Scope::Always, DataOut::None, target::report_luns),
+    command(&[0xa0, 0, X, 0, 0, 0, X, X, X, X, 0, 0], Scope::Always, Access::Any, DataOut::None, target::report_luns),
     // REPORT TARGET PORT GROUPS
-    with_action(&[0xa3, 0xea, 0, 0, 0, 0, X, X, X, X, 0, 0], 0x0a, Scope::Unit, port::report_target_port_groups),
+    with_action(&[0xa3, 0xea, 0, 0, 0, 0, X, X, X, X, 0, 0], 0x0a, Scope::Unit, Access::Tells, port::report_target_port_groups),
     // REPORT SUPPORTED OPERATION CODES
-    with_action(&[0xa3, 0x0c, 0x87, X, X, X, X, X, X, X, 0, 0], 0x0c, Scope::WellKnown, report_supported_operation_codes),
+    with_action(&[0xa3, 0x0c, 0x87, X, X, X, X, X, X, X, 0, 0], 0x0c, Scope::WellKnown, Access::Reads, report_supported_operation_codes),
     // REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS
-    with_action(&[0xa3, 0x0d, 0x80, 0, 0, 0, X, X, X, X, 0, 0], 0x0d, Scope::WellKnown, report_supported_task_management),
+    with_action(&[0xa3, 0x0d, 0x80, 0, 0, 0, X, X, X, X, 0, 0], 0x0d, Scope::WellKnown, Access::Reads, report_supported_task_management),
     // READ (12)
-    command(&[0xa8, RW, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::read_12),
+    command(&[0xa8, RW, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_12),
     // WRITE (12)
-    command(&[0xaa, RW, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::write_12),
+    command(&[0xaa, RW, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_12),
     // WRITE AND VERIFY (12)
-    command(&[0xae, VERIFY, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::write_and_verify_12),
+    command(&[0xae, VERIFY, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_and_verify_12),
     // VERIFY (12)
-    command(&[0xaf, VERIFY, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, DataOut::None, medium::verify_12),
+    command(&[0xaf, VERIFY, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::verify_12),
 ];
 
 /// Where the entries of each operation code are in the table: the first one, and how many.
@@ -292,6 +383,7 @@ pub fn parameter_bytes(cdb: &Cdb, unit: Option<&LogicalUnit>) -> u32 {
     match find(cdb).map(|command| command.data_out) {
         Ok(DataOut::Length8(at)) => cdb.byte(at).into(),
         Ok(DataOut::Length16(at)) => cdb.be16(at).into(),
+        Ok(DataOut::Length32(at)) => cdb.be32(at),
         Ok(DataOut::Block { ndob }) if !(ndob && cdb.bit(1, 0)) => {
             unit.map_or(0, |unit| unit.geometry().block_bytes())
         }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::DataIn;
+
 /// An initiator port: its iSCSI name (RFC 7143, 4.2.7). It stays the same over connections and restarts, so reservations
 /// are its and not a connection's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +25,8 @@ pub enum InitiatorError {
 
 /// RFC 7143, 4.2.7.
 const MAX_NAME: usize = 223;
+/// The longest TransportID.
+pub(super) const MAX_TRANSPORT_ID: usize = 4 + (MAX_NAME + 1).next_multiple_of(4);
 /// What a name that is none of iSCSI's own is made one with.
 const PREFIX: &str = "iqn.2025-01.internal.tandem:";
 
@@ -75,16 +79,14 @@ impl Initiator {
     }
 
     /// Its TransportID (SPC-4, 7.6.4.6), of format 00b: the name, terminated and padded.
-    #[must_use]
-    pub fn transport_id(&self) -> Vec<u8> {
+    pub(super) fn transport_id(&self, out: &mut DataIn<'_>) {
         const ISCSI: u8 = 0x05;
         const SHORTEST: usize = 20;
         let len = (self.0.len() + 1).next_multiple_of(4).max(SHORTEST);
         let [high, low] = u16::try_from(len).unwrap_or(0).to_be_bytes();
-        let mut id = vec![ISCSI, 0, high, low];
-        id.extend_from_slice(self.0.as_bytes());
-        id.resize(4 + len, 0);
-        id
+        out.put(&[ISCSI, 0, high, low]);
+        out.put(self.0.as_bytes());
+        out.put(&[0; SHORTEST][..len - self.0.len()]);
     }
 }
 

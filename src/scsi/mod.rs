@@ -16,7 +16,9 @@ mod lock;
 mod log;
 mod medium;
 mod mode;
+mod persistent;
 mod port;
+pub mod reservations;
 pub mod sense;
 mod target;
 mod unit;
@@ -27,9 +29,10 @@ pub use initiator::{Initiator, InitiatorError};
 pub use lock::RangeLock;
 pub use log::{Health, HealthReport};
 pub use medium::{MAX_COMPARE_BLOCKS, MAX_WRITE_SAME_BLOCKS};
+pub use persistent::PARAMETER_BYTES as PR_OUT_BYTES;
 pub use sense::{MAX_SENSE_BYTES, Sense};
 pub use target::{Address, Lun, Nexus, Target};
-pub use unit::{LogicalUnit, MAX_INITIATORS, ShareError, UnitIds};
+pub use unit::{Keep, LogicalUnit, MAX_INITIATORS, Settlement, ShareError, Tasks, UnitIds};
 
 use crate::block::{BlockOp, RangeList};
 
@@ -37,10 +40,14 @@ use crate::block::{BlockOp, RangeList};
 pub mod status {
     /// It ended well.
     pub const GOOD: u8 = 0x00;
+    /// Not now, but soon.
+    pub const BUSY: u8 = 0x08;
     /// There is sense data.
     pub const CHECK_CONDITION: u8 = 0x02;
     /// Another initiator has reserved the logical unit.
     pub const RESERVATION_CONFLICT: u8 = 0x18;
+    /// There is no room for another command.
+    pub const TASK_SET_FULL: u8 = 0x28;
 }
 
 /// The longest parameter list that a command takes: one block of WRITE SAME. More than 256 UNMAP descriptors need.
@@ -121,6 +128,12 @@ pub enum Action {
     Good,
     /// It has ended with CHECK CONDITION.
     Check(Sense),
+    /// Another initiator has reserved the logical unit: RESERVATION CONFLICT.
+    Conflict,
+    /// What it is about is being changed at this moment: BUSY.
+    Busy,
+    /// It may have to wait, which is not for the caller to do: [`Nexus::settle`] carries it out.
+    Defer,
     /// The block device has to do something first.
     Carry(Carry),
 }

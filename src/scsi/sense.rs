@@ -111,6 +111,19 @@ impl Sense {
         }
     }
 
+    /// The same for one bit of such a byte.
+    #[must_use]
+    pub const fn in_parameter_bit(byte: u16, bit: u8) -> Sense {
+        Sense {
+            field: Some(FieldPointer {
+                in_cdb: false,
+                byte,
+                bit: Some(bit),
+            }),
+            ..Sense::in_parameters(byte)
+        }
+    }
+
     /// Encodes it, in the descriptor format if `descriptor` and in the fixed one otherwise; says how many bytes there
     /// are.
     pub fn encode(&self, descriptor: bool, out: &mut [u8; MAX_SENSE_BYTES]) -> usize {

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use super::attention::{self, Attention, Conditions};
 use super::command::{self, Cdb, Scope};
 use super::initiator::Initiator;
+use super::persistent::MAX_FULL_STATUS;
 use super::sense::{MAX_SENSE_BYTES, Sense};
-use super::unit::{LogicalUnit, ShareError};
+use super::unit::{LogicalUnit, Settlement, ShareError, Tasks};
 use super::{Action, Exchange, Result};
 
 /// A logical unit number of up to 14 bits.
@@ -97,6 +98,7 @@ impl Address {
 /// All logical units of one host, for its initiator.
 #[derive(Debug)]
 pub struct Target {
+    initiator: Initiator,
     /// Sorted by place.
     places: Vec<((u8, Lun), usize)>,
     /// In the order given.
@@ -127,6 +129,7 @@ impl Target {
         let units: Vec<LogicalUnit> = units.into_iter().map(|(_, _, unit)| unit).collect();
         let conditions = units.iter().map(|unit| unit.share(initiator));
         Ok(Target {
+            initiator: initiator.clone(),
             places,
             conditions: conditions.collect::<std::result::Result<_, _>>()?,
             units,
@@ -164,8 +167,8 @@ impl Target {
     /// How large the buffer for the answer of any command must be.
     #[must_use]
     pub fn data_in_bytes(&self) -> usize {
-        // The well-known ones and the header: three entries more. Nothing else exceeds a page.
-        ((self.places.len() + 3) * LUN_ENTRY).max(4096)
+        // The well-known ones and the header: three entries more. Nothing else exceeds a full status of reservations.
+        ((self.places.len() + 3) * LUN_ENTRY).max(MAX_FULL_STATUS)
     }
 }
 
@@ -201,6 +204,12 @@ impl Seat<'_> {
         }
     }
 
+    /// What its initiator is to know of it.
+    fn conditions(&self) -> Option<&Conditions> {
+        let conditions = self.nexus.target.conditions.get(self.unit?)?;
+        Some(conditions)
+    }
+
     /// The logical unit and its index.
     pub(super) fn unit(&self) -> Result<(&LogicalUnit, usize)> {
         let index = self.unit.ok_or(Sense::NO_UNIT)?;
@@ -219,10 +228,72 @@ impl Nexus {
     /// An initiator that has just come: whatever happened before, it is told that all is new.
     #[must_use]
     pub fn new(target: Arc<Target>) -> Nexus {
-        for conditions in &target.conditions {
+        for (unit, conditions) in target.units.iter().zip(&target.conditions) {
+            unit.lose_nexus(conditions);
             conditions.establish(Attention::PowerOn);
         }
         Nexus { target }
+    }
+
+    /// Where its commands are, for others that preempt it.
+    #[must_use]
+    pub fn with_tasks(self, tasks: &Arc<dyn Tasks>) -> Nexus {
+        for (unit, conditions) in self.target.units.iter().zip(&self.target.conditions) {
+            unit.watch(conditions, tasks);
+        }
+        self
+    }
+
+    /// The initiator has gone. What it reserved as SPC-2 has it is no longer reserved.
+    pub fn end(&self) {
+        for (unit, conditions) in self.target.units.iter().zip(&self.target.conditions) {
+            unit.lose_nexus(conditions);
+        }
+    }
+
+    /// Carries out a command of [`Action::Defer`]. Waits for what it needs; not for a thread that must not.
+    #[must_use]
+    pub fn settle(&self, unit: usize, cdb: &Cdb, parameters: &[u8]) -> Settlement {
+        let target = &self.target;
+        match (target.units.get(unit), target.conditions.get(unit)) {
+            (Some(unit), Some(own)) => unit.settle(&target.initiator, own, cdb, parameters),
+            _ => Settlement::at_once(Action::Check(Sense::NO_UNIT)),
+        }
+    }
+
+    /// A unit is reset: what anybody reserved of it as SPC-2 has it is no longer reserved, and all are told. `false` when
+    /// that is to be tried again.
+    pub fn reset_unit(&self, index: usize) -> bool {
+        let Some(unit) = self.target.units.get(index) else {
+            return true;
+        };
+        let Some(mut state) = unit.try_state() else {
+            return false;
+        };
+        unit.forget_reserve(&mut state, None);
+        self.attend(index, Attention::Reset);
+        self.attend_others(index, Attention::Reset);
+        true
+    }
+
+    /// The nexus with the target at an address is reset: the same for what this initiator reserved. `false` when that is
+    /// to be tried again.
+    pub fn reset_target(&self, address: Address) -> bool {
+        let (Address::Unit { target, .. } | Address::WellKnown { target }) = address else {
+            return true;
+        };
+        for (_, index) in self.target.luns_of(target) {
+            let unit = self.target.units.get(*index);
+            let (Some(unit), Some(own)) = (unit, self.target.conditions.get(*index)) else {
+                continue;
+            };
+            let Some(mut state) = unit.try_state() else {
+                return false;
+            };
+            unit.forget_reserve(&mut state, Some(own));
+            own.establish(Attention::NexusLoss);
+        }
+        true
     }
 
     /// What it reaches.
@@ -244,20 +315,6 @@ impl Nexus {
         if let (Some(own), Some(unit)) = (target.conditions.get(unit), target.units.get(unit)) {
             unit.attend_others(own, attention);
         }
-    }
-
-    /// Tells the initiator, for all units of the target at an address.
-    pub fn attend_target(&self, address: Address, attention: Attention) {
-        if let Address::Unit { target, .. } | Address::WellKnown { target } = address {
-            for (_, unit) in self.target.luns_of(target) {
-                self.attend(*unit, attention);
-            }
-        }
-    }
-
-    /// What the initiator is to be told of a unit, once.
-    fn take_attention(&self, unit: usize) -> Option<Sense> {
-        self.target.conditions.get(unit)?.take(attention::ALL)
     }
 
     /// The logical unit at an address.
@@ -321,20 +378,29 @@ fn seat_command(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> 
         _ if absent => return Err(Sense::NO_UNIT),
         Ok(_) => return Err(Sense::INVALID_OPCODE),
         Err(sense) => {
-            attention(seat)?;
+            attention(seat, attention::ALL)?;
             return Err(sense);
         }
     };
-    if command.scope != Scope::Always {
-        attention(seat)?;
+    if let Some(conditions) = seat.conditions()
+        && conditions.any()
+        && command.scope != Scope::Always
+    {
+        // In the order of SAM-5, 5.3.3.
+        attention(seat, attention::RESETS)?;
+        if conditions.denies(command.access.needs(exchange.cdb)) {
+            return Ok(Action::Conflict);
+        }
+        attention(seat, attention::ALL)?;
     }
     command::check_unused(command, exchange.cdb)?;
     (command.handler)(seat, exchange)
 }
 
-/// A command that finds a unit attention ends with it.
-fn attention(seat: &Seat<'_>) -> Result<()> {
-    match seat.unit.and_then(|unit| seat.nexus.take_attention(unit)) {
+/// A command that finds one of these unit attentions ends with it.
+#[cold]
+fn attention(seat: &Seat<'_>, which: u32) -> Result<()> {
+    match seat.conditions().and_then(|own| own.take(which)) {
         Some(sense) => Err(sense),
         None => Ok(()),
     }
@@ -348,7 +414,7 @@ pub(super) fn test_unit_ready(_seat: &Seat<'_>, _exchange: &mut Exchange<'_>) ->
 pub(super) fn request_sense(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
     let sense = match seat.role() {
         Role::Absent => Sense::NO_UNIT,
-        _ => attention(seat).err().unwrap_or(Sense::NONE),
+        _ => attention(seat, attention::ALL).err().unwrap_or(Sense::NONE),
     };
     let mut bytes = [0; MAX_SENSE_BYTES];
     let len = sense.encode(exchange.cdb.bit(1, 0), &mut bytes);

@@ -1,10 +1,17 @@
-//! Logical units: what they are, and which initiators share them.
+//! Logical units: what they are, which initiators share them, and what those have reserved.
 
+use std::fmt::Debug;
+use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use super::attention::{Attention, Conditions};
+use super::Action;
+use super::attention::{Attention, Conditions, denied};
+use super::command::Cdb;
 use super::initiator::Initiator;
+use super::persistent;
+use super::reservations::{Outcome, Reservations};
+use super::sense::Sense;
 use super::{Health, RangeLock};
 use crate::block::Geometry;
 
@@ -74,6 +81,64 @@ struct Shared {
     modes: AtomicU8,
     /// Filled from the front, and never emptied: initiators are those that the server was started with.
     sharers: [OnceLock<Sharer>; MAX_INITIATORS],
+    state: Mutex<State>,
+    /// Held while a command changes the reservations, over the wait for their file.
+    changing: Mutex<()>,
+    keeper: OnceLock<Box<dyn Keep>>,
+}
+
+/// What has been reserved. Locked for moments only: a reactor may try.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) reservations: Reservations,
+    /// Whose reservation there is by RESERVE of SPC-2.
+    pub(super) reserved: Option<Arc<Conditions>>,
+}
+
+/// Where persistent reservations are kept over a loss of power.
+pub trait Keep: Debug + Send + Sync {
+    /// Makes them durable; those that are not persistent are forgotten, durably.
+    ///
+    /// # Errors
+    /// When they are not durable.
+    fn keep(&self, reservations: &Reservations) -> io::Result<()>;
+}
+
+/// The commands of an initiator that are under way.
+pub trait Tasks: Debug + Send + Sync {
+    /// Asks to be told when all that are here by now have ended. Its number.
+    fn ask(&self) -> u64;
+    /// Whether they have.
+    fn have_ended(&self, number: u64) -> bool;
+}
+
+/// A command of [`Action::Defer`], carried out: it has ended when the commands that it aborts have.
+#[derive(Debug)]
+pub struct Settlement {
+    action: Action,
+    aborted: Vec<(Arc<dyn Tasks>, u64)>,
+}
+
+impl Settlement {
+    pub(super) fn at_once(action: Action) -> Settlement {
+        Settlement {
+            action,
+            aborted: Vec::new(),
+        }
+    }
+
+    /// What it comes to.
+    #[must_use]
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        let mut aborted = self.aborted.iter();
+        aborted.all(|(tasks, number)| tasks.have_ended(*number))
+    }
 }
 
 impl Shared {
@@ -82,6 +147,9 @@ impl Shared {
             lock: RangeLock::new(lanes),
             modes: AtomicU8::new(0),
             sharers: [const { OnceLock::new() }; MAX_INITIATORS],
+            state: Mutex::default(),
+            changing: Mutex::default(),
+            keeper: OnceLock::new(),
         })
     }
 }
@@ -91,6 +159,12 @@ impl Shared {
 struct Sharer {
     initiator: Initiator,
     conditions: Arc<Conditions>,
+    /// Of its connection, and of an earlier one as long as that has commands under way.
+    tasks: Mutex<Vec<Weak<dyn Tasks>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why an initiator cannot have a logical unit.
@@ -257,9 +331,12 @@ impl LogicalUnit {
                 Sharer {
                     initiator: initiator.clone(),
                     conditions: Arc::default(),
+                    tasks: Mutex::default(),
                 }
             });
             if fresh {
+                // Others may have reserved it before this one came.
+                self.deny_all(&self.state());
                 return Ok(Arc::clone(&sharer.conditions));
             }
             if sharer.initiator == *initiator {
@@ -280,5 +357,178 @@ impl LogicalUnit {
                 sharer.conditions.establish(attention);
             }
         }
+    }
+
+    /// Its persistent reservations are kept by `keeper`, which has kept `kept`.
+    #[must_use]
+    pub fn with_keeper(self, keeper: Box<dyn Keep>, kept: Reservations) -> LogicalUnit {
+        // A unit has one keeper: the first.
+        if self.shared.keeper.set(keeper).is_ok() {
+            self.state().reservations = kept;
+            self.deny_all(&self.state());
+        }
+        self
+    }
+
+    pub(super) fn keeps_reservations(&self) -> bool {
+        self.shared.keeper.get().is_some()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.shared.state)
+    }
+
+    /// `None` while it is being changed.
+    pub(super) fn try_state(&self) -> Option<MutexGuard<'_, State>> {
+        self.shared.state.try_lock().ok()
+    }
+
+    /// Where the commands of the initiator with `own` are looked for.
+    pub(super) fn watch(&self, own: &Arc<Conditions>, tasks: &Arc<dyn Tasks>) {
+        let mut sharers = self.sharers();
+        if let Some(own) = sharers.find(|sharer| Arc::ptr_eq(&sharer.conditions, own)) {
+            let mut all = lock(&own.tasks);
+            all.retain(|tasks| tasks.strong_count() > 0);
+            all.push(Arc::downgrade(tasks));
+        }
+    }
+
+    /// Each initiator is denied what the reservations deny it.
+    fn deny_all(&self, state: &State) {
+        for sharer in self.sharers() {
+            let denial = state.reservations.denial(&sharer.initiator);
+            let own = |owner: &Arc<Conditions>| Arc::ptr_eq(owner, &sharer.conditions);
+            let reserved = state.reserved.as_ref().is_some_and(|owner| !own(owner));
+            let kinds = [
+                (denial.reads, denied::READS),
+                (denial.writes, denied::WRITES),
+                (reserved, denied::RESERVED),
+            ];
+            let kinds = kinds.into_iter().filter(|(denies, _)| *denies);
+            let all = denied::READS | denied::WRITES | denied::RESERVED;
+            sharer
+                .conditions
+                .deny(all, kinds.fold(0, |all, (_, kind)| all | kind));
+        }
+    }
+
+    /// RESERVE of SPC-2 is undone: whoever did it, or if it was `own`.
+    pub(super) fn forget_reserve(&self, state: &mut State, own: Option<&Arc<Conditions>>) {
+        let ends = |owner: &Arc<Conditions>| own.is_none_or(|own| Arc::ptr_eq(own, owner));
+        if state.reserved.as_ref().is_some_and(ends) {
+            state.reserved = None;
+            self.deny_all(state);
+        }
+    }
+
+    /// The initiator with `own` has come, or has gone.
+    pub(super) fn lose_nexus(&self, own: &Arc<Conditions>) {
+        self.forget_reserve(&mut self.state(), Some(own));
+    }
+
+    /// Carries out a command that changes what is reserved.
+    pub(super) fn settle(
+        &self,
+        initiator: &Initiator,
+        own: &Arc<Conditions>,
+        cdb: &Cdb,
+        parameters: &[u8],
+    ) -> Settlement {
+        let _changing = lock(&self.shared.changing);
+        match cdb.opcode() {
+            0x16 | 0x56 => Settlement::at_once(self.reserve(initiator, own)),
+            0x17 | 0x57 => Settlement::at_once(self.release(initiator, own)),
+            _ => match self.change(initiator, cdb, parameters) {
+                Ok(outcome) => Settlement {
+                    action: Action::Good,
+                    aborted: self.abort(&outcome.aborted),
+                },
+                Err(action) => Settlement::at_once(action),
+            },
+        }
+    }
+
+    /// SPC-2, 7.21, and what SPC-4, 5.13.3 leaves of it.
+    fn reserve(&self, initiator: &Initiator, own: &Arc<Conditions>) -> Action {
+        let mut state = self.state();
+        if !state.reservations.registrants().is_empty() {
+            return excused(state.reservations.excuses(initiator));
+        }
+        if let Some(owner) = &state.reserved
+            && !Arc::ptr_eq(owner, own)
+        {
+            return Action::Conflict;
+        }
+        state.reserved = Some(Arc::clone(own));
+        self.deny_all(&state);
+        Action::Good
+    }
+
+    fn release(&self, initiator: &Initiator, own: &Arc<Conditions>) -> Action {
+        let mut state = self.state();
+        if !state.reservations.registrants().is_empty() {
+            return excused(state.reservations.excuses(initiator));
+        }
+        // Of one that is another's, nothing is released, and that is no error.
+        self.forget_reserve(&mut state, Some(own));
+        Action::Good
+    }
+
+    /// PERSISTENT RESERVE OUT. What it leads to is durable first, if it is to be, then in force, then told.
+    fn change(
+        &self,
+        initiator: &Initiator,
+        cdb: &Cdb,
+        parameters: &[u8],
+    ) -> Result<Outcome, Action> {
+        let keeper = self.shared.keeper.get();
+        let out = persistent::parse_out(cdb, parameters, keeper.is_some());
+        let out = out.map_err(Action::Check)?;
+        let before = {
+            let state = self.state();
+            if state.reserved.is_some() {
+                return Err(Action::Conflict);
+            }
+            state.reservations.clone()
+        };
+        let outcome = before.out(initiator, &out).map_err(persistent::refused)?;
+        let kept = before.is_persistent() || outcome.next.is_persistent();
+        if let Some(keeper) = keeper.filter(|_| kept && before != outcome.next)
+            && keeper.keep(&outcome.next).is_err()
+        {
+            return Err(Action::Check(Sense::INTERNAL_FAILURE));
+        }
+        let mut state = self.state();
+        state.reservations = outcome.next.clone();
+        self.deny_all(&state);
+        drop(state);
+        for (told, attention) in &outcome.attentions {
+            let mut sharers = self.sharers();
+            if let Some(sharer) = sharers.find(|sharer| sharer.initiator == *told) {
+                sharer.conditions.establish(*attention);
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Asks for the end of all commands of these initiators.
+    fn abort(&self, initiators: &[Initiator]) -> Vec<(Arc<dyn Tasks>, u64)> {
+        let sharers = self.sharers();
+        let sharers = sharers.filter(|sharer| initiators.contains(&sharer.initiator));
+        let tasks = sharers.flat_map(|sharer| lock(&sharer.tasks).clone());
+        let tasks = tasks.filter_map(|tasks| tasks.upgrade());
+        tasks
+            .map(|tasks| {
+                let number = tasks.ask();
+                (tasks, number)
+            })
+            .collect()
+    }
+}
+
+fn excused(excused: bool) -> Action {
+    match excused {
+        true => Action::Good,
+        false => Action::Conflict,
     }
 }

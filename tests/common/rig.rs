@@ -28,6 +28,8 @@ pub struct GuestSetup {
     /// Regions that its memory is divided into: adjacent for the guest, apart for us and for the device.
     pub regions: u64,
     pub write_through: bool,
+    /// Where the lane tells the guest of what is done.
+    pub call: Arc<Signal>,
 }
 
 impl Default for GuestSetup {
@@ -41,6 +43,7 @@ impl Default for GuestSetup {
             first_index: 0,
             regions: 1,
             write_through: false,
+            call: Arc::new(Signal::new().unwrap()),
         }
     }
 }
@@ -141,7 +144,8 @@ impl Rig {
         let memory = table.snapshot().unwrap();
         let driver = SimGuest::new(memory, config).unwrap();
         let config = driver.virtqueue_config();
-        let lane = self.make_lane(&driver, config, None, setup.write_through);
+        let signals = (None, Arc::clone(&setup.call));
+        let lane = self.make_lane(&driver, config, signals, setup.write_through);
         let guest = RigGuest {
             driver,
             indirect: setup.indirect,
@@ -157,7 +161,7 @@ impl Rig {
         &self,
         driver: &SimGuest,
         queue: VirtqueueConfig,
-        kick: Option<OwnedFd>,
+        (kick, call): (Option<OwnedFd>, Arc<Signal>),
         write_through: bool,
     ) -> Lane {
         let id = LaneId(0x1000 + queue.used.addr().get() as u64);
@@ -188,7 +192,7 @@ impl Rig {
             write_through,
             volatile_cache: self.device.has_volatile_cache(),
             deallocate: self.device.can_deallocate(),
-            call: Arc::new(Signal::new().unwrap()),
+            call,
             error: Arc::new(Signal::new().unwrap()),
             kick,
             shared: Arc::default(),

@@ -7,13 +7,14 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::Receiver;
 use nvme_model::{Clock, ModelConfig};
 use rustix::event::{EventfdFlags, eventfd};
 use tandem::control::device::{DeviceControl, DeviceError, Pollers};
-use tandem::datapath::{Lane, Poll, Service};
+use tandem::datapath::{Lane, Poll, Service, Signal};
 use tandem::reactor::{Core, Mode, PollerId, ReactorHandle, Rest, WakeSet, Woken};
 use tandem::sim::SimRequest;
 use tandem::virtio::blk::{request_type, status};
@@ -68,6 +69,10 @@ impl Tenant {
     /// Its lane's end of the kick eventfd.
     fn kick_of_lane(&self) -> Option<OwnedFd> {
         (self.manners != Manners::Deaf).then(|| self.kick.try_clone().unwrap())
+    }
+
+    fn signals_of_lane(&self) -> (Option<OwnedFd>, Arc<Signal>) {
+        (self.kick_of_lane(), Arc::new(Signal::new().unwrap()))
     }
 }
 
@@ -283,8 +288,10 @@ impl Scene {
             RingLayout::Split => unsafe { virtqueue::used_index(queue.used) },
             RingLayout::Packed => (base >> 16) as u16,
         };
-        let kick = tenant.kick_of_lane();
-        let lane = self.rig.make_lane(&tenant.guest.driver, queue, kick, false);
+        let signals = tenant.signals_of_lane();
+        let lane = self
+            .rig
+            .make_lane(&tenant.guest.driver, queue, signals, false);
         tenant.place = Place::Served;
         self.handle.attach(tenant.poller, lane);
         self.note(format!("guest {at} is served again"));
@@ -443,7 +450,7 @@ fn world(seed: u64) -> Core<Scene> {
                 broken: false,
             };
             let queue = tenant.guest.driver.virtqueue_config();
-            let lane = rig.make_lane(&tenant.guest.driver, queue, tenant.kick_of_lane(), false);
+            let lane = rig.make_lane(&tenant.guest.driver, queue, tenant.signals_of_lane(), false);
             (tenant, lane)
         })
         .collect();

@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{LaneId, State, max_segments, scsi};
 use crate::datapath::signal::Signal;
-use crate::scsi::{Address, Attention, Nexus};
+use crate::scsi::{Address, Nexus, Tasks};
 use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::GuestMemory;
@@ -49,6 +49,8 @@ struct Stand {
     wanted: AtomicU64,
     /// All commands from before this number have ended; the highest where there is no lane.
     ended: AtomicU64,
+    /// The same, of all but the commands that wait for the clerk.
+    swept: AtomicU64,
     /// None from before this number is at the device; likewise.
     quiet: AtomicU64,
     /// An eventfd that wakes its poller, should that sleep. Nobody reads it: it is watched edge-triggered.
@@ -66,6 +68,7 @@ impl Barrier {
             Ok(Stand {
                 wanted: AtomicU64::new(0),
                 ended: AtomicU64::new(u64::MAX),
+                swept: AtomicU64::new(u64::MAX),
                 quiet: AtomicU64::new(u64::MAX),
                 waker: waker()?,
             })
@@ -98,32 +101,51 @@ impl Barrier {
         // Whoever has taken a number and not found this lane yet does not wait for it: pairs with `ask`.
         let begun = self.numbers.load(Ordering::SeqCst);
         self.stand_at(lane, wanted.max(begun));
+        // Who asks from now on sees that the lane is there, or the lane sees that it is asked, and by then what was changed
+        // before. Pairs with the fence in `ask`.
+        fence(Ordering::SeqCst);
         wanted
     }
 
     fn stand_at(&self, lane: usize, number: u64) {
         if let Some(stand) = self.lanes.get(lane) {
-            stand.ended.store(number, Ordering::Release);
-            stand.quiet.store(number, Ordering::Release);
+            for word in [&stand.ended, &stand.swept, &stand.quiet] {
+                word.store(number, Ordering::Release);
+            }
         }
     }
 
     /// All that a lane had in flight has ended, and its guest can see that. It may be further already: a lane that has come
     /// later need not pass numbers from before, though it may be told one.
     pub(super) fn pass(&self, lane: usize, number: u64) {
+        self.sweep(lane, number);
         if let Some(stand) = self.lanes.get(lane) {
-            // Pairs with the acquire in `have_ended`: the used ring first, then this, then the control queue's used ring.
+            // Pairs with the acquire in `are_past`: the used ring first, then this, then the control queue's used ring.
             stand.ended.fetch_max(number, Ordering::Release);
+        }
+    }
+
+    /// The same, but for commands that the clerk has.
+    pub(super) fn sweep(&self, lane: usize, number: u64) {
+        if let Some(stand) = self.lanes.get(lane) {
+            stand.swept.fetch_max(number, Ordering::Release);
             stand.quiet.fetch_max(number, Ordering::Release);
         }
     }
 
-    /// A lane has nothing at the device, but a command that waits.
+    /// A lane has nothing at the device, but commands that wait.
     pub(super) fn be_quiet(&self, lane: usize) {
         let wanted = self.wanted(lane);
         if let Some(stand) = self.lanes.get(lane) {
-            // Pairs with the acquire in `are_quiet`: whatever the device did for this lane it has done.
             stand.quiet.fetch_max(wanted, Ordering::Release);
+        }
+    }
+
+    /// Wakes the poller of a lane, should it sleep.
+    pub(in crate::datapath) fn wake(&self, lane: usize) {
+        if let Some(stand) = self.lanes.get(lane) {
+            // A counter at its limit has been told of already.
+            let _ = rustix::io::write(&stand.waker, &1_u64.to_ne_bytes());
         }
     }
 
@@ -137,28 +159,53 @@ impl Barrier {
         let number = self.numbers.fetch_add(1, Ordering::SeqCst) + 1;
         // Pairs with `enter`: a lane that is not found among `lanes` finds this number taken.
         fence(Ordering::SeqCst);
-        for stand in lanes().filter_map(|lane| self.lanes.get(lane)) {
-            stand.wanted.fetch_max(number, Ordering::Release);
-            // A counter at its limit has been told of already.
-            let _ = rustix::io::write(&stand.waker, &1_u64.to_ne_bytes());
+        for lane in lanes() {
+            if let Some(stand) = self.lanes.get(lane) {
+                stand.wanted.fetch_max(number, Ordering::Release);
+                self.wake(lane);
+            }
         }
         number
     }
 
-    /// All commands of `lanes` from before a number have ended.
-    fn have_ended(&self, mut lanes: impl Iterator<Item = usize>, number: u64) -> bool {
+    fn are_past(
+        &self,
+        mut lanes: impl Iterator<Item = usize>,
+        number: u64,
+        word: impl Fn(&Stand) -> &AtomicU64,
+    ) -> bool {
         lanes.all(|lane| {
             let stand = self.lanes.get(lane);
-            stand.is_none_or(|stand| stand.ended.load(Ordering::Acquire) >= number)
+            stand.is_none_or(|stand| word(stand).load(Ordering::Acquire) >= number)
         })
     }
 
     /// No command of `lanes` from before a number is at the device.
-    pub(super) fn are_quiet(&self, mut lanes: impl Iterator<Item = usize>, number: u64) -> bool {
-        lanes.all(|lane| {
-            let stand = self.lanes.get(lane);
-            stand.is_none_or(|stand| stand.quiet.load(Ordering::Acquire) >= number)
-        })
+    pub(super) fn are_quiet(&self, lanes: impl Iterator<Item = usize>, number: u64) -> bool {
+        self.are_past(lanes, number, |stand| &stand.quiet)
+    }
+}
+
+/// The request queues of one host at the barrier.
+#[derive(Debug)]
+pub struct HostTasks {
+    /// Where.
+    pub barrier: Arc<Barrier>,
+    /// Their numbers.
+    pub lanes: Range<usize>,
+}
+
+/// For the initiator that preempts this one: its commands have ended that can touch blocks or the guest's memory. Those
+/// that the clerk has, that one among them perhaps, are carried out when their turn comes, by an initiator that is no
+/// longer registered.
+impl Tasks for HostTasks {
+    fn ask(&self) -> u64 {
+        self.barrier.ask(|| self.lanes.clone())
+    }
+
+    fn have_ended(&self, number: u64) -> bool {
+        self.barrier
+            .are_past(self.lanes.clone(), number, |stand| &stand.swept)
     }
 }
 
@@ -334,12 +381,12 @@ impl ControlLane {
     fn go_on(&mut self) -> bool {
         match self.waiting.take() {
             Some(waiting)
-                if self
-                    .config
-                    .barrier
-                    .have_ended(self.config.lanes.clone(), waiting.number) =>
+                if self.config.barrier.are_past(
+                    self.config.lanes.clone(),
+                    waiting.number,
+                    |stand| &stand.ended,
+                ) && self.attend(&waiting) =>
             {
-                self.attend(&waiting);
                 self.answer(waiting.head, &waiting.place, response::OK);
                 true
             }
@@ -350,20 +397,15 @@ impl ControlLane {
         }
     }
 
-    /// What was reset says so with its next command (SAM-5, 5.14).
-    fn attend(&self, waiting: &Waiting) {
+    /// What was reset says so with its next command (SAM-5, 5.14). `false` when the next turn is to try again.
+    fn attend(&self, waiting: &Waiting) -> bool {
         let nexus = &self.config.nexus;
         match waiting.function {
-            task::LOGICAL_UNIT_RESET => {
-                if let Some(unit) = nexus.find(waiting.address) {
-                    nexus.attend(unit, Attention::Reset);
-                    nexus.attend_others(unit, Attention::Reset);
-                }
-            }
-            task::I_T_NEXUS_RESET => {
-                nexus.attend_target(waiting.address, Attention::NexusLoss);
-            }
-            _ => {}
+            task::LOGICAL_UNIT_RESET => nexus
+                .find(waiting.address)
+                .is_none_or(|unit| nexus.reset_unit(unit)),
+            task::I_T_NEXUS_RESET => nexus.reset_target(waiting.address),
+            _ => true,
         }
     }
 

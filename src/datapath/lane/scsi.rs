@@ -13,6 +13,7 @@ use super::{
     Progress, RequestLane, State, Step, Wait, Work, as_data, copy_out, piece,
 };
 use crate::block::{Against, BlockOp, BlockRange};
+use crate::datapath::errand::{Desk, PLACES};
 use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
@@ -43,6 +44,8 @@ pub struct ScsiLaneConfig {
     pub barrier: Arc<Barrier>,
     /// Its number among those that the barrier knows.
     pub number: usize,
+    /// Where it leaves commands that may wait.
+    pub desk: Arc<Desk>,
     /// Flush means something: the controller has a volatile write cache.
     pub volatile_cache: bool,
     /// The call eventfd.
@@ -72,6 +75,11 @@ pub(in crate::datapath) struct Scsi {
     gate: Gate,
     /// The logical unit whose lock the work at hand has, or waits for.
     locks: Option<usize>,
+    desk: Arc<Desk>,
+    /// By place at the desk: whose command is there.
+    errands: [Option<(HeadIndex, Place)>; PLACES],
+    /// How many.
+    errand_count: u16,
 }
 
 /// Where the lane stands before the [`Barrier`].
@@ -171,6 +179,17 @@ fn translate(failure: Status, information: Option<u64>) -> (u8, Sense) {
     )
 }
 
+/// The status of a command that needs nothing of the device.
+fn status_of(action: Action) -> u8 {
+    match action {
+        Action::Good => status::GOOD,
+        Action::Conflict => status::RESERVATION_CONFLICT,
+        Action::Check(_) => status::CHECK_CONDITION,
+        // Those that have not ended are not answered; a guest would try again.
+        Action::Busy | Action::Defer | Action::Carry(_) => status::BUSY,
+    }
+}
+
 /// Writes the response to a command that has ended, and returns the used length. `unit` says in which format sense data is.
 fn finish(
     place: &ResponsePlace,
@@ -225,6 +244,10 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn may_fetch(lane: &mut RequestLane<Scsi>) -> bool {
+        if lane.front.errand_count > 0 && lane.collect() {
+            // To be published first.
+            return false;
+        }
         let gate = &lane.front.gate;
         let wanted = gate.barrier.wanted(gate.number);
         wanted == gate.passed || lane.approach(wanted)
@@ -233,9 +256,14 @@ impl Front for Scsi {
     /// While the gate is closed, completions are waited for, and they tell of themselves. Other lanes do not.
     #[inline(always)]
     fn is_wanted(lane: &RequestLane<Scsi>) -> bool {
-        let gate = &lane.front.gate;
-        let waits = gate.closed && lane.queue.in_flight() > 0;
-        (gate.barrier.wanted(gate.number) != gate.passed && !waits)
+        let front = &lane.front;
+        let gate = &front.gate;
+        if front.errand_count > 0 && (0..PLACES).any(|at| front.desk.is_settled(at)) {
+            return true;
+        }
+        let wanted = gate.barrier.wanted(gate.number);
+        let waits = gate.closed && gate.wanted == wanted && lane.queue.in_flight() > 0;
+        (wanted != gate.passed && !waits)
             || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
     }
 
@@ -295,7 +323,7 @@ impl Front for Scsi {
             Some(failure) => {
                 let information = self.information[usize::from(head.get())];
                 let outcome = translate(failure, information);
-                let unit = self.nexus.target().units().get(usize::from(place.unit));
+                let unit = self.unit_of(&place);
                 finish(&place.response, unit, outcome, place.residual_failed, 0)
             }
         }
@@ -345,6 +373,13 @@ impl Front for Scsi {
     }
 }
 
+impl Scsi {
+    /// The logical unit that an answer is from.
+    fn unit_of(&self, place: &Place) -> Option<&LogicalUnit> {
+        self.nexus.target().units().get(usize::from(place.unit))
+    }
+}
+
 impl RequestLane<Scsi> {
     pub(super) fn new(config: ScsiLaneConfig) -> RequestLane<Scsi> {
         let target = config.nexus.target();
@@ -361,6 +396,9 @@ impl RequestLane<Scsi> {
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
             namespaces: config.namespaces,
+            desk: config.desk,
+            errands: [None; PLACES],
+            errand_count: 0,
             gate: Gate {
                 barrier: config.barrier,
                 number: config.number,
@@ -407,10 +445,14 @@ impl RequestLane<Scsi> {
     /// If everything that was fetched has ended, and the guest can see it.
     #[cold]
     fn pass(&mut self) {
-        if self.queue.in_flight() > 0 || self.work.is_some() {
+        if self.queue.in_flight() > self.front.errand_count || self.work.is_some() {
             return;
         }
         let gate = &mut self.front.gate;
+        gate.barrier.sweep(gate.number, gate.wanted);
+        if self.front.errand_count > 0 {
+            return;
+        }
         gate.closed = false;
         gate.passed = gate.wanted;
         gate.barrier.pass(gate.number, gate.passed);
@@ -442,8 +484,9 @@ impl RequestLane<Scsi> {
         };
         let gate = &self.front.gate;
         let (barrier, lock) = (&gate.barrier, unit_of.lock());
-        // Those who wait for this lane need not wait for what waits for them: it has nothing at the device yet.
-        if self.queue.in_flight() == 1 {
+        // Those who wait for this lane need not wait for what waits for them: it has nothing at the device yet. Nor has what
+        // waits for the clerk.
+        if self.queue.in_flight() == 1 + self.front.errand_count {
             barrier.be_quiet(gate.number);
         }
         if let Wait::Lock { .. } | Wait::Turn { .. } = wait {
@@ -535,7 +578,8 @@ impl RequestLane<Scsi> {
             data_in: DataIn::new(&mut self.front.data_in),
             ranges: &mut self.ranges,
         };
-        match nexus.execute(address, unit, &mut exchange) {
+        let action = nexus.execute(address, unit, &mut exchange);
+        match action {
             Action::Good => {
                 let data = exchange.data_in.as_slice();
                 let moved = u32::try_from(data.len()).unwrap_or(u32::MAX);
@@ -556,6 +600,24 @@ impl RequestLane<Scsi> {
                 let written = finish(&place, unit, outcome, residual, 0);
                 self.answer(head, written);
             }
+            Action::Conflict | Action::Busy => {
+                self.counters.checks += 1;
+                let outcome = (status_of(action), Sense::NONE);
+                let written = finish(&place, None, outcome, residual, 0);
+                self.answer(head, written);
+            }
+            Action::Defer => {
+                let place = Place {
+                    response: place,
+                    residual: residual - wanted,
+                    residual_failed: residual,
+                    // Only a logical unit has such commands.
+                    unit: unit
+                        .and_then(|unit| u16::try_from(unit).ok())
+                        .unwrap_or(u16::MAX),
+                };
+                self.defer(head, place, unit, &cdb, wanted);
+            }
             Action::Carry(carry) if carry.data_in > writable || carry.data_out > readable => {
                 self.refuse(head, &place, response::OVERRUN);
             }
@@ -571,6 +633,67 @@ impl RequestLane<Scsi> {
                 self.carry(pair, head, place, &carry, &nexus);
             }
         }
+    }
+
+    /// The clerk carries a command out.
+    #[cold]
+    fn defer(
+        &mut self,
+        head: HeadIndex,
+        place: Place,
+        unit: Option<usize>,
+        cdb: &Cdb,
+        wanted: u32,
+    ) {
+        let front = &mut self.front;
+        let len = (wanted as usize).min(front.parameters.len());
+        let left = unit.and_then(|unit| front.desk.leave(unit, cdb, &front.parameters[..len]));
+        match left.and_then(|at| front.errands.get_mut(at)) {
+            Some(errand) => {
+                *errand = Some((head, place));
+                front.errand_count += 1;
+            }
+            None => {
+                let outcome = (status::TASK_SET_FULL, Sense::NONE);
+                let written = finish(&place.response, None, outcome, place.residual_failed, 0);
+                self.answer(head, written);
+            }
+        }
+    }
+
+    /// Answers what the clerk has carried out. `true` when there was anything.
+    #[cold]
+    pub(super) fn collect(&mut self) -> bool {
+        let before = self.front.errand_count;
+        for at in 0..PLACES {
+            let Some((head, place)) = self.front.errands[at] else {
+                continue;
+            };
+            let Some(action) = self.front.desk.collect(at) else {
+                continue;
+            };
+            self.front.errands[at] = None;
+            self.front.errand_count -= 1;
+            let (residual, sense) = match action {
+                Action::Good => {
+                    self.counters.immediate += 1;
+                    (place.residual, Sense::NONE)
+                }
+                Action::Check(sense) => {
+                    self.counters.checks += 1;
+                    (place.residual_failed, sense)
+                }
+                _ => {
+                    self.counters.checks += 1;
+                    (place.residual_failed, Sense::NONE)
+                }
+            };
+            let outcome = (status_of(action), sense);
+            let unit = self.front.unit_of(&place);
+            let written = finish(&place.response, unit, outcome, residual, 0);
+            self.answer(head, written);
+        }
+        self.front.errand_count != before
     }
 
     #[cold]
