@@ -842,7 +842,7 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("fua.a", "1"),
         ("serial.a", "d0-ns1"),
         ("serial.b", "d0-ns2"),
-        ("opcodes", "55"),
+        ("opcodes", "54"),
         // MISCOMPARE.
         ("miscompare", "14"),
         ("compare.differs", "14"),
@@ -864,6 +864,7 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("designators", "designator type: EUI-64 based"),
         ("designators", "Relative target port: 0x1"),
         ("limits", "Maximum unmap block descriptor count: 256"),
+        ("limits", "Maximum compare and write length: 32 blocks"),
         ("limits", "Maximum write same length: 0x400000 blocks"),
         ("thin", "Unmap command supported (LBPU): 1"),
         ("luns.a", "0000000000000000"),
@@ -871,8 +872,11 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("features", "V_SUP=1"),
         ("features", "SIMPSUP=1"),
         ("temperature", "Current temperature = 25 C"),
-        ("wear", "Percentage used endurance indicator: 0%"),
-        ("exceptions", "IE asc = 0x0, ascq = 0x0"),
+        ("wear", "Percentage used endurance indicator: 0 %"),
+        (
+            "exceptions",
+            "IE asc = 0x0, ascq = 0x0 Current temperature = 25 C Threshold temperature = 70 C",
+        ),
         ("logs", "0x0d"),
         ("lba.status", "0x00000000000003e8"),
         (

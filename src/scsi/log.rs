@@ -81,13 +81,15 @@ const PAGES: &[Page] = &[
         let report = unit.health().get().ok_or(Sense::INTERNAL_FAILURE)?;
         Ok([Some((1, [0, 0, 0, report.used], 4)), None])
     }),
-    // Informational exceptions (SPC-4, 7.3.8).
+    // Informational exceptions (SPC-4, 7.3.8). What follows the temperature is vendor specific; many put the highest one
+    // there, and sg_logs shows it.
     (0x2f, |unit| {
         let report = unit.health().get();
-        let ((asc, ascq), now) = report.map_or(((0, 0), UNKNOWN), |report| {
-            (report.exception, report.temperature)
+        let ((asc, ascq), now, most) = report.map_or(((0, 0), UNKNOWN, UNKNOWN), |report| {
+            let most = report.reference_temperature;
+            (report.exception, report.temperature, most)
         });
-        Ok([Some((0, [asc, ascq, now, 0], 4)), None])
+        Ok([Some((0, [asc, ascq, now, most], 4)), None])
     }),
 ];
 

@@ -186,7 +186,7 @@ pub(super) fn compare_and_write(seat: &Seat<'_>, exchange: &mut Exchange<'_>) ->
         unit: index,
         fua: cdb.bit(1, 3) || unit.writes_through(),
         data_in: 0,
-        data_out: 2 * u64::from(count) << unit.geometry().block_shift(),
+        data_out: u64::from(count) << (unit.geometry().block_shift() + 1),
     }))
 }
 

@@ -28,7 +28,7 @@ fn log_pages_say_what_the_device_said_last() {
     assert_eq!(bench.says(&log_sense(0x0d, 0, 0)), temperature);
     let used = [0x91, 0, 0, 8, 0, 1, 3, 4, 0, 0, 0, 7];
     assert_eq!(bench.says(&log_sense(0x11, 0, 0)), used);
-    let exceptions = [0xaf, 0, 0, 8, 0, 0, 3, 4, 0x0b, 0x01, 41, 0];
+    let exceptions = [0xaf, 0, 0, 8, 0, 0, 3, 4, 0x0b, 0x01, 41, 80];
     assert_eq!(bench.says(&log_sense(0x2f, 0, 0)), exceptions);
     // From a parameter on; the length within says what there is.
     let reference = [0x8d, 0, 0, 6, 0, 1, 3, 2, 0, 80];
