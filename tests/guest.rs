@@ -754,6 +754,7 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
     let job = "
         step modules modprobe -a virtio_scsi sd_mod sg
         step 'disks are there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && [ -b /dev/sdb ] && break; sleep 0.1; done'
+        step 'names in order, whichever was found first' sh -c 'cd /sys/bus/scsi/drivers/sd && for d in 0:0:0:0 0:0:1:16684; do echo $d >unbind; done; for d in 0:0:0:0 0:0:1:16684; do echo $d >bind; done'
         fact where.a $(ls -d /sys/block/sda/device/scsi_device/*)
         fact where.b $(ls -d /sys/block/sdb/device/scsi_device/*)
         fact bytes.a $(($(cat /sys/block/sda/size) * 512))

@@ -110,7 +110,7 @@ impl BouncePool {
         self.clear(chunk, u32::try_from(bytes).unwrap_or(CHUNK_SIZE));
     }
 
-    /// The first `len` bytes of a chunk should be those of `segments` when its read completes; see [`Purpose::Compare`].
+    /// The first `len` bytes of a chunk should be those of `segments` when its read completes: again and again if those are fewer. `offset` bytes of the guest's data are behind us.
     pub fn expect(
         &mut self,
         chunk: ChunkId,
