@@ -131,8 +131,38 @@ pub enum BlockOp {
     WriteZeroes,
     /// Store the one block of the data segments to each block of the range; without data, zeroes.
     WriteSame(BlockRange),
+    /// Read the range from the medium and look whether it is as it should be. The guest gets no data.
+    Verify {
+        /// At least one block.
+        range: BlockRange,
+        /// How it should be.
+        against: Against,
+    },
+    /// [`BlockOp::Write`], then [`BlockOp::Verify`] of the same range.
+    WriteAndVerify {
+        /// At least one block.
+        range: BlockRange,
+        /// How it should be.
+        against: Against,
+    },
+    /// Look whether the range is what the first half of the data segments says, and if so store the second half there. No
+    /// other write to it comes in between.
+    CompareAndWrite(BlockRange),
+    /// [`BlockOp::Flush`] when every write of the disk that is at the device has ended.
+    DrainAndFlush,
     /// Fill the data segments with the serial number of the disk.
     DeviceId,
+}
+
+/// What the blocks of a [`BlockOp::Verify`] should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Against {
+    /// Readable.
+    Nothing,
+    /// What the data segments say.
+    Data,
+    /// Each what the one block of the data segments says.
+    Block,
 }
 
 /// How a request ended, as far as a guest may know.

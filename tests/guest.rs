@@ -754,6 +754,7 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
     let job = "
         step modules modprobe -a virtio_scsi sd_mod sg
         step 'disks are there' sh -c 'for i in $(seq 50); do [ -b /dev/sda ] && [ -b /dev/sdb ] && break; sleep 0.1; done'
+        step 'names in order, whichever was found first' sh -c 'cd /sys/bus/scsi/drivers/sd && for d in 0:0:0:0 0:0:1:16684; do echo $d >unbind; done; for d in 0:0:0:0 0:0:1:16684; do echo $d >bind; done'
         fact where.a $(ls -d /sys/block/sda/device/scsi_device/*)
         fact where.b $(ls -d /sys/block/sdb/device/scsi_device/*)
         fact bytes.a $(($(cat /sys/block/sda/size) * 512))
@@ -774,6 +775,13 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         fact opcodes \"$(sg_opcodes -n /dev/sda | grep -cE '^ [0-9a-f][0-9a-f] ')\"
         fact read10 \"$(sg_opcodes -n -o 0x28 -m /dev/sda | tr -s ' \\n' ' ')\"
         fact modes \"$(sg_modes -6 /dev/sda | tr -s ' \\n' ' ')\"
+        fact features \"$(sg_vpd -p ei /dev/sda | tr -s ' \\n' ' ')\"
+        fact temperature \"$(sg_logs -p 0xd /dev/sda | tr -s ' \\n' ' ')\"
+        fact wear \"$(sg_logs -p 0x11 /dev/sda | tr -s ' \\n' ' ')\"
+        fact exceptions \"$(sg_logs -p 0x2f /dev/sda | tr -s ' \\n' ' ')\"
+        fact logs \"$(sg_logs -L /dev/sda | tr -s ' \\n' ' ')\"
+        fact lba.status \"$(sg_get_lba_status -l 1000 /dev/sda | tr -s ' \\n' ' ')\"
+        fact ports \"$(sg_rtpg -d /dev/sda | tr -s ' \\n' ' ')\"
         step ready sg_turs -n 20 /dev/sda
         step requests sg_requests /dev/sda
         step start sg_start --start /dev/sda
@@ -783,6 +791,20 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         step 'write same' sg_write_same --16 -l 1000 -n 300 -i /tmp/pattern /dev/sda
         step 'expected pattern' sh -c 'for i in $(seq 300); do cat /tmp/pattern; done >/tmp/expected'
         step 'read pattern' sh -c 'dd if=/dev/sda bs=512 skip=1000 count=300 iflag=direct | cmp - /tmp/expected'
+        step verify sg_verify -l 1000 -c 300 /dev/sda
+        step 'verify all zones' sg_verify --16 -l 0 -c 100000 -b 20000 /dev/sda
+        step 'same bytes' sh -c 'sg_verify -E 1 -n 153600 -l 1000 -c 300 -i /tmp/expected /dev/sda'
+        step 'same block' sh -c 'sg_verify -E 3 -n 512 -l 1000 -c 300 -i /tmp/pattern /dev/sda'
+        fact miscompare $(sg_verify -E 3 -n 512 -l 999 -c 2 -i /tmp/pattern /dev/sda >/dev/null 2>&1; echo $?)
+        step 'write and verify' sh -c 'sg_write_verify --16 -l 1300 -n 10 -i /tmp/expected --ilen=5120 -b 1 /dev/sda'
+        step 'read what was verified' sh -c 'dd if=/dev/sda bs=512 skip=1300 count=10 iflag=direct | cmp -n 5120 - /tmp/expected'
+        step 'compare and write' sg_compare_and_write -i /tmp/expected -l 1000 -n 1 -x 1024 /dev/sda
+        fact compare.differs $(sg_compare_and_write -i /tmp/expected -l 2000 -n 1 -x 1024 -q /dev/sda >/dev/null 2>&1; echo $?)
+        step 'cache off' sh -c 'echo \"write through\" >/sys/class/scsi_disk/0:0:0:0/cache_type'
+        fact cache.off \"$(cat /sys/block/sda/queue/write_cache) $(sg_modes -6 -p 8 /dev/sda | grep -c ' 08 12 00')\"
+        step 'durable write' dd if=/tmp/expected of=/dev/sda bs=512 seek=1400 count=10 oflag=direct
+        step 'cache on' sh -c 'echo \"write back\" >/sys/class/scsi_disk/0:0:0:0/cache_type'
+        fact cache.on \"$(cat /sys/block/sda/queue/write_cache)\"
         step unmap sg_unmap -l 1000 -n 300 /dev/sda
         step 'write zeroes' sg_write_same --10 -l 1000 -n 300 /dev/sda
         step 'read zeroes' sh -c 'dd if=/dev/sda bs=512 skip=1000 count=300 iflag=direct | cmp -n 153600 - /dev/zero'
@@ -821,7 +843,12 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("fua.a", "1"),
         ("serial.a", "d0-ns1"),
         ("serial.b", "d0-ns2"),
-        ("opcodes", "40"),
+        ("opcodes", "54"),
+        // MISCOMPARE.
+        ("miscompare", "14"),
+        ("compare.differs", "14"),
+        ("cache.off", "write through 1"),
+        ("cache.on", "write back"),
     ] {
         assert_eq!(facts[key], value, "{key}: {facts:#?}");
     }
@@ -838,10 +865,26 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("designators", "designator type: EUI-64 based"),
         ("designators", "Relative target port: 0x1"),
         ("limits", "Maximum unmap block descriptor count: 256"),
+        ("limits", "Maximum compare and write length: 32 blocks"),
         ("limits", "Maximum write same length: 0x400000 blocks"),
         ("thin", "Unmap command supported (LBPU): 1"),
         ("luns.a", "0000000000000000"),
         ("luns.b", "412c000000000000 c101000000000000"),
+        ("features", "V_SUP=1"),
+        ("features", "SIMPSUP=1"),
+        ("temperature", "Current temperature = 25 C"),
+        ("wear", "Percentage used endurance indicator: 0 %"),
+        (
+            "exceptions",
+            "IE asc = 0x0, ascq = 0x0 Current temperature = 25 C Threshold temperature = 70 C",
+        ),
+        ("logs", "0x0d"),
+        ("lba.status", "0x00000000000003e8"),
+        (
+            "ports",
+            "target port group asymmetric access state : 0x00 (active/optimized)",
+        ),
+        ("designators", "Target port group: 0x1"),
         ("capacity", "Last LBA=524287"),
         ("capacity", "lbpme=1"),
         ("read10", "28 18 ff ff ff ff 1f ff ff 00"),

@@ -2,13 +2,21 @@
 //! code. Then the same through virtio-scsi rings over the software controller, with what a hostile guest may put there.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "scsi/log.rs"]
+mod log;
+#[path = "scsi/select.rs"]
+mod select;
+#[path = "scsi/verify.rs"]
+mod verify;
+
 use std::sync::Arc;
 
 use tandem::block::{BlockCount, BlockOp, BlockRange, Geometry, Lba, RangeList};
 use tandem::scsi::command::COMMANDS;
 use tandem::scsi::{
-    Action, Address, Attention, Carry, Cdb, DataIn, Exchange, Initiator, LogicalUnit, Lun,
-    MAX_INITIATORS, MAX_SENSE_BYTES, Nexus, Sense, ShareError, Target, UnitIds,
+    Action, Address, Attention, Carry, Cdb, DataIn, Exchange, Health, HealthReport, Initiator,
+    LogicalUnit, Lun, MAX_INITIATORS, MAX_SENSE_BYTES, Nexus, RangeLock, Sense, ShareError, Target,
+    UnitIds,
 };
 
 const NOTHING: [u8; 0] = [];
@@ -19,6 +27,7 @@ const EUI64: [u8; 8] = [0xb2; 8];
 /// One initiator of a target with a disk at LUN 0 and a read-only one at LUN 300; unit attentions told.
 struct Bench {
     nexus: Nexus,
+    health: Arc<Health>,
     buffer: Vec<u8>,
     ranges: RangeList,
 }
@@ -49,7 +58,9 @@ impl Bench {
         let disk = |shift, read_only| {
             LogicalUnit::new(Geometry::new(shift, BLOCKS, read_only).unwrap(), "serial-1")
         };
+        let health = Arc::new(Health::default());
         let first = disk(9, false)
+            .with_health(Arc::clone(&health))
             .with_ids(UnitIds {
                 eui64: Some(EUI64),
                 nguid: Some(NGUID),
@@ -63,6 +74,7 @@ impl Bench {
         Bench {
             buffer: vec![0xee; target.data_in_bytes()],
             nexus: Nexus::new(target),
+            health,
             ranges: RangeList::new(),
         }
     }
@@ -359,10 +371,9 @@ fn blocks_beyond_the_end_are_21_00_and_none_at_the_end_are_fine() {
 #[test]
 fn writes_to_a_read_only_disk_are_write_protected() {
     let mut bench = Bench::new();
-    let cdbs: [&[u8]; 4] = [
+    let cdbs: [&[u8]; 3] = [
         &[0x0a, 0, 0, 0, 1, 0],
         &[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0],
-        &[0x42, 0, 0, 0, 0, 0, 0, 0, 8, 0],
         &[0x41, 0, 0, 0, 0, 0, 0, 0, 1, 0],
     ];
     for cdb in cdbs {
@@ -386,7 +397,7 @@ fn inquiry_has_the_standard_data_and_is_cut_to_the_allocation_length() {
     let mut bench = Bench::new();
     let data = bench.says(&[0x12, 0, 0, 0, 255, 0]);
     assert_eq!(data.len(), 96);
-    assert_eq!(data[..8], [0x00, 0, 0x06, 0x12, 91, 0, 0, 0x02]);
+    assert_eq!(data[..8], [0x00, 0, 0x06, 0x12, 91, 0x10, 0, 0x02]);
     assert_eq!(&data[8..36], b"TANDEM  Tandem NVMe disk0001");
     assert_eq!(data[58..64], [0x00, 0x80, 0x04, 0x60, 0x04, 0xc0]);
     assert_eq!(bench.says(&[0x12, 0, 0, 0, 5, 0]), data[..5]);
@@ -406,9 +417,12 @@ fn inquiry_has_the_standard_data_and_is_cut_to_the_allocation_length() {
 fn vital_product_data_pages_have_their_shapes() {
     let mut bench = Bench::new();
     let mut page = |code| bench.says(&[0x12, 1, code, 1, 0, 0]);
-    assert_eq!(page(0), [0, 0, 0, 6, 0x00, 0x80, 0x83, 0xb0, 0xb1, 0xb2]);
+    assert_eq!(
+        page(0),
+        [0, 0, 0, 7, 0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2]
+    );
     assert_eq!(page(0x80), b"\x00\x80\x00\x08serial-1");
-    let mut expected = vec![0, 0x83, 0, 20 + 12 + 20 + 8];
+    let mut expected = vec![0, 0x83, 0, 20 + 12 + 20 + 8 + 8];
     expected.extend([1, 2, 0, 16]);
     expected.extend(NGUID);
     expected.extend([1, 2, 0, 8]);
@@ -416,11 +430,16 @@ fn vital_product_data_pages_have_their_shapes() {
     expected.extend([2, 1, 0, 16]);
     expected.extend(b"TANDEM  serial-1");
     expected.extend([1, 0x14, 0, 4, 0, 0, 0, 1]);
+    expected.extend([1, 0x15, 0, 4, 0, 0, 0, 1]);
     assert_eq!(page(0x83), expected);
+    // SIMPSUP; V_SUP; the longest sense data.
+    let mut extended = vec![0, 0x86, 0, 60, 0, 0x01, 0x01, 0, 0, 0, 0, 0, 0, 28];
+    extended.resize(64, 0);
+    assert_eq!(page(0x86), extended);
     let limits = page(0xb0);
     assert_eq!(
         (limits.len(), limits[..6].to_vec()),
-        (64, vec![0, 0xb0, 0, 60, 1, 0])
+        (64, vec![0, 0xb0, 0, 60, 1, 32])
     );
     assert_eq!(
         limits[20..32],
@@ -485,10 +504,7 @@ fn mode_pages_tell_of_the_cache_in_both_headers() {
     let long_lba = [0, 0, 0, 0, 0, 1, 0x23, 0x45, 0, 0, 0, 0, 0, 0, 2, 0];
     let long = [&[0, 34, 0, 0x10, 1, 0, 0, 16][..], &long_lba, &control].concat();
     assert_eq!(bench.says(&[0x5a, 0x10, 0x0a, 0, 0, 0, 0, 0, 255, 0]), long);
-    // Nothing can be changed; nothing is saved; no such page, no such subpage.
-    let mut none = short.clone();
-    none[6] = 0;
-    assert_eq!(bench.says(&[0x1a, 0x08, 0x48, 0, 255, 0]), none);
+    // Nothing is saved; no such page, no such subpage.
     assert_eq!(
         bench.refuses(&[0x1a, 0, 0xc8, 0, 255, 0], &[]),
         fixed_sense(5, 0x39, 0, [0; 3])
@@ -640,7 +656,7 @@ fn luns_are_read_in_every_addressing_method_that_there_is() {
 fn supported_operation_codes_are_those_of_the_table() {
     let mut bench = Bench::new();
     let cdb =
-        |options, opcode, action, len| [0xa3, 0x0c, options, opcode, 0, action, 0, 0, 4, len, 0, 0];
+        |options, opcode, action, len| [0xa3, 0x0c, options, opcode, 0, action, 0, 0, 8, len, 0, 0];
     let all = bench.says(&cdb(0, 0, 0, 0));
     assert_eq!(all[..4], (COMMANDS.len() as u32 * 8).to_be_bytes());
     assert_eq!(all.len(), 4 + COMMANDS.len() * 8);
@@ -676,6 +692,13 @@ fn supported_operation_codes_are_those_of_the_table() {
     assert_eq!(bench.refuses(&cdb(2, 0x28, 0, 0), &[]), invalid_field(2, 2));
     assert_eq!(bench.refuses(&cdb(1, 0x9e, 0, 0), &[]), invalid_field(2, 2));
     assert_eq!(bench.refuses(&cdb(4, 0x28, 0, 0), &[]), invalid_field(2, 2));
+    // A disk that cannot unmap has no UNMAP, and says so.
+    let unmap = cdb(3, 0x42, 0, 0);
+    assert_eq!(bench.says(&unmap)[..4], [0, 3, 0, 10]);
+    assert_eq!(bench.run_at(READ_ONLY, &unmap, &[]).data, absent);
+    let fewer = bench.run_at(READ_ONLY, &cdb(0, 0, 0, 0), &[]).data;
+    assert_eq!(fewer.len(), all.len() - 8);
+    assert!(fewer[4..].chunks(8).all(|entry| entry[0] != 0x42));
     let tasks = bench.says(&[0xa3, 0x0d, 0, 0, 0, 0, 0, 0, 0, 255, 0, 0]);
     assert_eq!(tasks, [0xdc, 0x03, 0, 0]);
     assert_eq!(

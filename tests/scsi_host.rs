@@ -2,6 +2,11 @@
 //! guest may put there, entry by entry. After each test the controller has seen no DMA outside guest memory.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "scsi_host/compare.rs"]
+mod compare;
+#[path = "scsi_host/verify.rs"]
+mod verify;
+
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,8 +53,53 @@ const SECOND: [u8; 8] = [1, 2, 0x41, 0x2c, 0, 0, 0, 0];
 /// Address, length and flags of each descriptor of a chain.
 type Buffers = Vec<(u64, u32, u16)>;
 
+/// A device with two namespaces, and what its hosts share.
+#[derive(Clone)]
+struct Storage {
+    device: Arc<Device>,
+    model: ModelHandle,
+    units: [LogicalUnit; 2],
+    barrier: Arc<Barrier>,
+}
+
+/// Hosts of a device, at most.
+const HOSTS: usize = 4;
+
+impl Storage {
+    fn new(config: ModelConfig) -> Storage {
+        let config = ModelConfig {
+            namespaces: 2,
+            max_namespaces: 2,
+            size: 32 << 20,
+            queues: HOSTS as u16,
+            ..config
+        };
+        let transport = Model::new(config).unwrap();
+        let model = transport.handle();
+        let claim = || {
+            Err(DeviceError::Lost {
+                name: "host".to_owned(),
+            })
+        };
+        let device = Device::open("host", transport, HOSTS as u16, Box::new(claim)).unwrap();
+        let units = [1, 2].map(|nsid| {
+            let namespace = device.namespace(Nsid(nsid)).unwrap();
+            let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
+            LogicalUnit::new(geometry, "serial")
+                .with_volatile_cache(true)
+                .with_provisioning(true, true, true)
+        });
+        Storage {
+            device: Arc::new(device),
+            model,
+            units,
+            barrier: Arc::new(Barrier::new(HOSTS).unwrap()),
+        }
+    }
+}
+
 struct Host {
-    device: Device,
+    device: Arc<Device>,
     model: ModelHandle,
     poller: Option<Box<dyn Poll>>,
     requests: SimGuest,
@@ -105,21 +155,17 @@ impl Host {
     }
 
     fn with(config: ModelConfig, sizes: Sizes, bytes: (usize, usize)) -> Host {
-        let config = ModelConfig {
-            namespaces: 2,
-            max_namespaces: 2,
-            size: 32 << 20,
-            queues: 1,
-            ..config
-        };
-        let transport = Model::new(config).unwrap();
-        let model = transport.handle();
-        let claim = || {
-            Err(DeviceError::Lost {
-                name: "host".to_owned(),
-            })
-        };
-        let device = Device::open("host", transport, 1, Box::new(claim)).unwrap();
+        Host::of(&Storage::new(config), 0, sizes, bytes)
+    }
+
+    /// The host of that number on a device.
+    fn of(storage: &Storage, number: usize, sizes: Sizes, bytes: (usize, usize)) -> Host {
+        let Storage {
+            device,
+            model,
+            units,
+            barrier,
+        } = storage.clone();
         let mut table = MemoryTable::new(Arc::clone(&device.space));
         let file =
             File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
@@ -145,18 +191,12 @@ impl Host {
         let control = SimGuest::new(Arc::clone(&memory), ring(BASE + 0x10_0000)).unwrap();
         assert!(ring(BASE).bytes() < 0x10_0000);
 
-        let unit = |nsid| {
-            let namespace = device.namespace(Nsid(nsid)).unwrap();
-            let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
-            LogicalUnit::new(geometry, "serial")
-                .with_volatile_cache(true)
-                .with_provisioning(true, true, true)
-        };
         let lun = |number| Lun::new(number).unwrap();
-        let units = vec![(0, lun(0), unit(1)), (2, lun(300), unit(2))];
-        let target = Target::new(&Initiator::new("vm0").unwrap(), units).unwrap();
+        let [first, second] = units;
+        let units = vec![(0, lun(0), first), (2, lun(300), second)];
+        let initiator = Initiator::new(&format!("vm{number}")).unwrap();
+        let target = Target::new(&initiator, units).unwrap();
         let nexus = Arc::new(Nexus::new(Arc::new(target)));
-        let barrier = Arc::new(Barrier::new(1).unwrap());
         let clerk = Clerk::start().unwrap();
         let mut poller = device.create_poller().unwrap().1;
         let signal = || Arc::new(Signal::new().unwrap());
@@ -170,8 +210,8 @@ impl Host {
             nexus: Arc::clone(&nexus),
             namespaces: [Nsid(1), Nsid(2)].into(),
             barrier: Arc::clone(&barrier),
-            number: 0,
-            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), 0),
+            number,
+            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), number),
             volatile_cache: true,
             call: signal(),
             error: signal(),
@@ -185,6 +225,7 @@ impl Host {
             memory,
             nexus,
             barrier,
+            lanes: number..number + 1,
             call: signal(),
             error: signal(),
             kick: None,
@@ -274,6 +315,8 @@ impl Host {
                 return (head as u16, len);
             }
             self.turn();
+            // Hosts on other threads have to come round, too.
+            std::thread::yield_now();
         }
         panic!("nothing came back");
     }
@@ -290,6 +333,15 @@ impl Host {
             residual: word(4),
             used_len,
         }
+    }
+
+    /// The information field of fixed sense data, if it is valid.
+    fn information(&self, head: u16) -> Option<u32> {
+        let mut bytes = [0; 19];
+        self.requests
+            .read(Gpa(Self::slot(head) + 0x400), &mut bytes);
+        let valid = bytes[..4] != [0; 4] && bytes[12] & 0x80 != 0;
+        valid.then(|| u32::from_be_bytes([bytes[15], bytes[16], bytes[17], bytes[18]]))
     }
 
     #[track_caller]
@@ -372,7 +424,10 @@ impl Host {
         }
         assert_eq!(poller.lanes(), 0, "a lane did not drain");
         self.device.delete_poller(poller).unwrap();
-        self.device.shutdown().unwrap();
+        // Unless other hosts have it.
+        if Arc::strong_count(&self.device) == 1 {
+            self.device.shutdown().unwrap();
+        }
         assert_eq!(
             (self.model.iommu_violations(), self.model.driver_errors()),
             (0, 0)
@@ -702,8 +757,6 @@ fn sizes_that_a_driver_changes_are_honoured() {
 fn device_errors_become_sense_data() {
     let mut host = Host::new();
     for (opcode, status, key, asc, ascq) in [
-        (io_opcode::READ, Status::UNRECOVERED_READ_ERROR, 3, 0x11, 0),
-        (io_opcode::READ, Status::INTERNAL_ERROR, 4, 0x44, 0),
         (io_opcode::WRITE, Status::WRITE_FAULT, 3, 0x0c, 0),
         (
             io_opcode::WRITE,
@@ -712,14 +765,9 @@ fn device_errors_become_sense_data() {
             0x27,
             0,
         ),
-        (io_opcode::READ, Status::NAMESPACE_NOT_READY, 2, 0x04, 0),
-        (io_opcode::READ, Status::GUARD_CHECK_ERROR, 0xb, 0x10, 1),
     ] {
         assert!(host.model.fail_next(opcode, status.with_dnr()));
-        let reply = match opcode {
-            io_opcode::READ => host.command(FIRST, &read_10(0, 1), &[], 512),
-            _ => host.command(FIRST, &write_10(0, 1), &[1; 512], 0),
-        };
+        let reply = host.command(FIRST, &write_10(0, 1), &[1; 512], 0);
         assert_eq!(reply, check(key, asc, ascq, 512), "{status}");
     }
     assert!(

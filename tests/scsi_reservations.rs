@@ -199,6 +199,7 @@ const TABLE: &[Row] = &[
     Row(&[0x08, 0, 0, 0, 1, 0], YES, NO),                                    // READ (6)
     Row(&[0x0a, 0, 0, 0, 1, 0], NO, NO),                                     // WRITE (6)
     Row(&[0x12, 0, 0, 0, 96, 0], YES, YES),                                  // INQUIRY
+    Row(&[0x15, 0x10, 0, 0, 0, 0], NO, NO),                                  // MODE SELECT (6)
     Row(&[0x1a, 0, 0x3f, 0, 96, 0], YES, NO),                                // MODE SENSE (6)
     Row(&[0x1b, 0, 0, 0, 1, 0], YES, YES),                                   // START STOP UNIT, start
     Row(&[0x1b, 0, 0, 0, 0, 0], NO, NO),                                     // START STOP UNIT, stop
@@ -207,24 +208,37 @@ const TABLE: &[Row] = &[
     Row(&[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], YES, YES),                       // READ CAPACITY (10)
     Row(&[0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0], YES, NO),                        // READ (10)
     Row(&[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], NO, NO),                         // WRITE (10)
+    Row(&[0x2e, 0, 0, 0, 0, 0, 0, 0, 1, 0], NO, NO),                         // WRITE AND VERIFY (10)
+    Row(&[0x2f, 0, 0, 0, 0, 0, 0, 0, 1, 0], YES, NO),                        // VERIFY (10)
+    Row(&[0x34, 0, 0, 0, 0, 0, 0, 0, 1, 0], YES, NO),                        // PRE-FETCH (10)
     Row(&[0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NO),                         // SYNCHRONIZE CACHE (10)
     Row(&[0x41, 0, 0, 0, 0, 0, 0, 0, 1, 0], NO, NO),                         // WRITE SAME (10)
     Row(&[0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NO),                         // UNMAP
+    Row(&[0x4d, 0, 0x4d, 0, 0, 0, 0, 0, 96, 0], YES, YES),                   // LOG SENSE
+    Row(&[0x55, 0x10, 0, 0, 0, 0, 0, 0, 0, 0], NO, NO),                      // MODE SELECT (10)
     Row(&[0x5a, 0, 0x3f, 0, 0, 0, 0, 0, 96, 0], YES, NO),                    // MODE SENSE (10)
     Row(&[0x5e, 0, 0, 0, 0, 0, 0, 0, 96, 0], YES, YES),                      // PERSISTENT RESERVE IN, READ KEYS
     Row(&[0x5e, 1, 0, 0, 0, 0, 0, 0, 96, 0], YES, YES),                      // READ RESERVATION
     Row(&[0x5e, 2, 0, 0, 0, 0, 0, 0, 96, 0], YES, YES),                      // REPORT CAPABILITIES
     Row(&[0x5e, 3, 0, 0, 0, 0, 0, 0, 96, 0], YES, YES),                      // READ FULL STATUS
     Row(&[0x88, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], YES, NO),      // READ (16)
+    Row(&[0x89, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),       // COMPARE AND WRITE
     Row(&[0x8a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),       // WRITE (16)
+    Row(&[0x8e, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),       // WRITE AND VERIFY (16)
+    Row(&[0x8f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], YES, NO),      // VERIFY (16)
+    Row(&[0x90, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], YES, NO),      // PRE-FETCH (16)
     Row(&[0x91, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NO),       // SYNCHRONIZE CACHE (16)
     Row(&[0x93, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),       // WRITE SAME (16)
     Row(&[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0], YES, YES), // READ CAPACITY (16)
+    Row(&[0x9e, 0x12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0], YES, NO),  // GET LBA STATUS
     Row(&[0xa0, 0, 0, 0, 0, 0, 0, 0, 0, 96, 0, 0], YES, YES),                // REPORT LUNS
+    Row(&[0xa3, 0x0a, 0, 0, 0, 0, 0, 0, 0, 96, 0, 0], YES, YES),             // REPORT TARGET PORT GROUPS
     Row(&[0xa3, 0x0c, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0], YES, NO),               // REPORT SUPPORTED OPERATION CODES
     Row(&[0xa3, 0x0d, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0], YES, NO),               // ... TASK MANAGEMENT FUNCTIONS
     Row(&[0xa8, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], YES, NO),                  // READ (12)
     Row(&[0xaa, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),                   // WRITE (12)
+    Row(&[0xae, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),                   // WRITE AND VERIFY (12)
+    Row(&[0xaf, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], YES, NO),                  // VERIFY (12)
 ];
 
 /// What reserves and is not in the table: it has rules of its own.

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use nvme_driver::dma::DmaSpace;
 use nvme_driver::spec::{
-    Cid, IdentifyController, IdentifyNamespace, Nsid, QueueId, Version, ascii_field, oncs,
+    Cid, IdentifyController, IdentifyNamespace, Nsid, QueueId, SmartLog, Version, ascii_field, oncs,
 };
 use nvme_driver::transport::{Notice, Transport};
 use nvme_driver::{Controller, Disabled, Enabled, Health, Namespace};
 
 use crate::datapath::{Poll, Poller, Service};
+use crate::scsi::{self, HealthReport};
 
 /// How long requests may take to end when the system wants a device back.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
@@ -125,6 +126,12 @@ pub trait DeviceControl: Send {
 
     /// Looks at the device, and deals with one asynchronous event, if any has arrived.
     fn look(&mut self) -> Condition;
+
+    /// Reads the SMART log.
+    ///
+    /// # Errors
+    /// When the controller refuses or does not answer.
+    fn smart_log(&mut self) -> Result<SmartLog, DeviceError>;
 
     /// Asks the controller to end one command that takes too long.
     ///
@@ -324,6 +331,10 @@ where
         }
     }
 
+    fn smart_log(&mut self) -> Result<SmartLog, DeviceError> {
+        Ok(self.controller()?.smart_log()?)
+    }
+
     fn abort(&mut self, queue: u16, cid: Cid) -> Result<bool, DeviceError> {
         Ok(self.controller()?.abort(QueueId(queue), cid)?)
     }
@@ -390,6 +401,39 @@ where
     }
 }
 
+/// A SMART log in SCSI's words; `warning` is the temperature in kelvin at which it warns.
+fn report(log: &SmartLog, warning: u16) -> HealthReport {
+    const SPARE: u8 = 1 << 0;
+    const TEMPERATURE: u8 = 1 << 1;
+    const RELIABILITY: u8 = 1 << 2;
+    const READ_ONLY: u8 = 1 << 3;
+    const BACKUP: u8 = 1 << 4;
+    // 0 kelvin is not reported; the field has room for 0 to 254 degrees Celsius.
+    let celsius = |kelvin: u16| match kelvin {
+        0 => 0xff,
+        _ => u8::try_from(kelvin.saturating_sub(273).min(0xfe)).unwrap_or(0xff),
+    };
+    let warned = |bit: u8| log.critical_warning & bit != 0;
+    // The worst of them.
+    let exception = if warned(READ_ONLY | RELIABILITY) {
+        (0x5d, 0x00) // FAILURE PREDICTION THRESHOLD EXCEEDED
+    } else if warned(SPARE) {
+        (0x5d, 0x03) // SPARE AREA EXHAUSTION PREDICTION THRESHOLD EXCEEDED
+    } else if warned(BACKUP) {
+        (0x0b, 0x06) // WARNING - NON-VOLATILE CACHE NOW VOLATILE
+    } else if warned(TEMPERATURE) {
+        (0x0b, 0x01) // WARNING - SPECIFIED TEMPERATURE EXCEEDED
+    } else {
+        (0, 0)
+    };
+    HealthReport {
+        temperature: celsius(log.temperature.get()),
+        reference_temperature: celsius(warning),
+        used: log.percentage_used,
+        exception,
+    }
+}
+
 /// One namespace with its identify data.
 #[derive(Clone, Debug)]
 pub struct NamespaceInfo {
@@ -414,6 +458,8 @@ pub struct Device {
     /// Active namespaces.
     pub namespaces: Vec<NamespaceInfo>,
     no_write_zeroes: bool,
+    /// How it was when it was asked last.
+    pub health: Arc<scsi::Health>,
     /// Its DMA windows.
     pub space: Arc<DmaSpace>,
     control: Mutex<Option<Box<dyn DeviceControl>>>,
@@ -473,6 +519,7 @@ impl Device {
             max_transfer: controller.max_transfer(),
             namespaces: namespaces.clone(),
             no_write_zeroes,
+            health: Arc::default(),
             space: Arc::clone(&space),
             control: Mutex::new(Some(Box::new(Controlled {
                 name: name.to_owned(),
@@ -512,6 +559,16 @@ impl Device {
     #[must_use]
     pub fn can_write_zeroes(&self) -> bool {
         !self.no_write_zeroes && self.identity.supports(oncs::WRITE_ZEROES)
+    }
+
+    /// Asks the device how it is, and tells it to those who have its [`Device::health`].
+    ///
+    /// # Errors
+    /// As [`DeviceControl::smart_log`], and after a shutdown.
+    pub fn ask_for_health(&self) -> Result<(), DeviceError> {
+        let log = self.with_control(|control| control.smart_log())?;
+        self.health.set(report(&log, self.identity.wctemp.get()));
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Box<dyn DeviceControl>>> {

@@ -23,6 +23,8 @@ const RESET_WINDOW: Duration = Duration::from_secs(60);
 /// A device that does not answer is looked at so often again before it is given up, so far apart.
 const GONE_LOOKS: u32 = 10;
 const GONE_INTERVAL: Duration = Duration::from_millis(100);
+/// How often a device is asked for its health: what LOG SENSE says of it is no older, while the device serves.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(60);
 /// Completions that make no sense, before the controller is reset.
 const MAX_ANOMALIES: u64 = 8;
 
@@ -75,6 +77,8 @@ pub struct Keeper {
     aborting: Option<Instant>,
     /// Anomalies that were dealt with.
     anomalies: u64,
+    /// When the device was asked for its health.
+    asked: Option<Instant>,
 }
 
 impl Keeper {
@@ -97,6 +101,7 @@ impl Keeper {
             refusal: String::new(),
             aborting: None,
             anomalies: 0,
+            asked: None,
         }
     }
 
@@ -104,9 +109,14 @@ impl Keeper {
     pub fn look(&mut self) {
         let device = Arc::clone(&self.device);
         match device.with_control(|control| Ok(control.look())) {
-            Ok(Condition::Ready) => self.look_at_commands(),
+            Ok(Condition::Ready) => {
+                self.look_at_health();
+                self.look_at_commands();
+            }
             Ok(Condition::Event(event)) => {
                 tracing::warn!(device = %device.name, event, "asynchronous event");
+                // It may be about its health.
+                self.asked = None;
             }
             Ok(Condition::Broken(reason)) => self.recover(&reason),
             Ok(Condition::Wanted) => self.give_up("the system wants it back", true),
@@ -114,6 +124,16 @@ impl Keeper {
             Ok(Condition::GivenUp) => self.regain(),
             // The server ends.
             Err(_) => {}
+        }
+    }
+
+    fn look_at_health(&mut self) {
+        if self.asked.is_some_and(|at| at.elapsed() < HEALTH_INTERVAL) {
+            return;
+        }
+        self.asked = Some(Instant::now());
+        if let Err(error) = self.device.ask_for_health() {
+            tracing::warn!(device = %self.device.name, %error, "cannot read its SMART log");
         }
     }
 

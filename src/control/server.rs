@@ -26,7 +26,7 @@ use super::state::{StateDirectory, StateError};
 use super::view::{self, View};
 use crate::block::Geometry;
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
-use crate::datapath::{Clerk, Poll};
+use crate::datapath::{Barrier, Clerk, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError};
 use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
@@ -173,6 +173,9 @@ impl Server {
             let (device, handle) = open_device(&device.config, device.virtqueues, interrupts)?;
             view.models
                 .extend(handle.map(|handle| (device.name.clone(), handle)));
+            if let Err(error) = device.ask_for_health() {
+                tracing::warn!(device = %device.name, %error, "cannot read its SMART log");
+            }
             self.devices.push(Arc::new(device));
         }
         for core in &plan.cores {
@@ -258,6 +261,7 @@ impl Server {
             pollers.push(self.create_poller(index, core)?);
         }
         let (mut next, mut exports) = (0, Vec::new());
+        shared.lanes = lanes_of(plan, index)?;
         for export in planned {
             let kind = export.kind(device, shared)?;
             let mut queues: Vec<ExportQueue> = Vec::new();
@@ -410,10 +414,30 @@ impl Planned<'_> {
     }
 }
 
+/// The request queues of a device's hosts, which are waited for together.
+struct Lanes {
+    barrier: Arc<Barrier>,
+    count: usize,
+    /// How many have a place at the barrier.
+    given: usize,
+}
+
+fn lanes_of(plan: &Plan, device: usize) -> io::Result<Lanes> {
+    let hosts = plan.hosts.iter().filter(|host| host.device == device);
+    let count = hosts.map(|host| host.queue_cores.len()).sum();
+    Ok(Lanes {
+        barrier: Arc::new(Barrier::new(count)?),
+        count,
+        given: 0,
+    })
+}
+
 /// What hosts share.
 struct Shared {
     /// The logical units, by device and NSID: all hosts that have a namespace have the same one.
     units: BTreeMap<(usize, u32), LogicalUnit>,
+    /// Request queues of the hosts of the device at hand.
+    lanes: Lanes,
     /// Once there is a host.
     clerk: Option<Arc<Clerk>>,
     /// Where reservations are kept.
@@ -424,6 +448,7 @@ impl Shared {
     fn of(plan: &Plan) -> Result<Shared, ServerError> {
         Ok(Shared {
             units: BTreeMap::new(),
+            lanes: lanes_of(plan, usize::MAX)?,
             clerk: None,
             state: plan
                 .state
@@ -454,7 +479,7 @@ impl Shared {
         if let Some(unit) = self.units.get(&place) {
             return Ok(unit.clone());
         }
-        let mut unit = logical_unit(device, namespace, geometry);
+        let mut unit = logical_unit(device, namespace, geometry).with_lanes(self.lanes.count);
         if let Some(state) = &mut self.state {
             let serial = ascii_field(&device.identity.sn);
             let (file, kept) = state.file_of(&serial, namespace)?;
@@ -482,9 +507,13 @@ fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host
         host: host.socket.to_string(),
         source,
     })?;
+    let first = shared.lanes.given;
+    shared.lanes.given += host.queue_cores.len();
     Ok(Host {
         target: Arc::new(target),
         namespaces: namespaces.into(),
+        barrier: Arc::clone(&shared.lanes.barrier),
+        lanes: first..shared.lanes.given,
         clerk: shared.clerk()?,
     })
 }
@@ -497,6 +526,7 @@ fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> L
     };
     LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, namespace.nsid.0))
         .with_ids(ids)
+        .with_health(Arc::clone(&device.health))
         .with_volatile_cache(device.has_volatile_cache())
         .with_provisioning(
             device.can_deallocate(),

@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use super::device::Device;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
 use crate::datapath::{
-    Barrier, Clerk, ControlConfig, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal,
+    Barrier, Clerk, ControlConfig, HostTasks, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal,
 };
 use crate::reactor::{Mode, PollerId, ReactorHandle};
 use crate::scsi::{Nexus, Target, Tasks};
@@ -119,6 +120,10 @@ pub struct Host {
     pub target: Arc<Target>,
     /// The namespace behind each.
     pub namespaces: Arc<[Nsid]>,
+    /// Where request queues of the device's hosts are waited for.
+    pub barrier: Arc<Barrier>,
+    /// The numbers of this one's request queues there.
+    pub lanes: Range<usize>,
     /// Who carries out commands that wait.
     pub clerk: Arc<Clerk>,
 }
@@ -291,7 +296,7 @@ impl Vring {
 #[derive(Debug)]
 pub struct Session {
     disk: Arc<Export>,
-    /// Of a SCSI host: its front-end as an initiator, and where its virtqueues wait for each other.
+    /// Of a SCSI host: its front-end as an initiator.
     initiator: Option<Initiator>,
     owned: bool,
     features: u64,
@@ -304,28 +309,27 @@ pub struct Session {
 #[derive(Debug)]
 struct Initiator {
     nexus: Arc<Nexus>,
-    barrier: Arc<Barrier>,
+    /// Whose commands other initiators wait for; they know it for as long as it is here.
+    _tasks: Arc<dyn Tasks>,
 }
 
 impl Initiator {
     /// One that has just come, or was reset, if `export` is for initiators.
-    ///
-    /// # Errors
-    /// When the process has no file descriptor left.
-    fn of(export: &Export) -> io::Result<Option<Initiator>> {
-        Ok(match &export.kind {
+    fn of(export: &Export) -> Option<Initiator> {
+        match &export.kind {
             Kind::Disk(_) => None,
             Kind::Host(host) => {
-                // All but the control queue.
-                let barrier = Arc::new(Barrier::new(export.queues.len() - 1)?);
-                let tasks: Arc<dyn Tasks> = Arc::<Barrier>::clone(&barrier);
+                let tasks: Arc<dyn Tasks> = Arc::new(HostTasks {
+                    barrier: Arc::clone(&host.barrier),
+                    lanes: host.lanes.clone(),
+                });
                 let nexus = Nexus::new(Arc::clone(&host.target)).with_tasks(&tasks);
                 Some(Initiator {
                     nexus: Arc::new(nexus),
-                    barrier,
+                    _tasks: tasks,
                 })
             }
-        })
+        }
     }
 }
 
@@ -361,7 +365,7 @@ impl Session {
             .collect::<io::Result<_>>()?;
         let memory = MemoryTable::new(Arc::clone(&disk.device.space));
         Ok(Session {
-            initiator: Initiator::of(&disk)?,
+            initiator: Initiator::of(&disk),
             disk,
             owned: false,
             features: 0,
@@ -536,20 +540,22 @@ impl Session {
         let initiator = self.initiator.as_ref();
         // Made with the session.
         let initiator = initiator.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
-        let (nexus, barrier) = (Arc::clone(&initiator.nexus), Arc::clone(&initiator.barrier));
+        let (nexus, barrier) = (Arc::clone(&initiator.nexus), Arc::clone(&host.barrier));
         Ok(match index.checked_sub(FIRST_REQUEST_QUEUE) {
             Some(number) => Lane::scsi(ScsiLaneConfig {
                 id,
                 queue,
                 memory,
                 sizes: Sizes::DEFAULT,
-                desk: host
-                    .clerk
-                    .desk(Arc::clone(&nexus), Arc::clone(&barrier), number),
+                desk: host.clerk.desk(
+                    Arc::clone(&nexus),
+                    Arc::clone(&barrier),
+                    host.lanes.start + number,
+                ),
                 nexus,
                 namespaces: Arc::clone(&host.namespaces),
                 barrier,
-                number,
+                number: host.lanes.start + number,
                 volatile_cache,
                 call,
                 error,
@@ -562,6 +568,7 @@ impl Session {
                 memory,
                 nexus,
                 barrier,
+                lanes: host.lanes.clone(),
                 call,
                 error,
                 kick,
@@ -644,7 +651,7 @@ impl Session {
         if let Some(disk) = self.disk.disk() {
             disk.writeback.store(true, Ordering::Relaxed);
         }
-        self.initiator = Initiator::of(&self.disk).map_err(VhostError::ReqHandlerError)?;
+        self.initiator = Initiator::of(&self.disk);
         Ok(())
     }
 }

@@ -13,6 +13,8 @@ use crate::virtio::memory::Segment;
 pub const CHUNK_SIZE: u32 = 64 << 10;
 /// Chunks of one queue pair.
 const CHUNKS: u16 = 16;
+/// Bytes that are compared at a time.
+const COMPARE_STEP: u32 = 512;
 
 /// Names a chunk that is in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,9 +25,21 @@ pub struct ChunkId(u16);
 pub struct BouncePool {
     memory: DmaBuffer,
     free: Vec<ChunkId>,
-    /// Where the bytes of each chunk go when a read completes. Kept because the guest's descriptors may have changed
-    /// since (I6).
-    scatter: Vec<Vec<Segment>>,
+    /// Where the guest's bytes are that each chunk's bytes have to do with. Kept because the guest's descriptors may have
+    /// changed since (I6).
+    segments: Vec<Vec<Segment>>,
+    /// By chunk: what to do when its command has completed.
+    purposes: [Purpose; CHUNKS as usize],
+}
+
+/// What becomes of a chunk's bytes.
+#[derive(Clone, Copy, Debug)]
+enum Purpose {
+    /// They are copied to the guest, if there are segments.
+    Copy,
+    /// The first `len` are compared with the guest's, again and again if those are fewer. `offset` bytes of the guest's
+    /// are behind us.
+    Compare { len: u32, offset: u64 },
 }
 
 // SAFETY: the segments point into guest memory that the lane of the request keeps mapped until it has drained.
@@ -41,9 +55,10 @@ impl BouncePool {
         Ok(BouncePool {
             memory: DmaBuffer::new(space, bytes, DmaAccess::Both)?,
             free: (0..CHUNKS).rev().map(ChunkId).collect(),
-            scatter: (0..CHUNKS)
+            segments: (0..CHUNKS)
                 .map(|_| Vec::with_capacity(max_segments))
                 .collect(),
+            purposes: [Purpose::Copy; CHUNKS as usize],
         })
     }
 
@@ -54,7 +69,8 @@ impl BouncePool {
 
     /// Gives a chunk back. Its command has completed, or was never submitted.
     pub fn release(&mut self, chunk: ChunkId) {
-        self.scatter[usize::from(chunk.0)].clear();
+        self.segments[usize::from(chunk.0)].clear();
+        self.purposes[usize::from(chunk.0)] = Purpose::Copy;
         self.free.push(chunk);
     }
 
@@ -87,23 +103,104 @@ impl BouncePool {
     /// Remembers where a chunk's bytes go when its read completes. They are zeroes until the device writes there: one
     /// that says it has read and has not must not pass on what another guest wrote.
     pub fn remember(&mut self, chunk: ChunkId, segments: impl Iterator<Item = Segment>) {
-        let scatter = &mut self.scatter[usize::from(chunk.0)];
-        scatter.clear();
-        scatter.extend(segments);
-        let bytes: usize = scatter.iter().map(|segment| segment.len() as usize).sum();
-        let base = self.memory.pointer(self.offset(chunk));
-        // SAFETY: within the chunk, which is CHUNK_SIZE bytes of ours and not at the device yet.
-        unsafe { base.write_bytes(0, bytes.min(CHUNK_SIZE as usize)) };
+        let kept = &mut self.segments[usize::from(chunk.0)];
+        kept.clear();
+        kept.extend(segments);
+        let bytes: usize = kept.iter().map(|segment| segment.len() as usize).sum();
+        self.clear(chunk, u32::try_from(bytes).unwrap_or(CHUNK_SIZE));
+    }
+
+    /// The first `len` bytes of a chunk should be those of `segments` when its read completes: again and again if those are fewer. `offset` bytes of the guest's data are behind us.
+    pub fn expect(
+        &mut self,
+        chunk: ChunkId,
+        len: u32,
+        segments: impl Iterator<Item = Segment>,
+        offset: u64,
+    ) {
+        self.remember(chunk, segments);
+        self.clear(chunk, len);
+        self.purposes[usize::from(chunk.0)] = Purpose::Compare { len, offset };
+    }
+
+    /// A chunk's command has completed well: does with its bytes what they are for. Of a comparison, where the first byte
+    /// is that differs, counted from the beginning of the guest's.
+    pub fn settle(&mut self, chunk: ChunkId) -> Option<u64> {
+        match self.purposes[usize::from(chunk.0)] {
+            Purpose::Copy => {
+                self.scatter(chunk);
+                None
+            }
+            Purpose::Compare { len, offset } => {
+                let at = self.first_difference(chunk, len)?;
+                Some(offset + u64::from(at))
+            }
+        }
     }
 
     /// Copies a chunk's bytes to where [`BouncePool::remember`] said, after a read.
-    pub fn scatter(&mut self, chunk: ChunkId) {
+    fn scatter(&mut self, chunk: ChunkId) {
         let base = self.memory.pointer(self.offset(chunk));
-        let segments = self.scatter[usize::from(chunk.0)].iter().copied();
+        let segments = self.segments[usize::from(chunk.0)].iter().copied();
         copy_each(base, segments, |ours, theirs, len| {
             // SAFETY: as in `gather`, the other way round.
             unsafe { std::ptr::copy_nonoverlapping(ours.as_ptr(), theirs.as_ptr(), len) };
         });
+    }
+
+    /// Where in the guest's bytes the first one is that a chunk's first `len` bytes are not.
+    #[cold]
+    fn first_difference(&self, chunk: ChunkId, len: u32) -> Option<u32> {
+        let len = len.min(CHUNK_SIZE);
+        let mut theirs = 0;
+        for segment in &self.segments[usize::from(chunk.0)] {
+            let mut at = 0;
+            while at < segment.len() && theirs < len {
+                let mut guest = [0; COMPARE_STEP as usize];
+                let step = (segment.len() - at).min(COMPARE_STEP).min(len - theirs);
+                let guest = &mut guest[..step as usize];
+                segment.suffix(at).copy_to(guest);
+                if let Some(different) = self.differs(chunk, theirs, guest) {
+                    return Some(theirs + different);
+                }
+                at += step;
+                theirs += step;
+            }
+        }
+        // Whatever follows has to be what came so many bytes before: that was compared.
+        let mut done = theirs;
+        while theirs > 0 && done < len {
+            let mut before = [0; COMPARE_STEP as usize];
+            let step = theirs.min(COMPARE_STEP).min(len - done);
+            let before = &mut before[..step as usize];
+            self.copy_out(chunk, done - theirs, before);
+            if let Some(different) = self.differs(chunk, done, before) {
+                return Some((done + different) % theirs);
+            }
+            done += step;
+        }
+        None
+    }
+
+    /// Which of `bytes` is the first that a chunk does not have at `at`.
+    fn differs(&self, chunk: ChunkId, at: u32, bytes: &[u8]) -> Option<u32> {
+        let mut ours = [0; COMPARE_STEP as usize];
+        let ours = &mut ours[..bytes.len()];
+        self.copy_out(chunk, at, ours);
+        let place = ours.iter().zip(bytes).position(|(a, b)| a != b)?;
+        u32::try_from(place).ok()
+    }
+
+    /// Copies bytes of a chunk whose command has completed.
+    fn copy_out(&self, chunk: ChunkId, at: u32, bytes: &mut [u8]) {
+        let room = CHUNK_SIZE.saturating_sub(at) as usize;
+        let len = bytes.len().min(room);
+        let base = self.memory.pointer(self.offset(chunk) + at as usize);
+        // SAFETY: `at + len <= CHUNK_SIZE`: within the chunk, which is ours; `bytes` is other memory.
+        unsafe {
+            base.as_ptr()
+                .copy_to_nonoverlapping(bytes.as_mut_ptr(), len)
+        };
     }
 
     fn offset(&self, chunk: ChunkId) -> usize {

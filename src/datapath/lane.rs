@@ -22,7 +22,7 @@ use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
 use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
 use super::signal::Signal;
-use crate::block::{BlockRange, RangeList};
+use crate::block::{Against, BlockRange, RangeList};
 use crate::stats::{QueueCounters, SharedCounters, StageTimes};
 use crate::virtio::chain::Chain;
 use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
@@ -32,7 +32,7 @@ use control::ControlLane;
 use scsi::Scsi;
 
 pub use blk::LaneConfig;
-pub use control::{Barrier, ControlConfig};
+pub use control::{Barrier, ControlConfig, HostTasks};
 pub use scsi::ScsiLaneConfig;
 
 /// Requests that one lane takes from its ring in one turn. The fewer, the earlier do the device and the guest get to work
@@ -84,6 +84,23 @@ struct Request<P> {
     failure: Option<Status>,
 }
 
+/// What became of a command.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    pub(super) status: Status,
+    /// What SCSI says of it in the information field of sense data: the block, or for a comparison which byte differs.
+    pub(super) information: Option<u64>,
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Failure {
+        Failure {
+            status,
+            information: None,
+        }
+    }
+}
+
 /// The namespace that a request is for.
 #[derive(Clone, Copy, Debug)]
 struct Medium {
@@ -107,11 +124,17 @@ impl Medium {
 
 /// A request that takes several commands, and how far it has come.
 #[derive(Clone, Copy, Debug)]
-struct Work {
+pub(super) struct Work {
     head: HeadIndex,
     medium: Medium,
     step: Step,
+    /// What follows, each when everything that was issued has ended well.
+    then: Then,
 }
+
+type Then = [Option<Step>; 2];
+
+const NOTHING_MORE: Then = [None; 2];
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -136,11 +159,39 @@ enum Step {
         lba: u64,
         left: u32,
     },
+    /// `left` blocks from `lba` are read and compared; `offset` bytes of the data segments are behind us.
+    Verify {
+        lba: u64,
+        left: u32,
+        offset: u64,
+        against: Against,
+        /// From the medium: what a cache holds may be fine, and the medium not.
+        fua: bool,
+    },
     Flush,
+    /// Something that is not for the device to do; see [`Front::wait`].
+    Wait(Wait),
+    /// Everything was issued.
+    Done,
 }
 
-enum Progress {
+/// What a request waits for that is about logical units which others use too. `unit` is its index.
+#[derive(Clone, Copy, Debug)]
+enum Wait {
+    /// The lock of a range of blocks.
+    Lock { unit: usize, lba: u64, count: u32 },
+    /// Commands of other lanes that were at the device before `number`.
+    Others { unit: usize, number: u64 },
+    /// A turn among those who want the lock, after others who hold blocks of the step that follows: whoever looked for a
+    /// moment without a lock might never find one.
+    Turn { unit: usize },
+}
+
+/// How far a step has come.
+pub(super) enum Progress {
     Issued,
+    /// Another step begins.
+    Next,
     /// No slot or no bounce buffer: go on after a completion.
     Blocked,
     Finished,
@@ -210,7 +261,29 @@ pub(super) trait Front: fmt::Debug + Sized {
     fn fail(lane: &mut RequestLane<Self>, most: u16);
 
     /// Writes the answer, and returns the used length.
-    fn finish(&mut self, place: Self::Place, data_in: u32, failure: Option<Status>) -> u32;
+    fn finish(
+        &mut self,
+        head: HeadIndex,
+        place: Self::Place,
+        data_in: u32,
+        failure: Option<Status>,
+    ) -> u32;
+
+    /// The request at `head` fails, and this is why; of several commands that failed the `first` one, or another.
+    fn explain(&mut self, _head: HeadIndex, _failure: Failure, _first: bool) {}
+
+    /// Goes on with a request that waits, if it need not any longer.
+    fn wait(_lane: &mut RequestLane<Self>, _work: &mut Work) -> Progress {
+        Progress::Failed
+    }
+
+    /// Whether the work at hand keeps others waiting: then it is not over before its commands have ended.
+    fn keeps_others_waiting(&self) -> bool {
+        false
+    }
+
+    /// The work at hand is over.
+    fn work_ended(&mut self) {}
 
     /// Everything that was finished is visible to the guest.
     #[inline(always)]
@@ -450,10 +523,10 @@ impl Lane {
     }
 
     /// A command of the request at `head` has completed.
-    pub(super) fn command_done(&mut self, head: HeadIndex, status: Status) {
+    pub(super) fn command_done(&mut self, head: HeadIndex, failure: Option<Failure>) {
         match &mut self.0 {
-            Kind::Blk(lane) => lane.command_done(head, status),
-            Kind::Scsi(lane) => lane.command_done(head, status),
+            Kind::Blk(lane) => lane.command_done(head, failure),
+            Kind::Scsi(lane) => lane.command_done(head, failure),
             // It has no commands.
             Kind::Control(_) => {}
         }
@@ -621,7 +694,7 @@ impl<F: Front> RequestLane<F> {
 
     fn wants(&self) -> bool {
         match self.attention {
-            Attention::Ring => self.queue.has_request(),
+            Attention::Ring => self.queue.has_request() || F::is_wanted(self),
             Attention::Signal | Attention::Work => true,
             Attention::Nothing => false,
         }
@@ -726,9 +799,14 @@ impl<F: Front> RequestLane<F> {
         pair: &mut Pair<T>,
         head: HeadIndex,
         medium: Medium,
-        step: Step,
+        (step, then): (Step, Then),
     ) {
-        self.set_work(Some(Work { head, medium, step }));
+        self.set_work(Some(Work {
+            head,
+            medium,
+            step,
+            then,
+        }));
         self.continue_work(pair);
     }
 
@@ -738,16 +816,24 @@ impl<F: Front> RequestLane<F> {
         let Some(mut work) = self.work else {
             return true;
         };
-        // Each round issues a command, so the free slots bound the loop.
+        // Each round issues a command, so the free slots bound the loop, or goes on to the next of a few steps.
         loop {
             let progress = match work.step {
                 Step::Transfer { .. } => self.issue_transfer(pair, &mut work),
                 Step::WriteZeroes { .. } => self.issue_write_zeroes(pair, &mut work),
                 Step::Discard { .. } => self.issue_discard(pair, &mut work),
                 Step::Same { .. } => self.issue_same(pair, &mut work),
+                Step::Verify { .. } => self.issue_verify(pair, &mut work),
                 Step::Flush => self.issue_flush(pair, &mut work),
+                Step::Wait(_) => F::wait(self, &mut work),
+                Step::Done => Progress::Finished,
+            };
+            let progress = match progress {
+                Progress::Finished => self.next_step(&mut work),
+                other => other,
             };
             match progress {
+                Progress::Next => {}
                 Progress::Issued => {
                     self.counters.commands = self.counters.commands.wrapping_add(1);
                     self.requests[usize::from(work.head.get())].pending += 1;
@@ -759,14 +845,20 @@ impl<F: Front> RequestLane<F> {
                 Progress::Finished => break,
                 Progress::Failed => {
                     self.fail_request(work.head, Status::INTERNAL_ERROR);
-                    break;
+                    work.step = Step::Done;
                 }
             }
         }
-        self.set_work(None);
-        // Drops the count that stood for the issuing itself.
-        self.end_command(work.head);
+        self.end_work(work.head);
         true
+    }
+
+    /// All of the work at hand was issued, or never will be.
+    fn end_work(&mut self, head: HeadIndex) {
+        self.set_work(None);
+        self.front.work_ended();
+        // Drops the count that stood for the issuing itself.
+        self.end_command(head);
     }
 
     fn issue_transfer<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
@@ -796,12 +888,12 @@ impl<F: Front> RequestLane<F> {
         let bytes = blocks << shift;
         let direct = piece(segments, offset, bytes);
         let entry = work.medium.transfer(write, lba, blocks);
-        let (cid, blocks, bounce) =
+        let (cid, blocks) =
             match pair
                 .queue
                 .submit(entry, direct.map(|segment| as_data(&segment)), bytes)
             {
-                Ok(cid) => (cid, blocks, None),
+                Ok(cid) => (Some(cid), blocks),
                 Err(SubmitError::Full) => return Progress::Blocked,
                 Err(SubmitError::Prp(PrpError::LengthMismatch)) => return Progress::Failed,
                 Err(SubmitError::Prp(PrpError::Unaligned | PrpError::TooLong)) => {
@@ -817,27 +909,20 @@ impl<F: Front> RequestLane<F> {
                         pair.bounce.remember(chunk, through);
                     }
                     let entry = work.medium.transfer(write, lba, blocks);
-                    let data = std::iter::once(pair.bounce.data(chunk, bytes));
                     self.counters.bounced += 1;
-                    match pair.queue.submit(entry, data, bytes) {
-                        Ok(cid) => (cid, blocks, Some(chunk)),
-                        Err(error) => {
-                            pair.bounce.release(chunk);
-                            let full = error == SubmitError::Full;
-                            return if full {
-                                Progress::Blocked
-                            } else {
-                                Progress::Failed
-                            };
-                        }
+                    match self.submit_chunk(pair, work.head, entry, (chunk, bytes)) {
+                        Progress::Issued => (None, blocks),
+                        other => return other,
                     }
                 }
             };
-        *pair.context(cid) = CommandContext::Part {
-            lane: self.slot,
-            head: work.head,
-            bounce,
-        };
+        if let Some(cid) = cid {
+            *pair.context(cid) = CommandContext::Part {
+                lane: self.slot,
+                head: work.head,
+                bounce: None,
+            };
+        }
         work.step = Step::Transfer {
             write,
             lba: lba + u64::from(blocks),
@@ -945,17 +1030,105 @@ impl<F: Front> RequestLane<F> {
             pair.bounce.gather(chunk, copies);
         }
         let entry = work.medium.transfer(true, lba, blocks);
+        let progress = self.submit_chunk(pair, work.head, entry, (chunk, bytes));
+        if matches!(progress, Progress::Issued) {
+            work.step = Step::Same {
+                lba: lba + u64::from(blocks),
+                left: left - blocks,
+            };
+        }
+        progress
+    }
+
+    /// Through a bounce buffer, also where nothing is compared: the data is not for the guest.
+    fn issue_verify<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Verify {
+            lba,
+            left,
+            offset,
+            against,
+            fua,
+        } = work.step
+        else {
+            return Progress::Failed;
+        };
+        if left == 0 {
+            return Progress::Finished;
+        }
+        if pair.queue.room() == 0 {
+            return Progress::Blocked;
+        }
+        let Some(chunk) = pair.bounce.take() else {
+            return Progress::Blocked;
+        };
+        let shift = work.medium.block_shift;
+        let most = CHUNK_SIZE.min(pair.queue.max_transfer()) >> shift;
+        let blocks = left.min(most).max(1);
+        let bytes = blocks << shift;
+        let segments = self.chain.readable();
+        match against {
+            Against::Nothing => {}
+            Against::Data => {
+                let data = piece(segments, offset, bytes);
+                pair.bounce.expect(chunk, bytes, data, offset);
+            }
+            Against::Block => {
+                let block = piece(segments, 0, 1 << shift);
+                pair.bounce.expect(chunk, bytes, block, 0);
+            }
+        }
+        let mut entry = work.medium.transfer(false, lba, blocks);
+        if fua {
+            entry = entry.force_unit_access();
+        }
+        let progress = self.submit_chunk(pair, work.head, entry, (chunk, bytes));
+        if matches!(progress, Progress::Issued) {
+            work.step = Step::Verify {
+                lba: lba + u64::from(blocks),
+                left: left - blocks,
+                offset: offset + u64::from(bytes),
+                against,
+                fua,
+            };
+        }
+        progress
+    }
+
+    /// A step was issued. The one that follows, if any, begins when all commands so far have ended, and ended well.
+    fn next_step(&mut self, work: &mut Work) -> Progress {
+        let request = &self.requests[usize::from(work.head.get())];
+        let [next, last] = work.then;
+        let next = next.filter(|_| request.failure.is_none());
+        if next.is_none() && !self.front.keeps_others_waiting() {
+            return Progress::Finished;
+        }
+        // One stands for the issuing itself.
+        if request.pending > 1 {
+            return Progress::Blocked;
+        }
+        let Some(next) = next else {
+            return Progress::Finished;
+        };
+        work.step = next;
+        work.then = [last, None];
+        Progress::Next
+    }
+
+    /// Sends a command whose data is the first bytes of a bounce buffer. That goes back if it cannot be sent.
+    fn submit_chunk<T: Transport>(
+        &mut self,
+        pair: &mut Pair<T>,
+        head: HeadIndex,
+        entry: SubmissionEntry,
+        (chunk, bytes): (ChunkId, u32),
+    ) -> Progress {
         let data = std::iter::once(pair.bounce.data(chunk, bytes));
         match pair.queue.submit(entry, data, bytes) {
             Ok(cid) => {
                 *pair.context(cid) = CommandContext::Part {
                     lane: self.slot,
-                    head: work.head,
+                    head,
                     bounce: Some(chunk),
-                };
-                work.step = Step::Same {
-                    lba: lba + u64::from(blocks),
-                    left: left - blocks,
                 };
                 Progress::Issued
             }
@@ -979,21 +1152,14 @@ impl<F: Front> RequestLane<F> {
             head: work.head,
             bounce: None,
         };
-        // No ranges follow: the next look finds this work finished.
-        work.step = Step::Transfer {
-            write: false,
-            lba: 0,
-            left: 0,
-            offset: 0,
-        };
+        work.step = Step::Done;
         Progress::Issued
     }
 
     fn give_up_work(&mut self) {
         if let Some(work) = self.work {
-            self.set_work(None);
             self.fail_request(work.head, Status::ABORTED_POWER_LOSS);
-            self.end_command(work.head);
+            self.end_work(work.head);
         }
     }
 
@@ -1031,17 +1197,22 @@ impl<F: Front> RequestLane<F> {
         }
     }
 
-    fn command_done(&mut self, head: HeadIndex, status: Status) {
-        if !status.is_success() {
-            self.fail_request(head, status);
+    fn command_done(&mut self, head: HeadIndex, failure: Option<Failure>) {
+        if let Some(failure) = failure {
+            self.fail_request(head, failure);
         }
         self.end_command(head);
     }
 
     #[cold]
-    fn fail_request(&mut self, head: HeadIndex, status: Status) {
+    fn fail_request(&mut self, head: HeadIndex, failure: impl Into<Failure>) {
+        let failure = failure.into();
         let request = &mut self.requests[usize::from(head.get())];
-        request.failure.get_or_insert(status);
+        let first = request.failure.is_none();
+        let status = *request.failure.get_or_insert(failure.status);
+        if status.is(failure.status) {
+            self.front.explain(head, failure, first);
+        }
     }
 
     fn end_command(&mut self, head: HeadIndex) {
@@ -1052,10 +1223,11 @@ impl<F: Front> RequestLane<F> {
         }
         let (data_in, failure) = (request.data_in, request.failure);
         if let Some(place) = request.place.take() {
-            let written = self.front.finish(place, data_in, failure);
+            let written = self.front.finish(head, place, data_in, failure);
             self.answer(head, written);
         }
-        if failure.is_some() {
+        // A comparison that finds a difference has not failed.
+        if failure.is_some_and(|status| !status.is(Status::COMPARE_FAILURE)) {
             self.counters.errors += 1;
         }
     }

@@ -17,7 +17,7 @@ use nvme_driver::transport::{Armed, Transport};
 use nvme_driver::{Completion, QueuePair};
 
 use super::bounce::BouncePool;
-use super::lane::{CommandContext, Kind, Lane, LaneId, Pair, max_segments};
+use super::lane::{CommandContext, Failure, Kind, Lane, LaneId, Pair, max_segments};
 use crate::stats::Stage;
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
@@ -236,7 +236,8 @@ impl<T: Transport> Poller<T> {
             .flatten()
             .for_each(|lane| lane.cache_was_lost());
         for cid in self.pair.queue.outstanding_cids() {
-            if self.pair.queue.opcode(cid) != Some(io_opcode::FLUSH) {
+            let sent = self.pair.queue.sent(cid);
+            if sent.is_none_or(|entry| entry.opcode != io_opcode::FLUSH) {
                 continue;
             }
             // A flush is always a part of its request.
@@ -510,6 +511,41 @@ impl<T: Transport> Poller<T> {
         left < POLL_BUDGET
     }
 
+    /// A command that was a part of a request has failed, or what it read is not what it should be.
+    #[cold]
+    fn part_failed(
+        &mut self,
+        lane: u16,
+        head: HeadIndex,
+        completion: Completion,
+        differs: Option<u64>,
+    ) {
+        let failure = match differs {
+            Some(_) => Failure {
+                status: Status::COMPARE_FAILURE,
+                information: differs,
+            },
+            // The device does not say which block it was: known if there is one only.
+            None => Failure {
+                status: completion.status,
+                information: self.only_block(completion.cid),
+            },
+        };
+        if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
+            lane.command_done(head, Some(failure));
+        }
+    }
+
+    /// The block that a command was about, if it was one.
+    fn only_block(&self, cid: Cid) -> Option<u64> {
+        let entry = self.pair.queue.sent(cid)?;
+        let range = match entry.opcode {
+            io_opcode::READ | io_opcode::WRITE | io_opcode::WRITE_ZEROES => entry.lba_range(),
+            _ => return None,
+        };
+        (range.blocks == 1).then_some(range.slba)
+    }
+
     // Always: a second caller, however cold, would cost each request a call.
     #[inline(always)]
     fn complete(&mut self, completion: Completion) {
@@ -528,14 +564,18 @@ impl<T: Transport> Poller<T> {
                 }
             }
             CommandContext::Part { lane, head, bounce } => {
+                let mut differs = None;
                 if let Some(chunk) = bounce {
                     if success {
-                        self.pair.bounce.scatter(chunk);
+                        differs = self.pair.bounce.settle(chunk);
                     }
                     self.pair.bounce.release(chunk);
                 }
+                if !success || differs.is_some() {
+                    return self.part_failed(lane, head, completion, differs);
+                }
                 if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
-                    lane.command_done(head, completion.status);
+                    lane.command_done(head, None);
                 }
             }
         }

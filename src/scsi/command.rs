@@ -7,7 +7,7 @@ use super::attention::denied;
 use super::sense::Sense;
 use super::target::{Role, Seat};
 use super::unit::LogicalUnit;
-use super::{Action, Exchange, Result, inquiry, medium, mode, persistent, target};
+use super::{Action, Exchange, Result, inquiry, log, medium, mode, persistent, port, target};
 
 /// The longest CDB that any of the commands has, and the transport's usual size.
 pub const CDB_BYTES: usize = 32;
@@ -112,6 +112,8 @@ impl Access {
 pub(super) enum DataOut {
     /// Nothing, or data that is not for us to look at.
     None,
+    /// A parameter list of as many bytes as the byte at this place says.
+    Length8(usize),
     /// A parameter list of as many bytes as the 16 bits at this place say.
     Length16(usize),
     /// The same with 32 bits.
@@ -136,6 +138,8 @@ pub struct Command {
     pub(super) access: Access,
     pub(super) data_out: DataOut,
     pub(super) handler: Handler,
+    /// What a logical unit has to be able to do for it.
+    needs: Option<fn(&LogicalUnit) -> bool>,
 }
 
 const fn command(
@@ -153,6 +157,15 @@ const fn command(
         access,
         data_out,
         handler,
+        needs: None,
+    }
+}
+
+/// A command that not every logical unit has.
+const fn where_unit(can: fn(&LogicalUnit) -> bool, command: Command) -> Command {
+    Command {
+        needs: Some(can),
+        ..command
     }
 }
 
@@ -185,6 +198,7 @@ const fn reserve_out(action: u8, usage: &'static [u8]) -> Command {
 // RDPROTECT, WRPROTECT and the control byte with NACA are not looked at and so must be zero. The group number is looked at
 // and means nothing here (SBC-3, 4.22).
 const RW: u8 = 0x18; // DPO, FUA
+const VERIFY: u8 = 0x16; // DPO, BYTCHK
 const GROUP: u8 = 0x1f;
 const X: u8 = 0xff;
 
@@ -201,6 +215,8 @@ pub const COMMANDS: &[Command] = &[
     command(&[0x0a, 0x1f, X, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_6),
     // INQUIRY
     command(&[0x12, 0x01, X, X, X, 0], Scope::Always, Access::Any, DataOut::None, inquiry::inquiry),
+    // MODE SELECT (6)
+    command(&[0x15, 0x10, 0, 0, X, 0], Scope::Unit, Access::Writes, DataOut::Length8(4), mode::select_6),
     // RESERVE (6)
     command(&[0x16, 0, 0, 0, 0, 0], Scope::Unit, Access::Reserves, DataOut::None, persistent::defer),
     // RELEASE (6)
@@ -217,12 +233,22 @@ pub const COMMANDS: &[Command] = &[
     command(&[0x28, RW, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_10),
     // WRITE (10)
     command(&[0x2a, RW, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_10),
+    // WRITE AND VERIFY (10)
+    command(&[0x2e, VERIFY, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_and_verify_10),
+    // VERIFY (10)
+    command(&[0x2f, VERIFY, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, medium::verify_10),
+    // PRE-FETCH (10)
+    command(&[0x34, 0x02, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Reads, DataOut::None, medium::pre_fetch_10),
     // SYNCHRONIZE CACHE (10)
     command(&[0x35, 0x02, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::None, medium::synchronize_cache_10),
     // WRITE SAME (10)
     command(&[0x41, 0x08, X, X, X, X, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::Block { ndob: false }, medium::write_same_10),
     // UNMAP
-    command(&[0x42, 0, 0, 0, 0, 0, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::Length16(7), medium::unmap),
+    where_unit(LogicalUnit::can_unmap, command(&[0x42, 0, 0, 0, 0, 0, GROUP, X, X, 0], Scope::Unit, Access::Writes, DataOut::Length16(7), medium::unmap)),
+    // LOG SENSE
+    command(&[0x4d, 0, X, X, 0, X, X, X, X, 0], Scope::Unit, Access::Tells, DataOut::None, log::log_sense),
+    // MODE SELECT (10)
+    command(&[0x55, 0x10, 0, 0, 0, 0, 0, X, X, 0], Scope::Unit, Access::Writes, DataOut::Length16(7), mode::select_10),
     // RESERVE (10)
     command(&[0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0], Scope::Unit, Access::Reserves, DataOut::None, persistent::defer),
     // RELEASE (10)
@@ -253,16 +279,28 @@ pub const COMMANDS: &[Command] = &[
     reserve_out(6, &[0x5f, 0x06, X, 0, 0, X, X, X, X, 0]),
     // READ (16)
     command(&[0x88, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_16),
+    // COMPARE AND WRITE
+    command(&[0x89, RW, X, X, X, X, X, X, X, X, 0, 0, 0, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::compare_and_write),
     // WRITE (16)
     command(&[0x8a, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_16),
+    // WRITE AND VERIFY (16)
+    command(&[0x8e, VERIFY, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_and_verify_16),
+    // VERIFY (16)
+    command(&[0x8f, VERIFY, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::verify_16),
+    // PRE-FETCH (16)
+    command(&[0x90, 0x02, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::pre_fetch_16),
     // SYNCHRONIZE CACHE (16)
     command(&[0x91, 0x02, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::synchronize_cache_16),
     // WRITE SAME (16)
     command(&[0x93, 0x09, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::Block { ndob: true }, medium::write_same_16),
     // READ CAPACITY (16)
     with_action(&[0x9e, 0x10, X, X, X, X, X, X, X, X, X, X, X, X, 0x01, 0], 0x10, Scope::Unit, Access::Tells, medium::read_capacity_16),
+    // GET LBA STATUS
+    with_action(&[0x9e, 0x12, X, X, X, X, X, X, X, X, X, X, X, X, 0, 0], 0x12, Scope::Unit, Access::Reads, medium::get_lba_status),
     // REPORT LUNS
     command(&[0xa0, 0, X, 0, 0, 0, X, X, X, X, 0, 0], Scope::Always, Access::Any, DataOut::None, target::report_luns),
+    // REPORT TARGET PORT GROUPS
+    with_action(&[0xa3, 0xea, 0, 0, 0, 0, X, X, X, X, 0, 0], 0x0a, Scope::Unit, Access::Tells, port::report_target_port_groups),
     // REPORT SUPPORTED OPERATION CODES
     with_action(&[0xa3, 0x0c, 0x87, X, X, X, X, X, X, X, 0, 0], 0x0c, Scope::WellKnown, Access::Reads, report_supported_operation_codes),
     // REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS
@@ -271,6 +309,10 @@ pub const COMMANDS: &[Command] = &[
     command(&[0xa8, RW, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_12),
     // WRITE (12)
     command(&[0xaa, RW, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_12),
+    // WRITE AND VERIFY (12)
+    command(&[0xae, VERIFY, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Writes, DataOut::None, medium::write_and_verify_12),
+    // VERIFY (12)
+    command(&[0xaf, VERIFY, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::verify_12),
 ];
 
 /// Where the entries of each operation code are in the table: the first one, and how many.
@@ -339,6 +381,7 @@ pub(super) fn check_unused(command: &Command, cdb: &Cdb) -> Result<()> {
 #[must_use]
 pub fn parameter_bytes(cdb: &Cdb, unit: Option<&LogicalUnit>) -> u32 {
     match find(cdb).map(|command| command.data_out) {
+        Ok(DataOut::Length8(at)) => cdb.byte(at).into(),
         Ok(DataOut::Length16(at)) => cdb.be16(at).into(),
         Ok(DataOut::Length32(at)) => cdb.be32(at),
         Ok(DataOut::Block { ndob }) if !(ndob && cdb.bit(1, 0)) => {
@@ -349,9 +392,11 @@ pub fn parameter_bytes(cdb: &Cdb, unit: Option<&LogicalUnit>) -> u32 {
 }
 
 /// Whether a command is served there.
-pub(super) fn serves(command: &Command, role: Role) -> bool {
-    match role {
-        Role::Unit => true,
+pub(super) fn serves(command: &Command, seat: &Seat<'_>) -> bool {
+    match seat.role() {
+        Role::Unit => command
+            .needs
+            .is_none_or(|can| seat.unit().is_ok_and(|(unit, _)| can(unit))),
         Role::WellKnown => command.scope != Scope::Unit,
         Role::Absent => command.scope == Scope::Always,
     }
@@ -365,7 +410,7 @@ fn report_supported_operation_codes(
     let cdb = exchange.cdb;
     let timeouts = cdb.bit(2, 7);
     let (opcode, action) = (cdb.byte(3), cdb.be16(4));
-    let supported = |command: &&Command| serves(command, seat.role());
+    let supported = |command: &&Command| serves(command, seat);
     let same = || commands_of(opcode).iter().filter(supported);
     let has_actions = same().any(|command| command.service_action.is_some());
     let with_action = |command: &&Command| {

@@ -1,10 +1,10 @@
 //! INQUIRY (SPC-4, 6.6 and 7.8; SBC-3, 6.6): what a logical unit is, and its vital product data pages.
 
-use super::medium::MAX_WRITE_SAME_BLOCKS;
-use super::sense::Sense;
+use super::medium::{MAX_COMPARE_BLOCKS, MAX_WRITE_SAME_BLOCKS};
+use super::sense::{MAX_SENSE_BYTES, Sense};
 use super::target::{Role, Seat};
-use super::unit::LogicalUnit;
-use super::{Action, DataIn, Exchange, Result};
+use super::unit::{LogicalUnit, UnitIds};
+use super::{Action, DataIn, Exchange, Result, port};
 use crate::block::MAX_RANGES;
 
 const VENDOR: &[u8; 8] = b"TANDEM  ";
@@ -37,8 +37,10 @@ pub(super) fn inquiry(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Ac
 }
 
 fn standard(peripheral: u8, out: &mut DataIn<'_>) {
+    // A well-known logical unit is in no target port group that it would report.
+    let tpgs = if peripheral == DISK { port::TPGS } else { 0 };
     // SPC-4; HISUP, response data format 2; 96 bytes in all; CMDQUE.
-    out.put(&[peripheral, 0, 0x06, 0x12, 96 - 5, 0, 0, 0x02]);
+    out.put(&[peripheral, 0, 0x06, 0x12, 96 - 5, tpgs, 0, 0x02]);
     out.put(VENDOR);
     out.put(PRODUCT);
     out.put(REVISION);
@@ -56,6 +58,7 @@ const PAGES: &[Page] = &[
     }),
     (0x80, |unit, out| out.put(unit.serial().as_bytes())),
     (0x83, identification),
+    (0x86, extended),
     (0xb0, block_limits),
     (0xb1, characteristics),
     (0xb2, provisioning),
@@ -89,6 +92,11 @@ fn identification(unit: &LogicalUnit, out: &mut DataIn<'_>) {
         parts.iter().for_each(|part| out.put(part));
     };
     let ids = unit.ids();
+    if let Some(naa) = registered_extended(ids) {
+        designator(BINARY, 0x03, &[&naa]);
+    } else if let Some(naa) = registered(ids) {
+        designator(BINARY, 0x03, &[&naa]);
+    }
     if let Some(nguid) = &ids.nguid {
         // EUI-64 based, 16 bytes.
         designator(BINARY, 0x02, &[nguid]);
@@ -101,8 +109,40 @@ fn identification(unit: &LogicalUnit, out: &mut DataIn<'_>) {
         designator(BINARY, 0x0a, &[&[0x10, 0], uuid]);
     }
     designator(ASCII, 0x01, &[VENDOR, unit.serial().as_bytes()]);
-    // Association with the target port: the relative port 1, the only one.
-    designator(BINARY, 0x14, &[&[0, 0, 0, 1]]);
+    // Association with the target port.
+    designator(BINARY, 0x14, &[&[0, 0], &port::RELATIVE_PORT]);
+    designator(BINARY, 0x15, &[&[0, 0], &port::GROUP]);
+}
+
+/// NAA, then a company's identifier and 36 bits of its own, made of an identifier of 64 bits that begins with the company's.
+/// `None` if that uses the four bits for which NAA has no room: another namespace might come to the same name.
+fn naa(kind: u64, identifier: u64) -> Option<u64> {
+    const OWN: u32 = 40;
+    let (company, own) = (identifier >> OWN, identifier & ((1 << OWN) - 1));
+    (own >> 36 == 0).then_some(kind << 60 | company << 36 | own)
+}
+
+/// NAA IEEE Registered Extended (SPC-4, 7.8.6.6.5), of an NGUID: eight bytes of an extension, then what an EUI-64 has.
+fn registered_extended(ids: &UnitIds) -> Option<[u8; 16]> {
+    let (extension, identifier) = ids.nguid.as_ref()?.split_first_chunk::<8>()?;
+    let identifier = u64::from_be_bytes(identifier.try_into().ok()?);
+    let mut designator = [0; 16];
+    designator[..8].copy_from_slice(&naa(6, identifier)?.to_be_bytes());
+    designator[8..].copy_from_slice(extension);
+    Some(designator)
+}
+
+/// NAA IEEE Registered (SPC-4, 7.8.6.6.4), of an EUI-64.
+fn registered(ids: &UnitIds) -> Option<[u8; 8]> {
+    Some(naa(5, u64::from_be_bytes(ids.eui64?))?.to_be_bytes())
+}
+
+/// SPC-4, 7.8.7: tasks are simple ones; whether the cache is volatile; how long sense data may be.
+fn extended(unit: &LogicalUnit, out: &mut DataIn<'_>) {
+    let volatile = u8::from(unit.has_volatile_cache());
+    out.put(&[0, 0x01, volatile, 0, 0, 0, 0, 0, 0]);
+    out.put(&[u8::try_from(MAX_SENSE_BYTES).unwrap_or(0)]);
+    out.put(&[0; 64 - 14]);
 }
 
 /// SBC-3, 6.6.4.
@@ -111,8 +151,8 @@ fn block_limits(unit: &LogicalUnit, out: &mut DataIn<'_>) {
         true => (u32::MAX, u32::try_from(MAX_RANGES).unwrap_or(0)),
         false => (0, 0),
     };
-    // WSNZ; no COMPARE AND WRITE; no limit for transfers, and no optimum.
-    out.put(&[0x01, 0, 0, 0]);
+    // WSNZ; COMPARE AND WRITE; no limit for transfers, and no optimum.
+    out.put(&[0x01, MAX_COMPARE_BLOCKS, 0, 0]);
     out.put(&[0; 20 - 8]);
     out.put(&unmap_blocks.to_be_bytes());
     out.put(&unmap_ranges.to_be_bytes());

@@ -5,7 +5,10 @@ use super::sense::Sense;
 use super::target::Seat;
 use super::unit::LogicalUnit;
 use super::{Action, Carry, Exchange, Result};
-use crate::block::{BlockCount, BlockOp, BlockRange, Lba, MAX_RANGES};
+use crate::block::{Against, BlockCount, BlockOp, BlockRange, Lba, MAX_RANGES};
+
+/// The most blocks of one COMPARE AND WRITE, likewise. Others wait for as long as it takes.
+pub const MAX_COMPARE_BLOCKS: u8 = 32;
 
 /// The most blocks of one WRITE SAME, as the block limits page says.
 pub const MAX_WRITE_SAME_BLOCKS: u32 = 1 << 22;
@@ -22,8 +25,11 @@ fn range(unit: &LogicalUnit, lba: u64, count: u32) -> Result<BlockRange> {
 }
 
 fn writable(unit: &LogicalUnit) -> Result<()> {
-    match unit.geometry().read_only() {
-        true => Err(Sense::WRITE_PROTECTED),
+    if unit.geometry().read_only() {
+        return Err(Sense::WRITE_PROTECTED);
+    }
+    match unit.modes().write_protected {
+        true => Err(Sense::SOFTWARE_WRITE_PROTECTED),
         false => Ok(()),
     }
 }
@@ -45,7 +51,7 @@ fn transfer(seat: &Seat<'_>, write: bool, lba: u64, count: u32, fua: bool) -> Re
             BlockOp::Read(range)
         },
         unit: index,
-        fua: write && fua,
+        fua: write && (fua || unit.writes_through()),
         data_in: if write { 0 } else { bytes },
         data_out: if write { bytes } else { 0 },
     }))
@@ -95,6 +101,95 @@ transfers! {
     read_16, write_16: extent_16, |cdb| cdb.bit(1, 3);
 }
 
+/// BYTCHK of VERIFY: what the blocks have to be, and how many bytes the initiator sends for that.
+fn verify(seat: &Seat<'_>, exchange: &Exchange<'_>, (lba, count): (u64, u32)) -> Result<Action> {
+    let (unit, index) = seat.unit()?;
+    let block_bytes = u64::from(unit.geometry().block_bytes());
+    let (against, data_out) = match exchange.cdb.byte(1) >> 1 & 3 {
+        0 => (Against::Nothing, 0),
+        1 => (Against::Data, u64::from(count) * block_bytes),
+        3 => (Against::Block, block_bytes),
+        _ => return Err(Sense::in_cdb(1, 2)),
+    };
+    let range = range(unit, lba, count)?;
+    if count == 0 {
+        return Ok(Action::Good);
+    }
+    Ok(Action::Carry(Carry {
+        op: BlockOp::Verify { range, against },
+        unit: index,
+        fua: false,
+        data_in: 0,
+        data_out,
+    }))
+}
+
+/// What was written has to be on the medium before it is verified: a durable write.
+fn write_and_verify(
+    seat: &Seat<'_>,
+    exchange: &Exchange<'_>,
+    (lba, count): (u64, u32),
+) -> Result<Action> {
+    let against = match exchange.cdb.byte(1) >> 1 & 3 {
+        0 => Against::Nothing,
+        1 => Against::Data,
+        _ => return Err(Sense::in_cdb(1, 2)),
+    };
+    Ok(match transfer(seat, true, lba, count, true)? {
+        Action::Carry(
+            carry @ Carry {
+                op: BlockOp::Write(range),
+                ..
+            },
+        ) => Action::Carry(Carry {
+            op: BlockOp::WriteAndVerify { range, against },
+            ..carry
+        }),
+        other => other,
+    })
+}
+
+/// The same for each length of CDB.
+macro_rules! verifications {
+    ($($verify:ident, $write:ident: $extent:ident;)+) => {$(
+        pub(super) fn $verify(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+            verify(seat, exchange, $extent(exchange.cdb))
+        }
+
+        pub(super) fn $write(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+            write_and_verify(seat, exchange, $extent(exchange.cdb))
+        }
+    )+};
+}
+
+verifications! {
+    verify_10, write_and_verify_10: extent_10;
+    verify_12, write_and_verify_12: extent_12;
+    verify_16, write_and_verify_16: extent_16;
+}
+
+/// Twice the data: what the blocks have to be, and what they are to become.
+pub(super) fn compare_and_write(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+    let cdb = exchange.cdb;
+    let (unit, index) = seat.unit()?;
+    let (lba, count) = (cdb.be64(2), cdb.byte(13));
+    writable(unit)?;
+    if count > MAX_COMPARE_BLOCKS {
+        return Err(Sense::in_cdb(13, 7));
+    }
+    let range = range(unit, lba, count.into())?;
+    if count == 0 {
+        return Ok(Action::Good);
+    }
+    Ok(Action::Carry(Carry {
+        op: BlockOp::CompareAndWrite(range),
+        unit: index,
+        fua: cdb.bit(1, 3) || unit.writes_through(),
+        data_in: 0,
+        data_out: u64::from(count) << (unit.geometry().block_shift() + 1),
+    }))
+}
+
 fn nothing_moves(op: BlockOp, unit: usize) -> Action {
     Action::Carry(Carry {
         op,
@@ -118,6 +213,41 @@ pub(super) fn synchronize_cache_10(seat: &Seat<'_>, exchange: &mut Exchange<'_>)
 
 pub(super) fn synchronize_cache_16(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
     synchronize(seat, extent_16(exchange.cdb))
+}
+
+/// No cache holds blocks to be read, so none of them fits: GOOD, and nothing is done. No blocks means up to the end.
+fn pre_fetch(seat: &Seat<'_>, (lba, count): (u64, u32)) -> Result<Action> {
+    let (unit, _) = seat.unit()?;
+    range(unit, lba, count)?;
+    Ok(Action::Good)
+}
+
+pub(super) fn pre_fetch_10(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+    pre_fetch(seat, extent_10(exchange.cdb))
+}
+
+pub(super) fn pre_fetch_16(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+    pre_fetch(seat, extent_16(exchange.cdb))
+}
+
+/// A namespace does not tell on a queue of ours which of its blocks are allocated: they all are mapped, or their state is
+/// not known, which is the same provisioning status.
+pub(super) fn get_lba_status(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
+    let (unit, _) = seat.unit()?;
+    let (lba, allocation_length) = extent_16(exchange.cdb);
+    let blocks = unit.geometry().blocks();
+    let left = blocks.checked_sub(lba).filter(|left| *left > 0);
+    let left = left.ok_or(Sense::OUT_OF_RANGE)?;
+    // What one descriptor has room for; an initiator asks again from where it ends.
+    let count = u32::try_from(left).unwrap_or(u32::MAX);
+    let out = &mut exchange.data_in;
+    out.put(&20_u32.to_be_bytes());
+    out.put(&[0; 4]);
+    out.put(&lba.to_be_bytes());
+    out.put(&count.to_be_bytes());
+    out.put(&[0; 4]);
+    out.truncate(allocation_length);
+    Ok(Action::Good)
 }
 
 /// A block with the same content for each block of a range. `count_at` is where the CDB says how many.
@@ -152,7 +282,7 @@ fn write_same(
     Ok(Action::Carry(Carry {
         op,
         unit: index,
-        fua: false,
+        fua: unit.writes_through(),
         data_in: 0,
         data_out: if ndob {
             0
@@ -177,9 +307,6 @@ pub(super) fn unmap(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Acti
     const DESCRIPTOR: usize = 16;
     let (unit, index) = seat.unit()?;
     writable(unit)?;
-    if !unit.can_unmap() {
-        return Err(Sense::INVALID_OPCODE);
-    }
     let list = exchange.parameters;
     if list.is_empty() {
         return Ok(Action::Good);

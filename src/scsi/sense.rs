@@ -45,7 +45,7 @@ pub struct Sense {
     pub asc: u8,
     /// And its qualifier.
     pub ascq: u8,
-    /// An LBA, where one is known.
+    /// The LBA of a block, or of a miscompare how many bytes of the Data-Out Buffer are as they should be.
     pub information: Option<u64>,
     /// The field at fault.
     pub field: Option<FieldPointer>,
@@ -78,6 +78,10 @@ impl Sense {
     pub const NOT_SAVED: Sense = Sense::new(key::ILLEGAL_REQUEST, 0x39, 0);
     /// WRITE PROTECTED.
     pub const WRITE_PROTECTED: Sense = Sense::new(key::DATA_PROTECT, 0x27, 0);
+    /// LOGICAL UNIT SOFTWARE WRITE PROTECTED.
+    pub const SOFTWARE_WRITE_PROTECTED: Sense = Sense::new(key::DATA_PROTECT, 0x27, 0x02);
+    /// MISCOMPARE DURING VERIFY OPERATION.
+    pub const MISCOMPARE: Sense = Sense::new(key::MISCOMPARE, 0x1d, 0);
     /// INTERNAL TARGET FAILURE.
     pub const INTERNAL_FAILURE: Sense = Sense::new(key::HARDWARE_ERROR, 0x44, 0);
 

@@ -197,6 +197,13 @@ impl Seat<'_> {
         }
     }
 
+    /// Everybody else is told what this initiator has done to the logical unit.
+    pub(super) fn attend_others(&self, attention: Attention) {
+        if let Some(unit) = self.unit {
+            self.nexus.attend_others(unit, attention);
+        }
+    }
+
     /// What its initiator is to know of it.
     fn conditions(&self) -> Option<&Conditions> {
         let conditions = self.nexus.target.conditions.get(self.unit?)?;
@@ -367,7 +374,7 @@ fn seat_command(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> 
     // An absent logical unit is told of before anything that the command gets wrong.
     let absent = seat.role() == Role::Absent;
     let command = match found {
-        Ok(command) if command::serves(command, seat.role()) => command,
+        Ok(command) if command::serves(command, seat) => command,
         _ if absent => return Err(Sense::NO_UNIT),
         Ok(_) => return Err(Sense::INVALID_OPCODE),
         Err(sense) => {

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::Action;
@@ -11,6 +12,7 @@ use super::initiator::Initiator;
 use super::persistent;
 use super::reservations::{Outcome, Reservations};
 use super::sense::Sense;
+use super::{Health, RangeLock};
 use crate::block::Geometry;
 
 /// What a namespace says of its identity.
@@ -37,12 +39,46 @@ pub struct LogicalUnit {
     unmap: bool,
     write_zeroes: bool,
     unmapped_reads_zero: bool,
+    health: Arc<Health>,
     shared: Arc<Shared>,
+}
+
+/// Request queues of a logical unit that nobody has said the number of.
+const DEFAULT_LANES: usize = 64;
+
+/// What an initiator may change about a logical unit, for all of them. All of it is off when the server starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Modes {
+    /// WCE = 0, of a disk with a volatile cache.
+    pub(super) write_through: bool,
+    /// D_SENSE.
+    pub(super) descriptor_sense: bool,
+    /// SWP.
+    pub(super) write_protected: bool,
+}
+
+impl Modes {
+    fn from_bits(bits: u8) -> Modes {
+        Modes {
+            write_through: bits & 1 != 0,
+            descriptor_sense: bits & 2 != 0,
+            write_protected: bits & 4 != 0,
+        }
+    }
+
+    fn to_bits(self) -> u8 {
+        u8::from(self.write_through)
+            | u8::from(self.descriptor_sense) << 1
+            | u8::from(self.write_protected) << 2
+    }
 }
 
 /// What all hosts that have a logical unit share of it.
 #[derive(Debug)]
 struct Shared {
+    lock: RangeLock,
+    /// See [`Modes::to_bits`].
+    modes: AtomicU8,
     /// Filled from the front, and never emptied: initiators are those that the server was started with.
     sharers: [OnceLock<Sharer>; MAX_INITIATORS],
     state: Mutex<State>,
@@ -105,6 +141,19 @@ impl Settlement {
     }
 }
 
+impl Shared {
+    fn new(lanes: usize) -> Arc<Shared> {
+        Arc::new(Shared {
+            lock: RangeLock::new(lanes),
+            modes: AtomicU8::new(0),
+            sharers: [const { OnceLock::new() }; MAX_INITIATORS],
+            state: Mutex::default(),
+            changing: Mutex::default(),
+            keeper: OnceLock::new(),
+        })
+    }
+}
+
 /// An initiator of a logical unit: their I_T_L nexus, connected or not.
 #[derive(Debug)]
 struct Sharer {
@@ -147,12 +196,8 @@ impl LogicalUnit {
             unmap: false,
             write_zeroes: false,
             unmapped_reads_zero: false,
-            shared: Arc::new(Shared {
-                sharers: [const { OnceLock::new() }; MAX_INITIATORS],
-                state: Mutex::default(),
-                changing: Mutex::default(),
-                keeper: OnceLock::new(),
-            }),
+            health: Arc::default(),
+            shared: Shared::new(DEFAULT_LANES),
         }
     }
 
@@ -160,6 +205,21 @@ impl LogicalUnit {
     #[must_use]
     pub fn with_ids(self, ids: UnitIds) -> LogicalUnit {
         LogicalUnit { ids, ..self }
+    }
+
+    /// For as many request queues, those of all hosts together; to be said before anybody shares it.
+    #[must_use]
+    pub fn with_lanes(self, lanes: usize) -> LogicalUnit {
+        LogicalUnit {
+            shared: Shared::new(lanes),
+            ..self
+        }
+    }
+
+    /// Where its device's health is told.
+    #[must_use]
+    pub fn with_health(self, health: Arc<Health>) -> LogicalUnit {
+        LogicalUnit { health, ..self }
     }
 
     /// Writes may be lost before they are synchronized.
@@ -187,6 +247,40 @@ impl LogicalUnit {
         }
     }
 
+    /// Where COMPARE AND WRITE holds up other writes. Seats are request queues.
+    #[must_use]
+    pub fn lock(&self) -> &RangeLock {
+        &self.shared.lock
+    }
+
+    /// What MODE SELECT has made of it.
+    #[inline]
+    pub(super) fn modes(&self) -> Modes {
+        Modes::from_bits(self.shared.modes.load(Ordering::Relaxed))
+    }
+
+    /// For all initiators, from their next command on; unless another one has changed them since they were `before`.
+    /// Release: a lane that is asked later (datapath's barrier) finds them.
+    pub(super) fn change_modes(&self, before: Modes, modes: Modes) -> bool {
+        let (from, to) = (before.to_bits(), modes.to_bits());
+        self.shared
+            .modes
+            .compare_exchange(from, to, Ordering::Release, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Whether each write has to be durable when it ends.
+    #[must_use]
+    pub fn writes_through(&self) -> bool {
+        self.modes().write_through
+    }
+
+    /// Whether sense data is in the descriptor format, unless a command says so.
+    #[must_use]
+    pub fn senses_in_descriptors(&self) -> bool {
+        self.modes().descriptor_sense
+    }
+
     /// Its size.
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
@@ -199,6 +293,10 @@ impl LogicalUnit {
 
     pub(super) fn ids(&self) -> &UnitIds {
         &self.ids
+    }
+
+    pub(super) fn health(&self) -> &Health {
+        &self.health
     }
 
     pub(super) fn has_volatile_cache(&self) -> bool {

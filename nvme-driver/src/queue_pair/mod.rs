@@ -521,11 +521,11 @@ impl<T: Transport> QueuePair<T> {
         self.slots.outstanding()
     }
 
-    /// The opcode of an outstanding command.
+    /// The command that was sent last with an identifier: the one that is outstanding, or has completed last.
     #[must_use]
-    pub fn opcode(&self, cid: Cid) -> Option<u8> {
-        let entry: SubmissionEntry = zerocopy::transmute!(*self.sent.get(cid.index())?);
-        Some(entry.opcode)
+    pub fn sent(&self, cid: Cid) -> Option<SubmissionEntry> {
+        let words = self.sent.get(cid.index())?;
+        Some(zerocopy::transmute!(*words))
     }
 
     /// Gives an outstanding command up that nobody will complete: there is no device any more

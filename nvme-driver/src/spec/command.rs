@@ -225,6 +225,15 @@ impl SubmissionEntry {
         )
     }
 
+    /// The same command with FUA: a Read comes from the media then, where whatever a cache had was written before.
+    #[must_use]
+    pub fn force_unit_access(self) -> SubmissionEntry {
+        SubmissionEntry {
+            cdw12: self.cdw12 | U32::new(CDW12_FUA),
+            ..self
+        }
+    }
+
     /// Compare.
     #[must_use]
     pub fn compare(nsid: Nsid, range: LbaRange) -> SubmissionEntry {

@@ -178,6 +178,8 @@ status_codes! {
     WRITE_FAULT = (2, 0x80, "Write Fault");
     UNRECOVERED_READ_ERROR = (2, 0x81, "Unrecovered Read Error");
     GUARD_CHECK_ERROR = (2, 0x82, "End-to-end Guard Check Error");
+    APPLICATION_TAG_CHECK_ERROR = (2, 0x83, "End-to-end Application Tag Check Error");
+    REFERENCE_TAG_CHECK_ERROR = (2, 0x84, "End-to-end Reference Tag Check Error");
     COMPARE_FAILURE = (2, 0x85, "Compare Failure");
     ACCESS_DENIED = (2, 0x86, "Access Denied");
     DEALLOCATED_BLOCK = (2, 0x87, "Deallocated or Unwritten Logical Block");

@@ -9,7 +9,8 @@ use nvme_driver::transport::{Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, SubmitError};
 
 use super::{
-    CommandContext, Front, LaneId, LaneParts, Medium, Pair, RequestLane, Step, as_data, copy_out,
+    CommandContext, Front, LaneId, LaneParts, Medium, NOTHING_MORE, Pair, RequestLane, Step,
+    as_data, copy_out,
 };
 use crate::block::{BlockOp, BlockStatus};
 use crate::datapath::signal::Signal;
@@ -100,7 +101,13 @@ impl Front for Blk {
         }
     }
 
-    fn finish(&mut self, place: StatusByte, data_in: u32, failure: Option<Status>) -> u32 {
+    fn finish(
+        &mut self,
+        _head: HeadIndex,
+        place: StatusByte,
+        data_in: u32,
+        failure: Option<Status>,
+    ) -> u32 {
         let status = match failure {
             Some(_) => BlockStatus::IoError,
             None => BlockStatus::Ok,
@@ -288,7 +295,7 @@ impl RequestLane<Blk> {
             left: range.count.get(),
             offset: 0,
         };
-        self.begin_work(pair, head, self.front.medium, step);
+        self.begin_work(pair, head, self.front.medium, (step, NOTHING_MORE));
     }
 
     /// Everything that is neither a read nor a write.
@@ -325,10 +332,16 @@ impl RequestLane<Blk> {
                 None
             }
             // Reads and writes do not come here, and the parser makes no other of them.
-            BlockOp::Read(_) | BlockOp::Write(_) | BlockOp::WriteSame(_) => None,
+            BlockOp::Read(_)
+            | BlockOp::Write(_)
+            | BlockOp::WriteSame(_)
+            | BlockOp::Verify { .. }
+            | BlockOp::WriteAndVerify { .. }
+            | BlockOp::CompareAndWrite(_)
+            | BlockOp::DrainAndFlush => None,
         };
         match step {
-            Some(step) => self.begin_work(pair, head, self.front.medium, step),
+            Some(step) => self.begin_work(pair, head, self.front.medium, (step, NOTHING_MORE)),
             None => self.end_command(head),
         }
     }

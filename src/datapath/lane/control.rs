@@ -2,10 +2,11 @@
 //!
 //! A function that aborts or resets ends only when every command that the guest had sent before it has ended: none of them
 //! can touch the guest's memory any more, and their answers are in the used rings. Other cores poll those rings, so they
-//! are asked through a [`Barrier`]: one number that says how many functions wait, and for each lane how many it has let
-//! pass. A lane that sees that it is behind takes what its ring held, lets it all end, and says so; then it goes on.
+//! are asked through a [`Barrier`]. A lane that sees that it is behind takes what its ring held, lets it all end, and says
+//! so; then it goes on.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -26,18 +27,34 @@ use crate::virtio::virtqueue::{HeadIndex, Virtqueue};
 /// Control requests that are taken in one turn.
 const FETCH_BUDGET: u16 = 8;
 
-/// Where the control queue meets the lanes of its host.
+/// Where the lanes of all hosts of a device are waited for: by control queues, each for the lanes of its host, and by lanes,
+/// for those that have a logical unit.
+///
+/// Whoever waits takes a number and tells it to the lanes. A lane says two things: up to which number all commands have
+/// ended, and up to which none is at the device. They differ while it has a command that itself waits for others: task
+/// management has to wait for that one, and those others must not.
 #[derive(Debug)]
 pub struct Barrier {
-    wanted: AtomicU64,
-    /// By lane; the highest number where there is none.
-    passed: Box<[AtomicU64]>,
-    /// By lane: the same, of all but the commands that wait for the clerk.
-    swept: Box<[AtomicU64]>,
-    /// By lane: an eventfd that wakes its poller, should that sleep. Nobody reads it: it is watched edge-triggered.
-    wakers: Box<[OwnedFd]>,
+    numbers: AtomicU64,
+    lanes: Box<[Stand]>,
     /// For a lane that the barrier does not know.
     nobody: OwnedFd,
+}
+
+/// Where a lane stands. In a cache line of its own: it looks at it in each turn.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Stand {
+    /// The last number that it was told.
+    wanted: AtomicU64,
+    /// All commands from before this number have ended; the highest where there is no lane.
+    ended: AtomicU64,
+    /// The same, of all but the commands that wait for the clerk.
+    swept: AtomicU64,
+    /// None from before this number is at the device; likewise.
+    quiet: AtomicU64,
+    /// An eventfd that wakes its poller, should that sleep. Nobody reads it: it is watched edge-triggered.
+    waker: OwnedFd,
 }
 
 impl Barrier {
@@ -47,94 +64,148 @@ impl Barrier {
     /// When the process has no file descriptor left.
     pub fn new(lanes: usize) -> io::Result<Barrier> {
         let waker = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let stand = || {
+            Ok(Stand {
+                wanted: AtomicU64::new(0),
+                ended: AtomicU64::new(u64::MAX),
+                swept: AtomicU64::new(u64::MAX),
+                quiet: AtomicU64::new(u64::MAX),
+                waker: waker()?,
+            })
+        };
         Ok(Barrier {
-            wanted: AtomicU64::new(0),
-            passed: (0..lanes).map(|_| AtomicU64::new(u64::MAX)).collect(),
-            swept: (0..lanes).map(|_| AtomicU64::new(u64::MAX)).collect(),
-            wakers: (0..lanes).map(|_| waker()).collect::<Result<_, _>>()?,
+            numbers: AtomicU64::new(0),
+            lanes: (0..lanes).map(|_| stand()).collect::<io::Result<_>>()?,
             nobody: waker()?,
         })
     }
 
     pub(super) fn waker(&self, lane: usize) -> BorrowedFd<'_> {
-        self.wakers.get(lane).unwrap_or(&self.nobody).as_fd()
+        let stand = self.lanes.get(lane);
+        stand.map_or(&self.nobody, |stand| &stand.waker).as_fd()
     }
 
+    /// The last number that a lane was told.
     #[inline(always)]
-    pub(super) fn wanted(&self) -> u64 {
-        // Pairs with the release in `ask`: what the guest had put into any ring before its function is there to be seen.
-        self.wanted.load(Ordering::Acquire)
+    pub(super) fn wanted(&self, lane: usize) -> u64 {
+        // Pairs with the release in `ask`: what the guest had put into any ring before its function is there to be seen,
+        // and what a lane did before it asked.
+        self.lanes
+            .get(lane)
+            .map_or(0, |stand| stand.wanted.load(Ordering::Acquire))
     }
 
-    /// A lane begins, with nothing in flight.
+    /// A lane begins, with nothing in flight. It is known by now to those who ask lanes that it may be one of.
     pub(super) fn enter(&self, lane: usize) -> u64 {
-        let wanted = self.wanted();
-        self.pass(lane, wanted);
+        let wanted = self.wanted(lane);
+        // Whoever has taken a number and not found this lane yet does not wait for it: pairs with `ask`.
+        let begun = self.numbers.load(Ordering::SeqCst);
+        self.stand_at(lane, wanted.max(begun));
         // Who asks from now on sees that the lane is there, or the lane sees that it is asked, and by then what was changed
         // before. Pairs with the fence in `ask`.
         fence(Ordering::SeqCst);
         wanted
     }
 
-    /// All that a lane had in flight has ended, and its guest can see that.
+    fn stand_at(&self, lane: usize, number: u64) {
+        if let Some(stand) = self.lanes.get(lane) {
+            for word in [&stand.ended, &stand.swept, &stand.quiet] {
+                word.store(number, Ordering::Release);
+            }
+        }
+    }
+
+    /// All that a lane had in flight has ended, and its guest can see that. It may be further already: a lane that has come
+    /// later need not pass numbers from before, though it may be told one.
     pub(super) fn pass(&self, lane: usize, number: u64) {
         self.sweep(lane, number);
-        if let Some(passed) = self.passed.get(lane) {
-            // Pairs with the acquire in `is_passed`: the used ring first, then this, then the control queue's used ring.
-            passed.store(number, Ordering::Release);
+        if let Some(stand) = self.lanes.get(lane) {
+            // Pairs with the acquire in `are_past`: the used ring first, then this, then the control queue's used ring.
+            stand.ended.fetch_max(number, Ordering::Release);
         }
     }
 
     /// The same, but for commands that the clerk has.
     pub(super) fn sweep(&self, lane: usize, number: u64) {
-        if let Some(swept) = self.swept.get(lane) {
-            // Pairs with the acquire in `have_ended`.
-            swept.store(number, Ordering::Release);
+        if let Some(stand) = self.lanes.get(lane) {
+            stand.swept.fetch_max(number, Ordering::Release);
+            stand.quiet.fetch_max(number, Ordering::Release);
+        }
+    }
+
+    /// A lane has nothing at the device, but commands that wait.
+    pub(super) fn be_quiet(&self, lane: usize) {
+        let wanted = self.wanted(lane);
+        if let Some(stand) = self.lanes.get(lane) {
+            stand.quiet.fetch_max(wanted, Ordering::Release);
         }
     }
 
     /// Wakes the poller of a lane, should it sleep.
     pub(in crate::datapath) fn wake(&self, lane: usize) {
-        if let Some(waker) = self.wakers.get(lane) {
+        if let Some(stand) = self.lanes.get(lane) {
             // A counter at its limit has been told of already.
-            let _ = rustix::io::write(waker, &1_u64.to_ne_bytes());
+            let _ = rustix::io::write(&stand.waker, &1_u64.to_ne_bytes());
         }
     }
 
     /// A lane has ended.
     pub(super) fn leave(&self, lane: usize) {
-        self.pass(lane, u64::MAX);
+        self.stand_at(lane, u64::MAX);
     }
 
-    /// The number that all lanes have to pass.
-    fn ask(&self) -> u64 {
-        let number = self.wanted.fetch_add(1, Ordering::Release) + 1;
+    /// The number that `lanes` have to pass; `lanes` is asked for after it was taken.
+    pub(super) fn ask<I: Iterator<Item = usize>>(&self, lanes: impl FnOnce() -> I) -> u64 {
+        let number = self.numbers.fetch_add(1, Ordering::SeqCst) + 1;
+        // Pairs with `enter`: a lane that is not found among `lanes` finds this number taken.
         fence(Ordering::SeqCst);
-        for lane in 0..self.wakers.len() {
-            self.wake(lane);
+        for lane in lanes() {
+            if let Some(stand) = self.lanes.get(lane) {
+                stand.wanted.fetch_max(number, Ordering::Release);
+                self.wake(lane);
+            }
         }
         number
     }
 
-    fn is_passed(&self, number: u64) -> bool {
-        self.passed
-            .iter()
-            .all(|passed| passed.load(Ordering::Acquire) >= number)
+    fn are_past(
+        &self,
+        mut lanes: impl Iterator<Item = usize>,
+        number: u64,
+        word: impl Fn(&Stand) -> &AtomicU64,
+    ) -> bool {
+        lanes.all(|lane| {
+            let stand = self.lanes.get(lane);
+            stand.is_none_or(|stand| word(stand).load(Ordering::Acquire) >= number)
+        })
     }
+
+    /// No command of `lanes` from before a number is at the device.
+    pub(super) fn are_quiet(&self, lanes: impl Iterator<Item = usize>, number: u64) -> bool {
+        self.are_past(lanes, number, |stand| &stand.quiet)
+    }
+}
+
+/// The request queues of one host at the barrier.
+#[derive(Debug)]
+pub struct HostTasks {
+    /// Where.
+    pub barrier: Arc<Barrier>,
+    /// Their numbers.
+    pub lanes: Range<usize>,
 }
 
 /// For the initiator that preempts this one: its commands have ended that can touch blocks or the guest's memory. Those
 /// that the clerk has, that one among them perhaps, are carried out when their turn comes, by an initiator that is no
 /// longer registered.
-impl Tasks for Barrier {
+impl Tasks for HostTasks {
     fn ask(&self) -> u64 {
-        Barrier::ask(self)
+        self.barrier.ask(|| self.lanes.clone())
     }
 
     fn have_ended(&self, number: u64) -> bool {
-        self.swept
-            .iter()
-            .all(|swept| swept.load(Ordering::Acquire) >= number)
+        self.barrier
+            .are_past(self.lanes.clone(), number, |stand| &stand.swept)
     }
 }
 
@@ -151,6 +222,8 @@ pub struct ControlConfig {
     pub nexus: Arc<Nexus>,
     /// Where its host's lanes are waited for.
     pub barrier: Arc<Barrier>,
+    /// Their numbers.
+    pub lanes: Range<usize>,
     /// The call eventfd.
     pub call: Arc<Signal>,
     /// The error eventfd.
@@ -308,7 +381,11 @@ impl ControlLane {
     fn go_on(&mut self) -> bool {
         match self.waiting.take() {
             Some(waiting)
-                if self.config.barrier.is_passed(waiting.number) && self.attend(&waiting) =>
+                if self.config.barrier.are_past(
+                    self.config.lanes.clone(),
+                    waiting.number,
+                    |stand| &stand.ended,
+                ) && self.attend(&waiting) =>
             {
                 self.answer(waiting.head, &waiting.place, response::OK);
                 true
@@ -368,7 +445,7 @@ impl ControlLane {
                 self.waiting = Some(Waiting {
                     head,
                     place,
-                    number: self.config.barrier.ask(),
+                    number: self.config.barrier.ask(|| self.config.lanes.clone()),
                     address,
                     function,
                 });

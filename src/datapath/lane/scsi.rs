@@ -9,16 +9,16 @@ use nvme_driver::transport::Transport;
 
 use super::control::Barrier;
 use super::{
-    CommandContext, FETCH_BUDGET, Front, LaneId, LaneParts, Medium, Pair, RequestLane, State, Step,
-    as_data, copy_out, piece,
+    CommandContext, FETCH_BUDGET, Failure, Front, LaneId, LaneParts, Medium, NOTHING_MORE, Pair,
+    Progress, RequestLane, State, Step, Wait, Work, as_data, copy_out, piece,
 };
-use crate::block::BlockOp;
+use crate::block::{Against, BlockOp, BlockRange};
 use crate::datapath::errand::{Desk, PLACES};
 use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
-    Action, Address, Carry, Cdb, DataIn, Exchange, MAX_PARAMETER_BYTES, MAX_SENSE_BYTES, Nexus,
-    Sense, status,
+    Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
+    MAX_SENSE_BYTES, Nexus, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
 use crate::virtio::memory::GuestMemory;
@@ -66,11 +66,15 @@ pub(in crate::datapath) struct Scsi {
     namespaces: Arc<[Nsid]>,
     /// By logical unit: see [`Front::lose_cache`].
     cache_lost: Box<[bool]>,
+    /// By head, of a request that has failed: see [`Failure`].
+    information: Box<[Option<u64>]>,
     /// A command's parameter list.
     parameters: Box<[u8]>,
     /// A command's answer.
     data_in: Box<[u8]>,
     gate: Gate,
+    /// The logical unit whose lock the work at hand has, or waits for.
+    locks: Option<usize>,
     desk: Arc<Desk>,
     /// By place at the desk: whose command is there.
     errands: [Option<(HeadIndex, Place)>; PLACES],
@@ -100,6 +104,8 @@ pub(in crate::datapath) struct Place {
     residual: u32,
     /// If the command fails.
     residual_failed: u32,
+    /// The logical unit.
+    unit: u16,
 }
 
 /// The first 8 bytes of a request (virtio 1.2, 5.6.6.1): the REPORT LUNS well-known logical unit, or a target and a LUN.
@@ -111,33 +117,66 @@ pub(super) fn address(lun: [u8; 8]) -> Option<Address> {
     }
 }
 
-/// What the device says, in SCSI's words. After the NVMe to SCSI translation that the NVM Express organisation publishes,
-/// where it has the code.
-fn translate(failure: Status) -> (u8, Sense) {
-    const MEDIA: u8 = 2;
-    let check = |key: u8, asc: u8, ascq: u8| (status::CHECK_CONDITION, Sense::new(key, asc, ascq));
-    let protect = (key::ABORTED_COMMAND, 0x10);
-    match (failure.sct(), failure.sc()) {
-        _ if failure.is(Status::RESERVATION_CONFLICT) => {
-            (status::RESERVATION_CONFLICT, Sense::NONE)
-        }
-        _ if failure.is(Status::LBA_OUT_OF_RANGE) => (status::CHECK_CONDITION, Sense::OUT_OF_RANGE),
-        _ if failure.is(Status::NAMESPACE_WRITE_PROTECTED) => {
-            (status::CHECK_CONDITION, Sense::WRITE_PROTECTED)
-        }
-        _ if failure.is(Status::CAPACITY_EXCEEDED) => check(key::DATA_PROTECT, 0x27, 0x07),
-        _ if failure.is(Status::NAMESPACE_NOT_READY) => check(key::NOT_READY, 0x04, 0x00),
-        _ if failure.is(Status::FORMAT_IN_PROGRESS) => check(key::NOT_READY, 0x04, 0x04),
-        _ if failure.is(Status::SANITIZE_IN_PROGRESS) => check(key::NOT_READY, 0x04, 0x1b),
-        _ if failure.is(Status::INVALID_NAMESPACE) => (status::CHECK_CONDITION, Sense::NO_UNIT),
-        _ if failure.is(Status::ABORT_REQUESTED) => check(key::ABORTED_COMMAND, 0x00, 0x00),
-        (MEDIA, 0x80) => check(key::MEDIUM_ERROR, 0x0c, 0x00),
-        (MEDIA, 0x81 | 0x87) => check(key::MEDIUM_ERROR, 0x11, 0x00),
-        (MEDIA, tag @ 0x82..=0x84) => check(protect.0, protect.1, tag - 0x81),
-        (MEDIA, 0x85) => check(key::MISCOMPARE, 0x1d, 0x00),
-        (MEDIA, 0x86) => check(key::DATA_PROTECT, 0x20, 0x02),
-        _ => (status::CHECK_CONDITION, Sense::INTERNAL_FAILURE),
+/// What the device says (status code type and code), in SCSI's words: status, sense key, code and qualifier. The public
+/// form of this table is docs/scsi-sense.md. After the NVMe to SCSI translation that the NVM Express organisation
+/// publishes, where it has the code.
+#[rustfmt::skip]
+const TRANSLATIONS: &[(Status, u8, Sense)] = {
+    use key::{
+        ABORTED_COMMAND, DATA_PROTECT, HARDWARE_ERROR, ILLEGAL_REQUEST, MEDIUM_ERROR, NOT_READY,
+    };
+    use status::{CHECK_CONDITION as CHECK, RESERVATION_CONFLICT};
+    const fn sense(key: u8, asc: u8, ascq: u8) -> Sense {
+        Sense::new(key, asc, ascq)
     }
+    &[
+        (Status::DATA_TRANSFER_ERROR, CHECK, sense(HARDWARE_ERROR, 0x44, 0x00)),
+        (Status::ABORTED_POWER_LOSS, CHECK, sense(ABORTED_COMMAND, 0x0b, 0x08)),
+        (Status::INTERNAL_ERROR, CHECK, Sense::INTERNAL_FAILURE),
+        (Status::ABORT_REQUESTED, CHECK, sense(ABORTED_COMMAND, 0x00, 0x00)),
+        (Status::ABORTED_SQ_DELETION, CHECK, sense(ABORTED_COMMAND, 0x00, 0x00)),
+        (Status::INVALID_NAMESPACE, CHECK, Sense::NO_UNIT),
+        (Status::SANITIZE_IN_PROGRESS, CHECK, sense(NOT_READY, 0x04, 0x1b)),
+        (Status::NAMESPACE_WRITE_PROTECTED, CHECK, Sense::WRITE_PROTECTED),
+        (Status::LBA_OUT_OF_RANGE, CHECK, Sense::OUT_OF_RANGE),
+        (Status::CAPACITY_EXCEEDED, CHECK, sense(DATA_PROTECT, 0x27, 0x07)),
+        (Status::NAMESPACE_NOT_READY, CHECK, sense(NOT_READY, 0x04, 0x00)),
+        (Status::RESERVATION_CONFLICT, RESERVATION_CONFLICT, Sense::NONE),
+        (Status::FORMAT_IN_PROGRESS, CHECK, sense(NOT_READY, 0x04, 0x04)),
+        (Status::NAMESPACE_NOT_ATTACHED, CHECK, Sense::NO_UNIT),
+        (Status::CONFLICTING_ATTRIBUTES, CHECK, sense(ILLEGAL_REQUEST, 0x24, 0x00)),
+        (Status::WRITE_TO_READ_ONLY_RANGE, CHECK, Sense::WRITE_PROTECTED),
+        (Status::WRITE_FAULT, CHECK, sense(MEDIUM_ERROR, 0x0c, 0x00)),
+        (Status::UNRECOVERED_READ_ERROR, CHECK, sense(MEDIUM_ERROR, 0x11, 0x00)),
+        (Status::GUARD_CHECK_ERROR, CHECK, sense(ABORTED_COMMAND, 0x10, 0x01)),
+        (Status::APPLICATION_TAG_CHECK_ERROR, CHECK, sense(ABORTED_COMMAND, 0x10, 0x02)),
+        (Status::REFERENCE_TAG_CHECK_ERROR, CHECK, sense(ABORTED_COMMAND, 0x10, 0x03)),
+        (Status::COMPARE_FAILURE, CHECK, Sense::MISCOMPARE),
+        (Status::ACCESS_DENIED, CHECK, sense(DATA_PROTECT, 0x20, 0x02)),
+        (Status::DEALLOCATED_BLOCK, CHECK, sense(MEDIUM_ERROR, 0x11, 0x00)),
+    ]
+};
+
+/// How a command ends that the device let fail. What is not in the table is a failure of the target.
+fn translate(failure: Status, information: Option<u64>) -> (u8, Sense) {
+    let found = TRANSLATIONS.iter().find(|(own, ..)| own.is(failure));
+    let (status, sense) = found.map_or(
+        (status::CHECK_CONDITION, Sense::INTERNAL_FAILURE),
+        |(_, status, sense)| (*status, *sense),
+    );
+    // Of the others the information field would not say what it does of these.
+    let about_blocks = matches!(
+        sense.key,
+        key::MEDIUM_ERROR | key::MISCOMPARE | key::ABORTED_COMMAND
+    );
+    let information = information.filter(|_| about_blocks);
+    (
+        status,
+        Sense {
+            information,
+            ..sense
+        },
+    )
 }
 
 /// The status of a command that needs nothing of the device.
@@ -151,12 +190,21 @@ fn status_of(action: Action) -> u8 {
     }
 }
 
-/// Writes the response to a command that has ended, and returns the used length.
-fn finish(place: &ResponsePlace, outcome: (u8, Sense), residual: u32, data_in: u32) -> u32 {
+/// Writes the response to a command that has ended, and returns the used length. `unit` says in which format sense data is.
+fn finish(
+    place: &ResponsePlace,
+    unit: Option<&LogicalUnit>,
+    outcome: (u8, Sense),
+    residual: u32,
+    data_in: u32,
+) -> u32 {
     let (status, sense) = outcome;
     let mut bytes = [0; MAX_SENSE_BYTES];
     let len = match status {
-        status::CHECK_CONDITION => sense.encode(false, &mut bytes),
+        status::CHECK_CONDITION => {
+            let descriptors = unit.is_some_and(LogicalUnit::senses_in_descriptors);
+            sense.encode(descriptors, &mut bytes)
+        }
         _ => 0,
     };
     let ending = Ending {
@@ -167,6 +215,16 @@ fn finish(place: &ResponsePlace, outcome: (u8, Sense), residual: u32, data_in: u
         data_in,
     };
     scsi::finish(place, &ending)
+}
+
+fn verify(range: BlockRange, against: Against, fua: bool) -> Step {
+    Step::Verify {
+        lba: range.lba.get(),
+        left: range.count.get(),
+        offset: 0,
+        against,
+        fua,
+    }
 }
 
 /// Writes the response to a request that is no command for anybody here.
@@ -191,20 +249,22 @@ impl Front for Scsi {
             return false;
         }
         let gate = &lane.front.gate;
-        let wanted = gate.barrier.wanted();
+        let wanted = gate.barrier.wanted(gate.number);
         wanted == gate.passed || lane.approach(wanted)
     }
 
-    /// While the gate is closed, completions are waited for, and they tell of themselves.
+    /// While the gate is closed, completions are waited for, and they tell of themselves. Other lanes do not.
+    #[inline(always)]
     fn is_wanted(lane: &RequestLane<Scsi>) -> bool {
         let front = &lane.front;
         let gate = &front.gate;
         if front.errand_count > 0 && (0..PLACES).any(|at| front.desk.is_settled(at)) {
             return true;
         }
-        let wanted = gate.barrier.wanted();
+        let wanted = gate.barrier.wanted(gate.number);
         let waits = gate.closed && gate.wanted == wanted && lane.queue.in_flight() > 0;
-        wanted != gate.passed && !waits
+        (wanted != gate.passed && !waits)
+            || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
     }
 
     fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
@@ -235,27 +295,65 @@ impl Front for Scsi {
             lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
             lane.counters.errors += 1;
             let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
-                let outcome = translate(Status::INTERNAL_ERROR);
-                finish(&request.place, outcome, lane.buffers(), 0)
+                let outcome = translate(Status::INTERNAL_ERROR, None);
+                let nexus = &lane.front.nexus;
+                let unit = address(request.lun).and_then(|address| nexus.find(address));
+                let unit = unit.and_then(|unit| nexus.target().units().get(unit));
+                finish(&request.place, unit, outcome, lane.buffers(), 0)
             });
             lane.answer(lane.chain.head(), written);
         }
     }
 
-    fn finish(&mut self, place: Place, data_in: u32, failure: Option<Status>) -> u32 {
+    fn finish(
+        &mut self,
+        head: HeadIndex,
+        place: Place,
+        data_in: u32,
+        failure: Option<Status>,
+    ) -> u32 {
         match failure {
             None => finish(
                 &place.response,
+                None,
                 (status::GOOD, Sense::NONE),
                 place.residual,
                 data_in,
             ),
-            Some(failure) => finish(
-                &place.response,
-                translate(failure),
-                place.residual_failed,
-                0,
-            ),
+            Some(failure) => {
+                let information = self.information[usize::from(head.get())];
+                let outcome = translate(failure, information);
+                let unit = self.unit_of(&place);
+                finish(&place.response, unit, outcome, place.residual_failed, 0)
+            }
+        }
+    }
+
+    /// Of several commands that say where it was the first place counts.
+    #[cold]
+    fn explain(&mut self, head: HeadIndex, failure: Failure, first: bool) {
+        let known = &mut self.information[usize::from(head.get())];
+        *known = match (*known, failure.information) {
+            (Some(known), Some(new)) if !first => Some(known.min(new)),
+            // One that does not say where it was may have been before.
+            (_, new) if first => new,
+            _ => None,
+        };
+    }
+
+    fn wait(lane: &mut RequestLane<Scsi>, work: &mut Work) -> Progress {
+        lane.wait(work)
+    }
+
+    fn keeps_others_waiting(&self) -> bool {
+        self.locks.is_some()
+    }
+
+    fn work_ended(&mut self) {
+        if let Some(unit) = self.locks.take()
+            && let Some(unit) = self.nexus.target().units().get(unit)
+        {
+            unit.lock().release(self.gate.number);
         }
     }
 
@@ -275,13 +373,25 @@ impl Front for Scsi {
     }
 }
 
+impl Scsi {
+    /// The logical unit that an answer is from.
+    fn unit_of(&self, place: &Place) -> Option<&LogicalUnit> {
+        self.nexus.target().units().get(usize::from(place.unit))
+    }
+}
+
 impl RequestLane<Scsi> {
     pub(super) fn new(config: ScsiLaneConfig) -> RequestLane<Scsi> {
         let target = config.nexus.target();
+        // Known to those who own a lock before the barrier says what it need not wait for.
+        for unit in target.units() {
+            unit.lock().enter(config.number);
+        }
         let passed = config.barrier.enter(config.number);
         let front = Scsi {
             sizes: config.sizes,
             cache_lost: vec![false; target.units().len()].into(),
+            information: vec![None; config.queue.size().into()].into(),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
@@ -297,6 +407,7 @@ impl RequestLane<Scsi> {
                 left: 0,
                 closed: false,
             },
+            locks: None,
         };
         let parts = LaneParts {
             id: config.id,
@@ -354,7 +465,65 @@ impl RequestLane<Scsi> {
 
     /// Nobody need wait for it any more.
     pub(super) fn leave(&mut self) {
+        for unit in self.front.nexus.target().units() {
+            unit.lock().leave(self.front.gate.number);
+        }
         self.front.gate.barrier.leave(self.front.gate.number);
+    }
+
+    /// A request that is about a logical unit which other lanes have too.
+    #[cold]
+    fn wait(&mut self, work: &mut Work) -> Progress {
+        let Step::Wait(wait) = work.step else {
+            return Progress::Failed;
+        };
+        let (Wait::Lock { unit, .. } | Wait::Others { unit, .. } | Wait::Turn { unit }) = wait;
+        let nexus = Arc::clone(&self.front.nexus);
+        let Some(unit_of) = nexus.target().units().get(unit) else {
+            return Progress::Failed;
+        };
+        let gate = &self.front.gate;
+        let (barrier, lock) = (&gate.barrier, unit_of.lock());
+        // Those who wait for this lane need not wait for what waits for them: it has nothing at the device yet. Nor has what
+        // waits for the clerk.
+        if self.queue.in_flight() == 1 + self.front.errand_count {
+            barrier.be_quiet(gate.number);
+        }
+        if let Wait::Lock { .. } | Wait::Turn { .. } = wait {
+            self.front.locks = Some(unit);
+            if !lock.acquire(gate.number) {
+                return Progress::Blocked;
+            }
+        }
+        match wait {
+            Wait::Lock { lba, count, .. } => {
+                lock.hold(lba, count);
+                let number = barrier.ask(|| lock.taken());
+                work.step = Step::Wait(Wait::Others { unit, number });
+                return Progress::Next;
+            }
+            Wait::Others { number, .. } if !barrier.are_quiet(lock.taken(), number) => {
+                return Progress::Blocked;
+            }
+            // Nobody else holds any blocks, until this one gives the lock on.
+            Wait::Others { .. } | Wait::Turn { .. } => {}
+        }
+        // The cache may have been switched off meanwhile.
+        work.medium.durable |= unit_of.writes_through();
+        Progress::Finished
+    }
+
+    /// Whether another command has locked blocks that a step would write.
+    fn meets(&self, lock: &RangeLock, step: Step) -> bool {
+        match step {
+            Step::Transfer { lba, left, .. } | Step::Same { lba, left } => lock.holds(lba, left),
+            Step::Discard { .. } | Step::WriteZeroes { .. } => self
+                .ranges
+                .as_slice()
+                .iter()
+                .any(|range| lock.holds(range.lba.get(), range.count.get())),
+            _ => false,
+        }
     }
 
     /// Bytes of all data buffers of the chain.
@@ -420,18 +589,21 @@ impl RequestLane<Scsi> {
                 copy_out(data, self.chain.writable());
                 let residual = residual - moved.max(wanted);
                 self.counters.immediate += 1;
-                let written = finish(&place, (status::GOOD, Sense::NONE), residual, moved);
+                let outcome = (status::GOOD, Sense::NONE);
+                let written = finish(&place, None, outcome, residual, moved);
                 self.answer(head, written);
             }
             Action::Check(sense) => {
                 self.counters.checks += 1;
-                let written = finish(&place, (status::CHECK_CONDITION, sense), residual, 0);
+                let outcome = (status::CHECK_CONDITION, sense);
+                let unit = unit.and_then(|unit| nexus.target().units().get(unit));
+                let written = finish(&place, unit, outcome, residual, 0);
                 self.answer(head, written);
             }
             Action::Conflict | Action::Busy => {
                 self.counters.checks += 1;
                 let outcome = (status_of(action), Sense::NONE);
-                let written = finish(&place, outcome, residual, 0);
+                let written = finish(&place, None, outcome, residual, 0);
                 self.answer(head, written);
             }
             Action::Defer => {
@@ -439,6 +611,10 @@ impl RequestLane<Scsi> {
                     response: place,
                     residual: residual - wanted,
                     residual_failed: residual,
+                    // Only a logical unit has such commands.
+                    unit: unit
+                        .and_then(|unit| u16::try_from(unit).ok())
+                        .unwrap_or(u16::MAX),
                 };
                 self.defer(head, place, unit, &cdb, wanted);
             }
@@ -451,8 +627,10 @@ impl RequestLane<Scsi> {
                     response: place,
                     residual: residual - moved,
                     residual_failed: residual,
+                    // LUNs have 14 bits.
+                    unit: u16::try_from(carry.unit).unwrap_or(u16::MAX),
                 };
-                self.carry(pair, head, place, &carry);
+                self.carry(pair, head, place, &carry, &nexus);
             }
         }
     }
@@ -477,7 +655,7 @@ impl RequestLane<Scsi> {
             }
             None => {
                 let outcome = (status::TASK_SET_FULL, Sense::NONE);
-                let written = finish(&place.response, outcome, place.residual_failed, 0);
+                let written = finish(&place.response, None, outcome, place.residual_failed, 0);
                 self.answer(head, written);
             }
         }
@@ -511,7 +689,8 @@ impl RequestLane<Scsi> {
                 }
             };
             let outcome = (status_of(action), sense);
-            let written = finish(&place.response, outcome, residual, 0);
+            let unit = self.front.unit_of(&place);
+            let written = finish(&place.response, unit, outcome, residual, 0);
             self.answer(head, written);
         }
         self.front.errand_count != before
@@ -530,11 +709,12 @@ impl RequestLane<Scsi> {
         head: HeadIndex,
         place: Place,
         carry: &Carry,
+        nexus: &Nexus,
     ) {
         // Both tables have a place for every logical unit.
         let (Some(nsid), Some(unit)) = (
             self.front.namespaces.get(carry.unit).copied(),
-            self.front.nexus.target().units().get(carry.unit),
+            nexus.target().units().get(carry.unit),
         ) else {
             return self.refuse(head, &place.response, response::FAILURE);
         };
@@ -546,13 +726,16 @@ impl RequestLane<Scsi> {
         // No more than the chain holds.
         let data_in = u32::try_from(carry.data_in).unwrap_or(u32::MAX);
         self.remember(head, place, data_in);
+        let mut then = NOTHING_MORE;
         let step = match carry.op {
             BlockOp::Read(range) | BlockOp::Write(range) => {
                 let write = carry.data_out > 0;
                 let (lba, left) = (range.lba.get(), range.count.get());
                 let bytes = left << medium.block_shift;
                 self.count_transfer(write, bytes);
-                if self.sent_at_once(pair, head, medium, (write, lba, left)) {
+                // An ordinary write looks once whether it has to wait for anybody.
+                let free = !(write && unit.lock().holds_any());
+                if free && self.sent_at_once(pair, head, medium, (write, lba, left)) {
                     return;
                 }
                 Some(Step::Transfer {
@@ -562,12 +745,29 @@ impl RequestLane<Scsi> {
                     offset: 0,
                 })
             }
-            BlockOp::Flush => {
-                self.counters.flushes += 1;
-                if std::mem::take(&mut self.front.cache_lost[carry.unit]) {
-                    self.fail_request(head, Status::INTERNAL_ERROR);
-                }
-                self.config.volatile_cache.then_some(Step::Flush)
+            BlockOp::Flush => self.flush(head, carry.unit),
+            BlockOp::DrainAndFlush => {
+                then[0] = self.flush(head, carry.unit);
+                let (unit, lock) = (carry.unit, unit.lock());
+                let number = self.front.gate.barrier.ask(|| lock.taken());
+                Some(Step::Wait(Wait::Others { unit, number }))
+            }
+            BlockOp::CompareAndWrite(range) => {
+                let (lba, count) = (range.lba.get(), range.count.get());
+                let bytes = count << medium.block_shift;
+                self.count_transfer(true, bytes);
+                then = [
+                    // What was written last, wherever it is.
+                    Some(verify(range, Against::Data, false)),
+                    Some(Step::Transfer {
+                        write: true,
+                        lba,
+                        left: count,
+                        offset: bytes.into(),
+                    }),
+                ];
+                let unit = carry.unit;
+                Some(Step::Wait(Wait::Lock { unit, lba, count }))
             }
             BlockOp::Discard => {
                 self.counters.discards += 1;
@@ -584,13 +784,47 @@ impl RequestLane<Scsi> {
                     left: range.count.get(),
                 })
             }
+            BlockOp::Verify { range, against } => {
+                self.count_transfer(false, range.count.get() << medium.block_shift);
+                Some(verify(range, against, true))
+            }
+            BlockOp::WriteAndVerify { range, against } => {
+                let (lba, left) = (range.lba.get(), range.count.get());
+                self.count_transfer(true, left << medium.block_shift);
+                then[0] = Some(verify(range, against, true));
+                Some(Step::Transfer {
+                    write: true,
+                    lba,
+                    left,
+                    offset: 0,
+                })
+            }
             // No command asks for it.
             BlockOp::DeviceId => None,
         };
-        match step {
-            Some(step) => self.begin_work(pair, head, medium, step),
-            None => self.end_command(head),
+        let Some(step) = step else {
+            return self.end_command(head);
+        };
+        let writes = !matches!(step, Step::Transfer { write: false, .. });
+        let steps = match writes && self.meets(unit.lock(), step) {
+            true => {
+                let unit = carry.unit;
+                // Of what writes only WRITE AND VERIFY has more than one step.
+                (Step::Wait(Wait::Turn { unit }), [Some(step), then[0]])
+            }
+            false => (step, then),
+        };
+        self.begin_work(pair, head, medium, steps);
+    }
+
+    /// What a flush of a logical unit takes, if anything.
+    fn flush(&mut self, head: HeadIndex, unit: usize) -> Option<Step> {
+        self.counters.flushes += 1;
+        let lost = self.front.cache_lost.get_mut(unit);
+        if lost.is_some_and(std::mem::take) {
+            self.fail_request(head, Status::INTERNAL_ERROR);
         }
+        self.config.volatile_cache.then_some(Step::Flush)
     }
 
     /// A read or write that one NVMe command carries out in place. The count of the issuing is that command's.
