@@ -1,33 +1,18 @@
 //! Two front-ends of one logical unit, through the whole server: reservations between them, over connections and restarts.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "common/scsi_client.rs"]
+mod scsi_client;
+
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use tandem::config::{CoreId, Options, Polling};
+use tandem::config::{Options, Polling};
 use tandem::control::server::Server;
-use tandem::plan::{Topology, plan};
-use tandem::sim::front_end::feature::*;
-use tandem::sim::front_end::{FrontEnd, SharedMemory};
-use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
-use tandem::virtio::memory::Gpa;
-use tandem::virtio::virtqueue::RingLayout;
 
-const BASE: u64 = 0x10_0000;
-const MEMORY: u64 = 4 << 20;
-/// Where commands are: a slot for each pair of heads.
-const COMMANDS: u64 = BASE + MEMORY / 2;
-const SLOT: u64 = 0x1000;
-const DATA: u64 = 0x400;
-const RESPONSE: u64 = 0x200;
-const SIZE: u16 = 64;
-const DEADLINE: Duration = Duration::from_secs(10);
-const FEATURES: u64 = F_PROTOCOL | F_VERSION_1 | F_INDIRECT | F_EVENT_IDX;
+use scsi_client::{Client, DEADLINE, GOOD, Place, Reply, ends_well, serve};
 
-const GOOD: u8 = 0x00;
-const CHECK: u8 = 0x02;
 const CONFLICT: u8 = 0x18;
 const FULL: u8 = 0x28;
 
@@ -36,18 +21,7 @@ const RESERVE: u8 = 1;
 const CLEAR: u8 = 3;
 const PREEMPT_AND_ABORT: u8 = 5;
 
-struct Place(PathBuf);
-
 impl Place {
-    fn new() -> Place {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let folder = format!("tandem-shared-{}-{count}", std::process::id());
-        let folder = std::env::temp_dir().join(folder);
-        fs::create_dir_all(&folder).unwrap();
-        Place(folder)
-    }
-
     fn state(&self) -> PathBuf {
         self.0.join("state")
     }
@@ -69,166 +43,22 @@ impl Place {
             let spec = format!("path={},lun={lun}:ns1,initiator={name}", path.display());
             options.scsi.push(spec.parse().unwrap());
         }
-        options.server.cores = Some("0".parse().unwrap());
         options.server.poll = Some(poll);
         if keeps {
             options.server.state = Some(self.state().to_str().unwrap().parse().unwrap());
         }
-        let config = options.resolve().unwrap();
-        let plan = plan(&config, &Topology::from_online_cores([CoreId(0)])).unwrap();
-        Server::start(&plan).map_err(|error| error.to_string())
+        serve(options)
     }
 
     fn serve(&self, device: &str, poll: Polling) -> Server {
         self.try_serve(device, poll, true).unwrap()
     }
-
-    fn connect(&self, name: &str) -> Client {
-        Client::connect(&self.0.join(name))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn ends_well(server: Server) {
-    let report = server.stop().expect("the server did not end cleanly");
-    let clean = report.contains("iommu violations 0, driver errors 0");
-    assert!(clean, "{report}");
-}
-
-/// A front-end with one request queue.
-struct Client {
-    front_end: FrontEnd,
-    driver: SimGuest,
-    next: u16,
-    _shared: SharedMemory,
-    _kick_and_call: (fs::File, fs::File),
-}
-
-/// How a command ended.
-#[derive(Debug, PartialEq, Eq)]
-struct Reply {
-    status: u8,
-    /// Key, code and qualifier.
-    sense: Option<(u8, u8, u8)>,
 }
 
 impl Client {
-    fn connect(path: &Path) -> Client {
-        let front_end = FrontEnd::connect(path);
-        front_end.negotiate();
-        let shared = SharedMemory::new(Gpa(BASE), MEMORY);
-        let config = SimGuestConfig {
-            layout: RingLayout::Split,
-            size: SIZE,
-            event_idx: true,
-            indirect: true,
-            max_data: 4096,
-            first_index: 0,
-            base: Gpa(BASE),
-        };
-        assert!(config.bytes() < MEMORY / 2);
-        let driver = SimGuest::new(std::sync::Arc::clone(&shared.memory), config).unwrap();
-        front_end.share(FEATURES, &shared);
-        let files = front_end.start_queue(2, &driver, &shared);
-        Client {
-            front_end,
-            driver,
-            next: 0,
-            _shared: shared,
-            _kick_and_call: files,
-        }
-    }
-
-    fn slot(head: u16) -> u64 {
-        COMMANDS + u64::from(head / 4) * SLOT
-    }
-
-    /// Offers a command with 512 bytes of room for data, or with data; its head.
-    fn send(&mut self, cdb: &[u8], out: &[u8]) -> u16 {
-        let head = self.next;
-        self.next = (head + 4) % SIZE;
-        let at = Self::slot(head);
-        let mut header = [0; 51];
-        header[..3].copy_from_slice(&[1, 0, 0x40]);
-        header[19..19 + cdb.len()].copy_from_slice(cdb);
-        self.driver.write(Gpa(at), &header);
-        let mut chain = vec![(at, 51, 0)];
-        if out.is_empty() {
-            chain.push((at + RESPONSE, 108, 2));
-            chain.push((at + DATA, 512, 2));
-        } else {
-            self.driver.write(Gpa(at + DATA), out);
-            chain.push((at + DATA, out.len() as u32, 0));
-            chain.push((at + RESPONSE, 108, 2));
-        }
-        let last = chain.len() - 1;
-        for (index, (gpa, len, flags)) in chain.into_iter().enumerate() {
-            let at = head + index as u16;
-            let descriptor = RawDescriptor {
-                gpa,
-                len,
-                flags: flags | u16::from(index != last),
-                next: at + 1,
-            };
-            self.driver.write_descriptor(at, descriptor);
-        }
-        self.driver.offer(head);
-        self.driver.publish();
-        let kick = 1_u64.to_ne_bytes();
-        rustix::io::write(&self._kick_and_call.0, &kick).unwrap();
-        head
-    }
-
-    fn try_take(&mut self) -> Option<(u16, Reply)> {
-        let (head, _) = self.driver.take_used()?;
-        let head = head as u16;
-        let mut bytes = [0; 30];
-        self.driver
-            .read(Gpa(Self::slot(head) + RESPONSE), &mut bytes);
-        assert_eq!(bytes[11], 0, "the response code");
-        let told = bytes[0] > 0;
-        let sense = told.then(|| (bytes[14], bytes[24], bytes[25]));
-        let status = bytes[10];
-        Some((head, Reply { status, sense }))
-    }
-
-    #[track_caller]
-    fn take(&mut self) -> (u16, Reply) {
-        let start = Instant::now();
-        loop {
-            if let Some(taken) = self.try_take() {
-                return taken;
-            }
-            assert!(start.elapsed() < DEADLINE, "no answer");
-            std::thread::yield_now();
-        }
-    }
-
-    #[track_caller]
-    fn run(&mut self, cdb: &[u8], out: &[u8]) -> Reply {
-        let sent = self.send(cdb, out);
-        let (head, reply) = self.take();
-        assert_eq!(head, sent);
-        reply
-    }
-
     #[track_caller]
     fn ends_with(&mut self, status: u8, cdb: &[u8], out: &[u8]) {
         assert_eq!(self.run(cdb, out).status, status, "{cdb:02x?}");
-    }
-
-    /// The unit attention that waits.
-    #[track_caller]
-    fn is_told(&mut self, asc: u8, ascq: u8) {
-        let reply = self.run(&[0; 6], &[]);
-        let sense = Some((6, asc, ascq));
-        let status = CHECK;
-        assert_eq!(reply, Reply { status, sense });
     }
 
     fn reserve_out(&mut self, action: u8, kind: u8, keys: (u64, u64), flags: u8) -> u16 {
@@ -250,11 +80,7 @@ impl Client {
     /// What PERSISTENT RESERVE IN says.
     #[track_caller]
     fn reserve_in(&mut self, action: u8, len: usize) -> Vec<u8> {
-        let head = self.next;
-        self.ends_with(GOOD, &[0x5e, action, 0, 0, 0, 0, 0, 2, 0, 0], &[]);
-        let mut data = vec![0; len];
-        self.driver.read(Gpa(Self::slot(head) + DATA), &mut data);
-        data
+        self.says(&[0x5e, action, 0, 0, 0, 0, 0, 2, 0, 0], len)
     }
 }
 
@@ -381,8 +207,7 @@ fn more_commands_than_may_wait_are_answered_all_the_same_and_so_is_a_hasty_end()
     // The guest goes while the clerk is at work: the server waits for it, and the next one finds all in order.
     a.does(6, 0, (0, 0xa), APTPL);
     a.reserve_out(RESERVE, 3, (0xa, 0), 0);
-    let closed = a.front_end;
-    drop(closed);
+    drop(a);
     b.ends_with(GOOD, &[0; 6], &[]);
     let mut a = place.connect("a");
     a.is_told(0x29, 0x00);

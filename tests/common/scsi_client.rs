@@ -1,0 +1,208 @@
+//! A SCSI initiator of a whole server: a front-end with one request queue, and where the server's sockets are.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use tandem::config::{CoreId, Options};
+use tandem::control::server::Server;
+use tandem::plan::{Topology, plan};
+use tandem::sim::front_end::feature::*;
+use tandem::sim::front_end::{FrontEnd, SharedMemory};
+use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
+use tandem::virtio::memory::Gpa;
+use tandem::virtio::virtqueue::RingLayout;
+
+const BASE: u64 = 0x10_0000;
+const MEMORY: u64 = 4 << 20;
+/// Where commands are: a slot for each four heads.
+const COMMANDS: u64 = BASE + MEMORY / 2;
+const SLOT: u64 = 0x4000;
+const RESPONSE: u64 = 0x200;
+const DATA: u64 = 0x400;
+const SIZE: u16 = 64;
+pub const DEADLINE: Duration = Duration::from_secs(10);
+const FEATURES: u64 = F_PROTOCOL | F_VERSION_1 | F_INDIRECT | F_EVENT_IDX;
+
+pub const GOOD: u8 = 0x00;
+pub const CHECK: u8 = 0x02;
+
+/// A folder for sockets, which goes last.
+pub struct Place(pub PathBuf);
+
+impl Place {
+    pub fn new() -> Place {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let folder = format!("tandem-scsi-{}-{count}", std::process::id());
+        let folder = std::env::temp_dir().join(folder);
+        fs::create_dir_all(&folder).unwrap();
+        Place(folder)
+    }
+
+    pub fn connect(&self, name: &str) -> Client {
+        Client::connect(&self.0.join(name))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Starts a server on core 0.
+pub fn serve(mut options: Options) -> Result<Server, String> {
+    options.server.cores = Some("0".parse().unwrap());
+    let config = options.resolve().unwrap();
+    let plan = plan(&config, &Topology::from_online_cores([CoreId(0)])).unwrap();
+    Server::start(&plan).map_err(|error| error.to_string())
+}
+
+pub fn ends_well(server: Server) {
+    let report = server.stop().expect("the server did not end cleanly");
+    let clean = report.contains("iommu violations 0, driver errors 0");
+    assert!(clean, "{report}");
+}
+
+/// A front-end with one request queue.
+pub struct Client {
+    /// Whom its commands are for.
+    pub lun: [u8; 8],
+    /// Dropped first: the server must not miss the rest.
+    _front_end: FrontEnd,
+    driver: SimGuest,
+    next: u16,
+    _shared: SharedMemory,
+    _kick_and_call: (fs::File, fs::File),
+}
+
+/// How a command ended.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Reply {
+    pub status: u8,
+    /// Key, code and qualifier.
+    pub sense: Option<(u8, u8, u8)>,
+}
+
+impl Client {
+    fn connect(path: &Path) -> Client {
+        let front_end = FrontEnd::connect(path);
+        front_end.negotiate();
+        let shared = SharedMemory::new(Gpa(BASE), MEMORY);
+        let config = SimGuestConfig {
+            layout: RingLayout::Split,
+            size: SIZE,
+            event_idx: true,
+            indirect: true,
+            max_data: 4096,
+            first_index: 0,
+            base: Gpa(BASE),
+        };
+        assert!(config.bytes() < MEMORY / 2);
+        let driver = SimGuest::new(std::sync::Arc::clone(&shared.memory), config).unwrap();
+        front_end.share(FEATURES, &shared);
+        let files = front_end.start_queue(2, &driver, &shared);
+        Client {
+            lun: [1, 0, 0x40, 0, 0, 0, 0, 0],
+            _front_end: front_end,
+            driver,
+            next: 0,
+            _shared: shared,
+            _kick_and_call: files,
+        }
+    }
+
+    fn slot(head: u16) -> u64 {
+        COMMANDS + u64::from(head / 4) * SLOT
+    }
+
+    /// Offers a command with room for data, or with data; its head.
+    pub fn send(&mut self, cdb: &[u8], out: &[u8]) -> u16 {
+        let head = self.next;
+        self.next = (head + 4) % SIZE;
+        let at = Self::slot(head);
+        let mut header = [0; 51];
+        header[..8].copy_from_slice(&self.lun);
+        header[19..19 + cdb.len()].copy_from_slice(cdb);
+        self.driver.write(Gpa(at), &header);
+        let mut chain = vec![(at, 51, 0)];
+        if out.is_empty() {
+            chain.push((at + RESPONSE, 108, 2));
+            chain.push((at + DATA, (SLOT - DATA) as u32, 2));
+        } else {
+            self.driver.write(Gpa(at + DATA), out);
+            chain.push((at + DATA, out.len() as u32, 0));
+            chain.push((at + RESPONSE, 108, 2));
+        }
+        let last = chain.len() - 1;
+        for (index, (gpa, len, flags)) in chain.into_iter().enumerate() {
+            let at = head + index as u16;
+            let descriptor = RawDescriptor {
+                gpa,
+                len,
+                flags: flags | u16::from(index != last),
+                next: at + 1,
+            };
+            self.driver.write_descriptor(at, descriptor);
+        }
+        self.driver.offer(head);
+        self.driver.publish();
+        let kick = 1_u64.to_ne_bytes();
+        rustix::io::write(&self._kick_and_call.0, &kick).unwrap();
+        head
+    }
+
+    pub fn try_take(&mut self) -> Option<(u16, Reply)> {
+        let (head, _) = self.driver.take_used()?;
+        let head = head as u16;
+        let mut bytes = [0; 30];
+        self.driver
+            .read(Gpa(Self::slot(head) + RESPONSE), &mut bytes);
+        assert_eq!(bytes[11], 0, "the response code");
+        let told = bytes[0] > 0;
+        let sense = told.then(|| (bytes[14], bytes[24], bytes[25]));
+        let status = bytes[10];
+        Some((head, Reply { status, sense }))
+    }
+
+    #[track_caller]
+    pub fn take(&mut self) -> (u16, Reply) {
+        let start = Instant::now();
+        loop {
+            if let Some(taken) = self.try_take() {
+                return taken;
+            }
+            assert!(start.elapsed() < DEADLINE, "no answer");
+            std::thread::yield_now();
+        }
+    }
+
+    #[track_caller]
+    pub fn run(&mut self, cdb: &[u8], out: &[u8]) -> Reply {
+        let sent = self.send(cdb, out);
+        let (head, reply) = self.take();
+        assert_eq!(head, sent);
+        reply
+    }
+
+    /// What a command says that ends well.
+    #[track_caller]
+    pub fn says(&mut self, cdb: &[u8], len: usize) -> Vec<u8> {
+        let head = self.next;
+        assert_eq!(self.run(cdb, &[]).status, GOOD, "{cdb:02x?}");
+        let mut data = vec![0; len];
+        self.driver.read(Gpa(Self::slot(head) + DATA), &mut data);
+        data
+    }
+
+    /// The unit attention that waits.
+    #[track_caller]
+    pub fn is_told(&mut self, asc: u8, ascq: u8) {
+        let reply = self.run(&[0; 6], &[]);
+        let sense = Some((6, asc, ascq));
+        let status = CHECK;
+        assert_eq!(reply, Reply { status, sense });
+    }
+}
