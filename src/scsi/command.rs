@@ -334,24 +334,37 @@ const INDEX: [(u8, u8); 256] = {
 
 const SERVICE_ACTION: u8 = 0x1f;
 
+impl Command {
+    fn has_action_of(&self, cdb: &Cdb) -> bool {
+        let action = cdb.byte(1) & SERVICE_ACTION;
+        self.service_action.is_none_or(|own| own == action)
+    }
+}
+
 fn commands_of(opcode: u8) -> &'static [Command] {
     let (first, count) = INDEX[usize::from(opcode)];
     let first = usize::from(first);
     &COMMANDS[first..first + usize::from(count)]
 }
 
-/// The command of a CDB; the sense says why there is none.
-pub(super) fn find(cdb: &Cdb) -> Result<&'static Command> {
-    let same = commands_of(cdb.opcode());
-    let action = cdb.byte(1) & SERVICE_ACTION;
-    let found = same
+/// The command of a CDB.
+pub(super) fn find(cdb: &Cdb) -> Option<&'static Command> {
+    let found = commands_of(cdb.opcode())
         .iter()
-        .find(|command| command.service_action.is_none_or(|own| own == action));
-    match found {
-        Some(command) if command.usage.len() <= cdb.len => Ok(command),
-        // A service action that is not known is an invalid field (SPC-4, 4.2.5.1).
-        None if !same.is_empty() => Err(Sense::in_cdb(1, 4)),
-        _ => Err(Sense::INVALID_OPCODE),
+        .find(|command| command.has_action_of(cdb))?;
+    (found.usage.len() <= cdb.len).then_some(found)
+}
+
+/// Why a CDB has no command that is served there. A service action that is not known is an invalid field of an operation
+/// code that is (SPC-4, 4.2.5.1).
+#[cold]
+pub(super) fn why_not(cdb: &Cdb, seat: &Seat<'_>) -> Sense {
+    let same = commands_of(cdb.opcode()).iter();
+    let mut served = same.filter(|command| serves(command, seat)).peekable();
+    let exists = served.peek().is_some();
+    match exists && !served.any(|command| command.has_action_of(cdb)) {
+        true => Sense::in_cdb(1, 4),
+        false => Sense::INVALID_OPCODE,
     }
 }
 
@@ -381,10 +394,10 @@ pub(super) fn check_unused(command: &Command, cdb: &Cdb) -> Result<()> {
 #[must_use]
 pub fn parameter_bytes(cdb: &Cdb, unit: Option<&LogicalUnit>) -> u32 {
     match find(cdb).map(|command| command.data_out) {
-        Ok(DataOut::Length8(at)) => cdb.byte(at).into(),
-        Ok(DataOut::Length16(at)) => cdb.be16(at).into(),
-        Ok(DataOut::Length32(at)) => cdb.be32(at),
-        Ok(DataOut::Block { ndob }) if !(ndob && cdb.bit(1, 0)) => {
+        Some(DataOut::Length8(at)) => cdb.byte(at).into(),
+        Some(DataOut::Length16(at)) => cdb.be16(at).into(),
+        Some(DataOut::Length32(at)) => cdb.be32(at),
+        Some(DataOut::Block { ndob }) if !(ndob && cdb.bit(1, 0)) => {
             unit.map_or(0, |unit| unit.geometry().block_bytes())
         }
         _ => 0,

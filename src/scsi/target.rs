@@ -371,16 +371,13 @@ impl Nexus {
 
 fn seat_command(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> {
     let found = command::find(exchange.cdb);
-    // An absent logical unit is told of before anything that the command gets wrong.
-    let absent = seat.role() == Role::Absent;
-    let command = match found {
-        Ok(command) if command::serves(command, seat) => command,
-        _ if absent => return Err(Sense::NO_UNIT),
-        Ok(_) => return Err(Sense::INVALID_OPCODE),
-        Err(sense) => {
-            attention(seat, attention::ALL)?;
-            return Err(sense);
+    let Some(command) = found.filter(|command| command::serves(command, seat)) else {
+        // An absent logical unit is told of before anything that the command gets wrong.
+        if seat.role() == Role::Absent {
+            return Err(Sense::NO_UNIT);
         }
+        attention(seat, attention::ALL)?;
+        return Err(command::why_not(exchange.cdb, seat));
     };
     if let Some(conditions) = seat.conditions()
         && conditions.any()

@@ -116,7 +116,7 @@ fn target_port_groups_are_one_as_the_identification_page_says() {
     assert_eq!(bench.refuses(&cdb(2, 255), &[]), invalid_field(1, 7));
     assert_eq!(
         bench.run_at(WELL_KNOWN, &cdb(0, 255), &[]).action,
-        Action::Check(Sense::INVALID_OPCODE)
+        Action::Check(Sense::in_cdb(1, 4))
     );
 }
 
