@@ -42,7 +42,8 @@ installed() {
     [[ $(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null) == installed ]]
 }
 
-# Package lists are fetched when there are none, or when something could not be had with those that are there.
+# Package lists are fetched when there are none, when something could not be had with those that are there, and once a day
+# for the guest's kernel.
 update_package_lists() {
     say "${dim}updating the package lists${plain}"
     apt-get update -qq >/dev/null || die "apt-get update failed: is the network there?"
@@ -94,7 +95,15 @@ apt_install() {
 
 # The package that linux-image-cloud-amd64 stands for today, such as linux-image-6.1.0-56-cloud-amd64.
 guest_kernel() {
-    local name
+    local name stamp=$target/package-lists
+    # Old lists name a kernel whose other packages (headers, source) the archive may have no more: all that is made of it in
+    # one day is of one kernel.
+    if can_install && [[ -z $(find "$stamp" -mtime -1 2>/dev/null) ]]; then
+        mkdir -p "$target"
+        if (update_package_lists) >&2; then
+            : >"$stamp"
+        fi
+    fi
     for _ in 1 2; do
         name=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null \
             | sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p' | head -n 1)

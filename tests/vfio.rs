@@ -311,6 +311,8 @@ fn ssd_says_to_us_what_it_says_to_the_kernel_and_comes_back_with_its_files() {
         step serve serve a --device pci:0000:00:05.0 --blk path=/tmp/vm0.sock,queues=4,ns=1
         step 'it has one owner' refuses 'open already' --device pci:0000:00:05.0 --blk path=/tmp/vm1.sock
         step finish finish a
+        step bench sh -c 'tandem bench --device pci:0000:00:05.0 --iodepth 4 --numjobs 2 --runtime 1s >/tmp/bench'
+        tells bench /tmp/bench
 
         step unbind unbind 0000:00:05.0
         step 'the kernel has it again' within 10 test -b /dev/nvme0n1
@@ -332,6 +334,15 @@ fn ssd_says_to_us_what_it_says_to_the_kernel_and_comes_back_with_its_files() {
         assert!(compared >= 18, "{compared} fields of {kernel}");
     }
     assert_eq!(namespaces[0]["eui64"], "0123456789abcdef");
+    let bench = &facts["bench"];
+    for wanted in [
+        "A  pci:0000:00:05.0: ",
+        "    read : IOPS=",
+        "queue 1: IOPS=",
+        " doorbells, ",
+    ] {
+        assert!(bench.contains(wanted), "{wanted}: {bench}");
+    }
     let uuid = namespaces[1]["uuid"].as_str().unwrap();
     assert!(
         facts["descriptors2"].contains(uuid),

@@ -102,10 +102,15 @@ impl Rig {
     /// A guest whose lane rides on the next poller in turn.
     pub fn add_guest(&mut self, setup: &GuestSetup) -> RigGuest {
         let (guest, lane) = self.make_guest(setup);
-        let at = self.lanes.len() % self.pollers.len();
-        self.lanes.push((at, guest.lane));
-        self.pollers[at].attach(lane);
+        self.attach(guest.lane, lane);
         guest
+    }
+
+    /// Puts a lane on the next poller in turn.
+    pub fn attach(&mut self, id: LaneId, lane: Lane) {
+        let at = self.lanes.len() % self.pollers.len();
+        self.lanes.push((at, id));
+        self.pollers[at].attach(lane);
     }
 
     /// A guest and its lane, for the caller to attach.
