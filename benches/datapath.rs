@@ -5,8 +5,8 @@
 //! `datapath BATCH ROUNDS [packed] [scsi]`: in each round the guest has BATCH new 4 KiB reads in one virtqueue, a split one of
 //! a block device if nothing else is said, and there are as many turns as it takes to get them to the device. BATCH 0 counts turns that find
 //! nothing to do.
+#![allow(clippy::unwrap_used)] // as in the tests whose rig it shares
 
-#[allow(clippy::unwrap_used)] // as in the tests that it belongs to
 #[path = "../tests/common/rig.rs"]
 mod rig;
 
