@@ -86,6 +86,7 @@ impl Storage {
             let namespace = device.namespace(Nsid(nsid)).unwrap();
             let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
             LogicalUnit::new(geometry, "serial")
+                .with_medium(nsid)
                 .with_volatile_cache(true)
                 .with_provisioning(true, true, true)
         });
@@ -208,10 +209,9 @@ impl Host {
             memory: Arc::clone(&memory),
             sizes,
             nexus: Arc::clone(&nexus),
-            namespaces: [Nsid(1), Nsid(2)].into(),
             barrier: Arc::clone(&barrier),
             number,
-            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), number),
+            desk: clerk.desk(Arc::clone(&barrier), number),
             volatile_cache: true,
             call: signal(),
             error: signal(),

@@ -29,7 +29,7 @@ use crate::config::{ControllerConfig, CoreId, Polling, Socket};
 use crate::datapath::{Barrier, Clerk, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError};
-use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
+use crate::scsi::{LogicalUnit, Lun, Roster, ShareError, Target, UnitIds};
 use crate::stats::SharedCounters;
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
@@ -492,7 +492,6 @@ impl Shared {
 
 fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
-    let mut namespaces = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
         let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
         let unit = shared.unit(host.device, device, &namespace, geometry)?;
@@ -500,7 +499,6 @@ fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
             units.push((place.target, lun, unit));
-            namespaces.push(namespace.nsid);
         }
     }
     let target = Target::new(&host.initiator, units).map_err(|source| ServerError::Shared {
@@ -510,8 +508,7 @@ fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host
     let first = shared.lanes.given;
     shared.lanes.given += host.queue_cores.len();
     Ok(Host {
-        target: Arc::new(target),
-        namespaces: namespaces.into(),
+        roster: Roster::new(target),
         barrier: Arc::clone(&shared.lanes.barrier),
         lanes: first..shared.lanes.given,
         clerk: shared.clerk()?,
@@ -526,6 +523,7 @@ fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> L
     };
     LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, namespace.nsid.0))
         .with_ids(ids)
+        .with_medium(namespace.nsid.0)
         .with_health(Arc::clone(&device.health))
         .with_volatile_cache(device.has_volatile_cache())
         .with_provisioning(

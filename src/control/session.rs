@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
-use nvme_driver::spec::Nsid;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
@@ -33,7 +32,7 @@ use crate::datapath::{
     Barrier, Clerk, ControlConfig, HostTasks, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal,
 };
 use crate::reactor::{Mode, PollerId, ReactorHandle};
-use crate::scsi::{Nexus, Target, Tasks};
+use crate::scsi::{Roster, Tasks};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
@@ -116,10 +115,8 @@ pub struct Disk {
 /// they are: nothing happens yet that an event would tell of.
 #[derive(Debug)]
 pub struct Host {
-    /// Its logical units.
-    pub target: Arc<Target>,
-    /// The namespace behind each.
-    pub namespaces: Arc<[Nsid]>,
+    /// Its logical units; the medium of each is the NSID of a namespace.
+    pub roster: Roster,
     /// Where request queues of the device's hosts are waited for.
     pub barrier: Arc<Barrier>,
     /// The numbers of this one's request queues there.
@@ -308,7 +305,6 @@ pub struct Session {
 /// A front-end of a SCSI host.
 #[derive(Debug)]
 struct Initiator {
-    nexus: Arc<Nexus>,
     /// Whose commands other initiators wait for; they know it for as long as it is here.
     _tasks: Arc<dyn Tasks>,
 }
@@ -323,11 +319,8 @@ impl Initiator {
                     barrier: Arc::clone(&host.barrier),
                     lanes: host.lanes.clone(),
                 });
-                let nexus = Nexus::new(Arc::clone(&host.target)).with_tasks(&tasks);
-                Some(Initiator {
-                    nexus: Arc::new(nexus),
-                    _tasks: tasks,
-                })
+                drop(host.roster.connect(&tasks));
+                Some(Initiator { _tasks: tasks })
             }
         }
     }
@@ -387,8 +380,8 @@ impl Session {
             tracing::error!(disk = %self.disk.name, %error, "a queue did not drain: its memory stays mapped");
         }
         self.memory.clear();
-        if let Some(initiator) = &self.initiator {
-            initiator.nexus.end();
+        if let Kind::Host(host) = &self.disk.kind {
+            host.roster.disconnect();
         }
     }
 
@@ -537,23 +530,20 @@ impl Session {
             }
             Kind::Host(host) => host,
         };
-        let initiator = self.initiator.as_ref();
         // Made with the session.
-        let initiator = initiator.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
-        let (nexus, barrier) = (Arc::clone(&initiator.nexus), Arc::clone(&host.barrier));
+        let nexus = host.roster.nexus();
+        let nexus = nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
+        let barrier = Arc::clone(&host.barrier);
         Ok(match index.checked_sub(FIRST_REQUEST_QUEUE) {
             Some(number) => Lane::scsi(ScsiLaneConfig {
                 id,
                 queue,
                 memory,
                 sizes: Sizes::DEFAULT,
-                desk: host.clerk.desk(
-                    Arc::clone(&nexus),
-                    Arc::clone(&barrier),
-                    host.lanes.start + number,
-                ),
+                desk: host
+                    .clerk
+                    .desk(Arc::clone(&barrier), host.lanes.start + number),
                 nexus,
-                namespaces: Arc::clone(&host.namespaces),
                 barrier,
                 number: host.lanes.start + number,
                 volatile_cache,

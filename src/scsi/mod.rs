@@ -19,6 +19,7 @@ mod mode;
 mod persistent;
 mod port;
 pub mod reservations;
+mod roster;
 pub mod sense;
 mod target;
 mod unit;
@@ -30,8 +31,9 @@ pub use lock::RangeLock;
 pub use log::{Health, HealthReport};
 pub use medium::{MAX_COMPARE_BLOCKS, MAX_WRITE_SAME_BLOCKS};
 pub use persistent::PARAMETER_BYTES as PR_OUT_BYTES;
+pub use roster::{PlaceError, Roster};
 pub use sense::{MAX_SENSE_BYTES, Sense};
-pub use target::{Address, Lun, Nexus, Target};
+pub use target::{Address, Lun, MAX_UNITS, Nexus, Target};
 pub use unit::{Keep, LogicalUnit, MAX_INITIATORS, Settlement, ShareError, Tasks, UnitIds};
 
 use crate::block::{BlockOp, RangeList};

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::Action;
@@ -40,6 +40,7 @@ pub struct LogicalUnit {
     write_zeroes: bool,
     unmapped_reads_zero: bool,
     health: Arc<Health>,
+    medium: u32,
     shared: Arc<Shared>,
 }
 
@@ -79,7 +80,8 @@ struct Shared {
     lock: RangeLock,
     /// See [`Modes::to_bits`].
     modes: AtomicU8,
-    /// Filled from the front, and never emptied: initiators are those that the server was started with.
+    /// Filled from the front, and never emptied: initiators are those that the server was started with, and one that has the
+    /// unit taken away may get it back.
     sharers: [OnceLock<Sharer>; MAX_INITIATORS],
     state: Mutex<State>,
     /// Held while a command changes the reservations, over the wait for their file.
@@ -158,6 +160,8 @@ impl Shared {
 #[derive(Debug)]
 struct Sharer {
     initiator: Initiator,
+    /// It has the unit.
+    present: AtomicBool,
     conditions: Arc<Conditions>,
     /// Of its connection, and of an earlier one as long as that has commands under way.
     tasks: Mutex<Vec<Weak<dyn Tasks>>>,
@@ -197,6 +201,7 @@ impl LogicalUnit {
             write_zeroes: false,
             unmapped_reads_zero: false,
             health: Arc::default(),
+            medium: 0,
             shared: Shared::new(DEFAULT_LANES),
         }
     }
@@ -220,6 +225,25 @@ impl LogicalUnit {
     #[must_use]
     pub fn with_health(self, health: Arc<Health>) -> LogicalUnit {
         LogicalUnit { health, ..self }
+    }
+
+    /// What those who carry operations out call it. Nobody looks at it here.
+    #[must_use]
+    pub fn with_medium(self, medium: u32) -> LogicalUnit {
+        LogicalUnit { medium, ..self }
+    }
+
+    /// See [`Self::with_medium`].
+    #[inline]
+    #[must_use]
+    pub fn medium(&self) -> u32 {
+        self.medium
+    }
+
+    /// Whether both are the same logical unit, for whomever.
+    #[must_use]
+    pub fn is(&self, other: &LogicalUnit) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 
     /// Writes may be lost before they are synchronized.
@@ -330,6 +354,7 @@ impl LogicalUnit {
                 fresh = true;
                 Sharer {
                     initiator: initiator.clone(),
+                    present: AtomicBool::new(true),
                     conditions: Arc::default(),
                     tasks: Mutex::default(),
                 }
@@ -340,10 +365,23 @@ impl LogicalUnit {
                 return Ok(Arc::clone(&sharer.conditions));
             }
             if sharer.initiator == *initiator {
-                return Err(ShareError::Taken(initiator.clone()));
+                // Relaxed: those who share and unshare for one host hold a lock over it.
+                return match sharer.present.swap(true, Ordering::Relaxed) {
+                    true => Err(ShareError::Taken(initiator.clone())),
+                    false => Ok(Arc::clone(&sharer.conditions)),
+                };
             }
         }
         Err(ShareError::Full)
+    }
+
+    /// The initiator with `own` has it no longer. What it has registered and reserved persistently stays, as when it goes.
+    pub(super) fn unshare(&self, own: &Arc<Conditions>) {
+        self.lose_nexus(own);
+        let mut sharers = self.sharers();
+        if let Some(own) = sharers.find(|sharer| Arc::ptr_eq(&sharer.conditions, own)) {
+            own.present.store(false, Ordering::Relaxed);
+        }
     }
 
     fn sharers(&self) -> impl Iterator<Item = &Sharer> {
@@ -387,9 +425,9 @@ impl LogicalUnit {
     pub(super) fn watch(&self, own: &Arc<Conditions>, tasks: &Arc<dyn Tasks>) {
         let mut sharers = self.sharers();
         if let Some(own) = sharers.find(|sharer| Arc::ptr_eq(&sharer.conditions, own)) {
-            let mut all = lock(&own.tasks);
-            all.retain(|tasks| tasks.strong_count() > 0);
-            all.push(Arc::downgrade(tasks));
+            let (mut all, new) = (lock(&own.tasks), Arc::downgrade(tasks));
+            all.retain(|tasks| tasks.strong_count() > 0 && !tasks.ptr_eq(&new));
+            all.push(new);
         }
     }
 

@@ -293,7 +293,9 @@ impl ControlLane {
 
     #[inline]
     pub(super) fn wants(&self) -> bool {
-        self.waiting.is_some() || (self.state == State::Running && self.config.queue.has_request())
+        self.waiting.is_some()
+            || self.config.nexus.successor().is_some()
+            || (self.state == State::Running && self.config.queue.has_request())
     }
 
     pub(super) fn kick(&self) -> Option<BorrowedFd<'_>> {
@@ -353,6 +355,9 @@ impl ControlLane {
     /// Takes requests from the ring, one after the other: a function that waits holds up those behind it.
     #[cold]
     pub(super) fn fetch(&mut self) -> bool {
+        while let Some(next) = self.config.nexus.successor().map(Arc::clone) {
+            self.config.nexus = next;
+        }
         let mut busy = self.waiting.is_some();
         for _ in 0..FETCH_BUDGET {
             if !self.go_on() || self.state != State::Running {

@@ -18,7 +18,7 @@ use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
     Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
-    MAX_SENSE_BYTES, Nexus, RangeLock, Sense, status,
+    MAX_SENSE_BYTES, MAX_UNITS, Nexus, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
 use crate::virtio::memory::GuestMemory;
@@ -36,10 +36,8 @@ pub struct ScsiLaneConfig {
     pub memory: Arc<GuestMemory>,
     /// Sizes of the fields of a request.
     pub sizes: Sizes,
-    /// The guest, and what it reaches.
+    /// The guest, and what it reaches: logical units whose medium is the NSID of a namespace.
     pub nexus: Arc<Nexus>,
-    /// The namespace behind each logical unit.
-    pub namespaces: Arc<[Nsid]>,
     /// Where the control queue waits for this lane.
     pub barrier: Arc<Barrier>,
     /// Its number among those that the barrier knows.
@@ -62,8 +60,8 @@ pub struct ScsiLaneConfig {
 #[derive(Debug)]
 pub(in crate::datapath) struct Scsi {
     sizes: Sizes,
+    /// Changed by [`RequestLane::keep_up`] alone.
     nexus: Arc<Nexus>,
-    namespaces: Arc<[Nsid]>,
     /// By logical unit: see [`Front::lose_cache`].
     cache_lost: Box<[bool]>,
     /// By head, of a request that has failed: see [`Failure`].
@@ -244,6 +242,9 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn may_fetch(lane: &mut RequestLane<Scsi>) -> bool {
+        if lane.front.nexus.successor().is_some() {
+            lane.keep_up();
+        }
         if lane.front.errand_count > 0 && lane.collect() {
             // To be published first.
             return false;
@@ -390,12 +391,11 @@ impl RequestLane<Scsi> {
         let passed = config.barrier.enter(config.number);
         let front = Scsi {
             sizes: config.sizes,
-            cache_lost: vec![false; target.units().len()].into(),
+            cache_lost: vec![false; target.units().len().max(MAX_UNITS)].into(),
             information: vec![None; config.queue.size().into()].into(),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
-            namespaces: config.namespaces,
             desk: config.desk,
             errands: [None; PLACES],
             errand_count: 0,
@@ -421,6 +421,32 @@ impl RequestLane<Scsi> {
             shared: config.shared,
         };
         RequestLane::with_front(config.queue, parts, front)
+    }
+
+    /// The host shows other logical units than it did. From the next command on the guest meets those; what is in flight
+    /// goes by index, and an index is another's only when nothing of the one before is in flight.
+    ///
+    /// Whoever has this lane wait for a number has made the successor before: it is found before the number is passed.
+    #[cold]
+    fn keep_up(&mut self) {
+        while let Some(next) = self.front.nexus.successor().map(Arc::clone) {
+            let number = self.front.gate.number;
+            let (old, new) = (self.front.nexus.target().units(), next.target().units());
+            for (at, unit) in new.iter().enumerate() {
+                let before = old.get(at);
+                if before.is_some_and(|before| before.is(unit)) {
+                    continue;
+                }
+                if let Some(before) = before {
+                    before.lock().leave(number);
+                }
+                unit.lock().enter(number);
+                if let Some(lost) = self.front.cache_lost.get_mut(at) {
+                    *lost = false;
+                }
+            }
+            self.front.nexus = next;
+        }
     }
 
     /// Task management waits for the commands that were there before it. Whether there may be any more in the ring, or
@@ -647,7 +673,8 @@ impl RequestLane<Scsi> {
     ) {
         let front = &mut self.front;
         let len = (wanted as usize).min(front.parameters.len());
-        let left = unit.and_then(|unit| front.desk.leave(unit, cdb, &front.parameters[..len]));
+        let (desk, nexus) = (&front.desk, &front.nexus);
+        let left = unit.and_then(|unit| desk.leave(nexus, unit, cdb, &front.parameters[..len]));
         match left.and_then(|at| front.errands.get_mut(at)) {
             Some(errand) => {
                 *errand = Some((head, place));
@@ -711,15 +738,11 @@ impl RequestLane<Scsi> {
         carry: &Carry,
         nexus: &Nexus,
     ) {
-        // Both tables have a place for every logical unit.
-        let (Some(nsid), Some(unit)) = (
-            self.front.namespaces.get(carry.unit).copied(),
-            nexus.target().units().get(carry.unit),
-        ) else {
+        let Some(unit) = nexus.target().units().get(carry.unit) else {
             return self.refuse(head, &place.response, response::FAILURE);
         };
         let medium = Medium {
-            nsid,
+            nsid: Nsid(unit.medium()),
             block_shift: unit.geometry().block_shift(),
             durable: carry.fua,
         };
