@@ -16,7 +16,7 @@ use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
 use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{
-    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
+    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, SideConfig, Signal,
 };
 use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
@@ -219,17 +219,19 @@ impl Host {
             shared: Arc::default(),
         }));
         poller.attach(Lane::control(ControlConfig {
-            id: lanes[1],
-            // SAFETY: as above.
-            queue: unsafe { control.virtqueue() }.unwrap(),
-            memory,
+            side: SideConfig {
+                id: lanes[1],
+                // SAFETY: as above.
+                queue: unsafe { control.virtqueue() }.unwrap(),
+                memory,
+                call: signal(),
+                error: signal(),
+                kick: None,
+                shared: Arc::default(),
+            },
             nexus,
             barrier,
             lanes: number..number + 1,
-            call: signal(),
-            error: signal(),
-            kick: None,
-            shared: Arc::default(),
         }));
         let mut host = Host {
             device,

@@ -34,7 +34,7 @@ pub use persistent::PARAMETER_BYTES as PR_OUT_BYTES;
 pub use roster::{PlaceError, Roster};
 pub use sense::{MAX_SENSE_BYTES, Sense};
 pub use target::{Address, Lun, MAX_UNITS, Nexus, Target};
-pub use unit::{Keep, LogicalUnit, MAX_INITIATORS, Settlement, ShareError, Tasks, UnitIds};
+pub use unit::{Keep, Listen, LogicalUnit, MAX_INITIATORS, Settlement, ShareError, Tasks, UnitIds};
 
 use crate::block::{BlockOp, RangeList};
 

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::target::MAX_UNITS;
-use super::unit::{LogicalUnit, ShareError, Tasks};
+use super::unit::{Listen, LogicalUnit, ShareError, Tasks};
 use super::{Lun, Nexus, Target};
 
 /// Why a logical unit was not added.
@@ -45,6 +45,7 @@ struct Inner {
     /// The newest of the initiator that is connected.
     nexus: Option<Arc<Nexus>>,
     tasks: Option<Weak<dyn Tasks>>,
+    listener: Option<Arc<dyn Listen>>,
     /// Those that somebody may still hold, the oldest first: they are freed here, and not by a lane.
     past: VecDeque<Arc<Nexus>>,
     /// Indices whose logical units have no place, and no commands any more.
@@ -79,9 +80,20 @@ impl Roster {
             target: Arc::new(target),
             nexus: None,
             tasks: None,
+            listener: None,
             past: VecDeque::new(),
             vacant: Vec::new(),
         }))
+    }
+
+    /// What others do to its logical units is for `listener` to tell.
+    #[must_use]
+    pub fn with_listener(self, listener: Arc<dyn Listen>) -> Roster {
+        let mut inner = self.inner();
+        inner.target.announce(None, &listener);
+        inner.listener = Some(listener);
+        drop(inner);
+        self
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -157,6 +169,9 @@ impl Roster {
         }
         let tasks = inner.tasks.as_ref().and_then(Weak::upgrade);
         next.greet(index, tasks.as_ref());
+        if let Some(listener) = &inner.listener {
+            next.announce(Some(index), listener);
+        }
         inner.change(next);
         // After the change: who asks because of it finds the unit.
         inner.target.attend_inventory(target, index);

@@ -13,7 +13,7 @@ use super::command::{self, Cdb, Scope};
 use super::initiator::Initiator;
 use super::persistent::MAX_FULL_STATUS;
 use super::sense::{MAX_SENSE_BYTES, Sense};
-use super::unit::{LogicalUnit, Settlement, ShareError, Tasks};
+use super::unit::{Listen, LogicalUnit, Settlement, ShareError, Tasks};
 use super::{Action, Exchange, Result};
 
 /// A logical unit number of up to 14 bits.
@@ -247,6 +247,14 @@ impl Target {
         conditions.establish(Attention::PowerOn);
         if let Some(tasks) = tasks {
             unit.watch(conditions, tasks);
+        }
+    }
+
+    /// What others do to its logical units is for `listener` to tell; of all of them, or of the one at `index`.
+    pub(super) fn announce(&self, index: Option<usize>, listener: &Arc<dyn Listen>) {
+        let places = self.places.iter();
+        for (place, at) in places.filter(|(_, at)| index.is_none_or(|index| index == *at)) {
+            self.units[*at].announce(&self.conditions[*at], *place, listener);
         }
     }
 

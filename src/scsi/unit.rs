@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::Action;
@@ -12,7 +12,7 @@ use super::initiator::Initiator;
 use super::persistent;
 use super::reservations::{Outcome, Reservations};
 use super::sense::Sense;
-use super::{Health, RangeLock};
+use super::{Health, Lun, RangeLock};
 use crate::block::Geometry;
 
 /// What a namespace says of its identity.
@@ -114,6 +114,12 @@ pub trait Tasks: Debug + Send + Sync {
     fn have_ended(&self, number: u64) -> bool;
 }
 
+/// Hears what other initiators do to the logical units of one host.
+pub trait Listen: Debug + Send + Sync {
+    /// This has happened to the one at a place. It is called where nobody must wait.
+    fn hear(&self, target: u8, lun: Lun, attention: Attention);
+}
+
 /// A command of [`Action::Defer`], carried out: it has ended when the commands that it aborts have.
 #[derive(Debug)]
 pub struct Settlement {
@@ -162,9 +168,26 @@ struct Sharer {
     initiator: Initiator,
     /// It has the unit.
     present: AtomicBool,
+    /// Where: the target's identifier above the LUN.
+    place: AtomicU32,
+    /// Who tells it at once what a unit attention would tell it with its next command.
+    listener: OnceLock<Arc<dyn Listen>>,
     conditions: Arc<Conditions>,
     /// Of its connection, and of an earlier one as long as that has commands under way.
     tasks: Mutex<Vec<Weak<dyn Tasks>>>,
+}
+
+impl Sharer {
+    fn hear(&self, attention: Attention) {
+        let listener = self.listener.get();
+        let Some(listener) = listener.filter(|_| self.present.load(Ordering::Relaxed)) else {
+            return;
+        };
+        let [_, target, high, low] = self.place.load(Ordering::Relaxed).to_be_bytes();
+        if let Some(lun) = Lun::new(u16::from_be_bytes([high, low])) {
+            listener.hear(target, lun, attention);
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -355,6 +378,8 @@ impl LogicalUnit {
                 Sharer {
                     initiator: initiator.clone(),
                     present: AtomicBool::new(true),
+                    place: AtomicU32::new(0),
+                    listener: OnceLock::new(),
                     conditions: Arc::default(),
                     tasks: Mutex::default(),
                 }
@@ -393,7 +418,24 @@ impl LogicalUnit {
         for sharer in self.sharers() {
             if !Arc::ptr_eq(&sharer.conditions, own) {
                 sharer.conditions.establish(attention);
+                sharer.hear(attention);
             }
+        }
+    }
+
+    /// The initiator with `own` has it there.
+    pub(super) fn announce(
+        &self,
+        own: &Arc<Conditions>,
+        (target, lun): (u8, Lun),
+        listener: &Arc<dyn Listen>,
+    ) {
+        let mut sharers = self.sharers();
+        if let Some(own) = sharers.find(|sharer| Arc::ptr_eq(&sharer.conditions, own)) {
+            let place = u32::from(target) << 16 | u32::from(lun.get());
+            own.place.store(place, Ordering::Relaxed);
+            // A host has one listener, for as long as it is there. Whoever finds it finds the place.
+            own.listener.get_or_init(|| Arc::clone(listener));
         }
     }
 
