@@ -937,6 +937,16 @@ fn disks_that_collide_are_refused() {
         refusal(&file(&device, &["fd = 3", "fd = 3\nns = 2"])),
         "socket fd 3 is given to two disks or hosts: each needs its own"
     );
+    // Nor with the sockets where the server itself is spoken to.
+    let own = |keys: &str| file(DEVICE, &["path = \"/run/a\""]).replace("[server]", keys);
+    for keys in [
+        "[server]\nadmin = \"/run/a\"",
+        "[server]\nadmin = \"/run/b\"\nstats = \"/run/b\"",
+    ] {
+        assert!(refusal(&own(keys)).contains("is given to two disks or hosts"));
+    }
+    let config = from_toml(&own("[server]\nadmin = \"/run/b\"")).unwrap();
+    assert_eq!(config.admin.as_deref(), Some(Path::new("/run/b")));
     assert_eq!(
         refusal(&file(DEVICE, &["queues = 1"])),
         "a disk needs either path=... (a socket to create) or fd=... (one already listening): this one has neither"

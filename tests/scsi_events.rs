@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tandem::config::{Options, Polling};
+use tandem::config::{AdminRequest, Options, Polling};
+use tandem::control::admin::ask;
 use tandem::control::server::Server;
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
 use tandem::virtio::memory::Gpa;
@@ -593,6 +594,70 @@ fn what_makes_no_sense_is_refused_with_words_and_changes_nothing() {
         (&first, 3)
     );
     ends_well(server);
+}
+
+#[test]
+fn namespace_with_commands_from_before_its_removal_is_given_to_nobody_until_they_have_ended() {
+    let place = Place::new();
+    // Longer than a removal waits.
+    let server = place.serve_on(
+        "model:ram,size=96M,namespaces=3,latency=12s",
+        Polling::Always,
+    );
+    let mut a = place.connect("a");
+    a.lun = at(0, 1);
+    a.is_told(0x29, 0x00);
+    let head = a.send(&READ, &[]);
+    let answer = place.change("lun-remove", "a", "0:1");
+    let done = answer["done"].as_str().unwrap();
+    assert!(done.contains("at the device after 10s"), "{done}");
+    for host in ["a", "b"] {
+        let error = place.refused("lun-add", host, "4:0:ns2");
+        let expected = "namespace 2 was taken from host /a, whose commands from before";
+        assert!(error.contains(expected), "{error}");
+    }
+    // It ends as if nothing had happened.
+    let (own, reply) = a.take();
+    assert_eq!((own, reply.status), (head, GOOD));
+    let start = Instant::now();
+    while place.change("lun-add", "b", "4:0:ns2")["done"].is_null() {
+        assert!(start.elapsed() < DEADLINE);
+    }
+    drop(a);
+    ends_well(server);
+}
+
+#[test]
+fn people_are_told_in_words_what_there_is_and_what_was_refused() {
+    let place = Place::new();
+    let server = place.serve(Polling::Always);
+    let admin = place.0.join("admin");
+    let ask = |request: &AdminRequest| {
+        let answer = ask(&admin, request, false);
+        let text = answer.unwrap_or_else(|error| error.to_string());
+        text.replace(&format!("{}/", place.0.display()), "")
+    };
+    let path = place.0.join("b").display().to_string();
+    let lun = "7:300:ns3".parse().unwrap();
+    let add = AdminRequest::LunAdd { path, lun };
+    assert_eq!(ask(&add), "host b has 7:300:ns3\n");
+    let refused =
+        "cannot add 7:300:ns3 to host b: namespace 3 of device d0 would be served by b and by b";
+    assert!(ask(&add).starts_with(refused), "{}", ask(&add));
+    let list = ask(&AdminRequest::Luns {});
+    let lines: Vec<Vec<&str>> = list
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(lines[0], ["HOST", "PLACE", "DEVICE", "SIZE", "ACCESS"]);
+    assert_eq!(lines[4], ["b", "7:300:ns3", "d0", "32M", "read-write"]);
+    assert_eq!(lines.len(), 5);
+    ends_well(server);
+    let gone = ask(&add);
+    assert!(
+        gone.starts_with("cannot reach a server at admin: "),
+        "{gone}"
+    );
 }
 
 #[test]

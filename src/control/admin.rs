@@ -5,7 +5,7 @@
 //!                                      --> Events --> the guest's event queue
 //! ```
 //! A line is a request, and has one line for an answer ([`AdminRequest`], [`AdminAnswer`]). Who may connect may take disks
-//! away, so that only the server's user and root may. Clients share [`MAX_CLIENTS`] threads; requests are carried out one
+//! away, so that only the server's user and root may. A few clients are served at a time; requests are carried out one
 //! after the other.
 
 use std::fmt::Write as _;
@@ -170,6 +170,13 @@ impl Admin {
     fn add(&self, state: &mut State, path: &str, place: LunPlace) -> Answer {
         let (at, managed, host) = self.find(path)?;
         let refuse = |why: String| format!("cannot add {place} to host {path}: {why}");
+        if let Some(other) = self.left_by(state, managed.plan.device, place.nsid) {
+            return Err(refuse(format!(
+                "namespace {} was taken from host {other}, whose commands from before are at the device yet: try again \
+                 when they have ended",
+                place.nsid
+            )));
+        }
         self.check_use(at, place.nsid).map_err(refuse)?;
         let lun = Lun::new(place.lun).ok_or_else(|| refuse("there is no such LUN".to_owned()))?;
         let unit = state.units.unit_of(
@@ -229,6 +236,17 @@ impl Admin {
             })
         });
         !state.leaving.is_empty()
+    }
+
+    /// The host that has lost a namespace and has commands for it yet.
+    fn left_by(&self, state: &State, device: usize, nsid: u32) -> Option<&str> {
+        state.leaving.iter().find_map(|(at, index, _)| {
+            let managed = self.hosts.get(*at)?;
+            let target = managed.host()?.roster.target();
+            let unit = target.units().get(*index)?;
+            let same = managed.plan.device == device && unit.medium() == nsid;
+            same.then_some(managed.export.name.as_str())
+        })
     }
 
     /// The same rules as at the start.
