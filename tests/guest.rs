@@ -4,6 +4,8 @@
 //! needed, and run one test at a time. What a job may say is in `scripts/guest/job.sh`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "guest/conformance.rs"]
+mod conformance;
 #[path = "guest/firmware.rs"]
 mod firmware;
 #[path = "common/guest.rs"]

@@ -60,6 +60,8 @@ struct Storage {
     model: ModelHandle,
     units: [LogicalUnit; 2],
     barrier: Arc<Barrier>,
+    /// Of the request queues that its hosts will have.
+    layout: RingLayout,
 }
 
 /// Hosts of a device, at most.
@@ -95,6 +97,7 @@ impl Storage {
             model,
             units,
             barrier: Arc::new(Barrier::new(HOSTS).unwrap()),
+            layout: RingLayout::Split,
         }
     }
 }
@@ -103,6 +106,7 @@ struct Host {
     device: Arc<Device>,
     model: ModelHandle,
     poller: Option<Box<dyn Poll>>,
+    layout: RingLayout,
     requests: SimGuest,
     control: SimGuest,
     lanes: Vec<LaneId>,
@@ -166,6 +170,7 @@ impl Host {
             model,
             units,
             barrier,
+            layout,
         } = storage.clone();
         let mut table = MemoryTable::new(Arc::clone(&device.space));
         let file =
@@ -179,8 +184,8 @@ impl Host {
         };
         table.add(info, file).unwrap();
         let memory = table.snapshot().unwrap();
-        let ring = |base| SimGuestConfig {
-            layout: RingLayout::Split,
+        let ring = |base, layout| SimGuestConfig {
+            layout,
             size: SIZE,
             event_idx: true,
             indirect: true,
@@ -188,9 +193,11 @@ impl Host {
             first_index: 0,
             base: Gpa(base),
         };
-        let requests = SimGuest::new(Arc::clone(&memory), ring(BASE)).unwrap();
-        let control = SimGuest::new(Arc::clone(&memory), ring(BASE + 0x10_0000)).unwrap();
-        assert!(ring(BASE).bytes() < 0x10_0000);
+        let ring = [(BASE, layout), (BASE + 0x10_0000, RingLayout::Split)].map(|(base, layout)| {
+            assert!(ring(base, layout).bytes() < 0x10_0000);
+            SimGuest::new(Arc::clone(&memory), ring(base, layout)).unwrap()
+        });
+        let [requests, control] = ring;
 
         let lun = |number| Lun::new(number).unwrap();
         let [first, second] = units;
@@ -237,6 +244,7 @@ impl Host {
             device,
             model,
             poller: Some(poller),
+            layout,
             requests,
             control,
             lanes,
@@ -262,8 +270,13 @@ impl Host {
         // Chains that are in flight together must not overlap: eight descriptors are enough for each.
         self.next_head = (head + 8) % SIZE;
         assert!(chain.len() <= 8);
-        write_chain(&self.requests, head, chain);
-        self.requests.offer(head);
+        match self.layout {
+            RingLayout::Split => {
+                write_chain(&self.requests, head, chain);
+                self.requests.offer(head);
+            }
+            RingLayout::Packed => self.requests.offer_chain(head, &descriptors(head, chain)),
+        }
         self.requests.publish();
         head
     }
@@ -437,15 +450,22 @@ impl Host {
     }
 }
 
-fn write_chain(guest: &SimGuest, head: u16, chain: &[(u64, u32, u16)]) {
-    for (index, &(gpa, len, flags)) in (head..).zip(chain) {
-        let last = usize::from(index - head) + 1 == chain.len();
-        let descriptor = RawDescriptor {
+/// One descriptor behind the other, from an index on.
+fn descriptors(first: u16, chain: &[(u64, u32, u16)]) -> Vec<RawDescriptor> {
+    let descriptor = |(index, &(gpa, len, flags)): (u16, &(u64, u32, u16))| {
+        let last = usize::from(index - first) + 1 == chain.len();
+        RawDescriptor {
             gpa,
             len,
             flags: flags | if last { 0 } else { NEXT },
             next: index + 1,
-        };
+        }
+    };
+    (first..).zip(chain).map(descriptor).collect()
+}
+
+fn write_chain(guest: &SimGuest, head: u16, chain: &[(u64, u32, u16)]) {
+    for (index, descriptor) in (head..).zip(descriptors(head, chain)) {
         guest.write_descriptor(index, descriptor);
     }
 }

@@ -206,12 +206,12 @@ pub(super) enum Progress {
 /// the command is. 16 bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum CommandContext {
-    /// All of it: where the answer goes, and the bytes of data that the guest gets on success.
+    /// All of it: where the answer begins, and the bytes of data that the guest gets on success.
     Whole {
         lane: u16,
         head: HeadIndex,
         data_in: u32,
-        status: StatusByte,
+        answer: StatusByte,
     },
     /// A part, perhaps through a bounce buffer; the lane remembers the request.
     Part {

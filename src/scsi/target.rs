@@ -12,6 +12,7 @@ use super::attention::{self, Attention, Conditions};
 use super::command::{self, Cdb, Scope};
 use super::initiator::Initiator;
 use super::persistent::MAX_FULL_STATUS;
+use super::plain::PlainUnit;
 use super::sense::{MAX_SENSE_BYTES, Sense};
 use super::unit::{Listen, LogicalUnit, Settlement, ShareError, Tasks};
 use super::{Action, Exchange, Result};
@@ -501,6 +502,13 @@ impl Nexus {
     pub fn parameter_bytes(&self, unit: Option<usize>, cdb: &Cdb) -> u32 {
         let unit = unit.and_then(|index| self.target.units.get(index));
         command::parameter_bytes(cdb, unit)
+    }
+
+    /// A logical unit for the short way of most commands.
+    #[must_use]
+    pub fn plain(&self, unit: usize) -> Option<PlainUnit> {
+        let conditions = self.target.conditions.get(unit)?;
+        Some(self.target.units.get(unit)?.plain(conditions))
     }
 
     /// Carries a command out as far as that needs no block device. `unit` is what [`Self::find`] says of the address.

@@ -10,6 +10,7 @@ use super::attention::{Attention, Conditions, denied};
 use super::command::Cdb;
 use super::initiator::Initiator;
 use super::persistent;
+use super::plain::PlainUnit;
 use super::reservations::{Outcome, Reservations};
 use super::sense::Sense;
 use super::{Health, Lun, RangeLock};
@@ -76,8 +77,8 @@ impl Modes {
 
 /// What all hosts that have a logical unit share of it.
 #[derive(Debug)]
-struct Shared {
-    lock: RangeLock,
+pub(super) struct Shared {
+    pub(super) lock: RangeLock,
     /// See [`Modes::to_bits`].
     modes: AtomicU8,
     /// Filled from the front, and never emptied: initiators are those that the server was started with, and one that has the
@@ -150,6 +151,12 @@ impl Settlement {
 }
 
 impl Shared {
+    /// What MODE SELECT has made of it.
+    #[inline]
+    pub(super) fn modes(&self) -> Modes {
+        Modes::from_bits(self.modes.load(Ordering::Relaxed))
+    }
+
     fn new(lanes: usize) -> Arc<Shared> {
         Arc::new(Shared {
             lock: RangeLock::new(lanes),
@@ -303,7 +310,12 @@ impl LogicalUnit {
     /// What MODE SELECT has made of it.
     #[inline]
     pub(super) fn modes(&self) -> Modes {
-        Modes::from_bits(self.shared.modes.load(Ordering::Relaxed))
+        self.shared.modes()
+    }
+
+    /// Itself, for reads and writes of an initiator.
+    pub(super) fn plain(&self, conditions: &Arc<Conditions>) -> PlainUnit {
+        PlainUnit::new(conditions, &self.shared, self.geometry)
     }
 
     /// For all initiators, from their next command on; unless another one has changed them since they were `before`.

@@ -5,8 +5,8 @@
 //! is done for it. Knows nothing of commands or sense data: a CDB is bytes here. The data of a request stays in the chain.
 //! Start at [`parse`].
 
-use super::chain::Chain;
-use super::memory::Segment;
+use super::chain::{Chain, SoleExchange};
+use super::memory::{AnswerPlace, Segment};
 
 /// Response codes (virtio 1.2, 5.6.6.1.1 and 5.6.6.2). FUNCTION COMPLETE of task management is OK, too.
 pub mod response {
@@ -77,6 +77,13 @@ const TYPE_NOTIFICATION_SUBSCRIBE: u32 = 2;
 const HEADER_BYTES: usize = 19;
 /// Bytes of a response before its sense data.
 const RESPONSE_BYTES: u32 = 12;
+/// Bytes of a CDB and of sense data unless a driver changes them.
+const DEFAULT_CDB: u32 = 32;
+const DEFAULT_SENSE: u32 = 96;
+/// Bytes of a whole request of such sizes.
+pub const SHORT_REQUEST_BYTES: usize = HEADER_BYTES + DEFAULT_CDB as usize;
+/// Bytes of a whole response.
+pub const SHORT_RESPONSE_BYTES: usize = (RESPONSE_BYTES + DEFAULT_SENSE) as usize;
 /// The most that a CDB or sense data may have.
 const MAX_SIZE: u32 = 256;
 /// Pieces that a response may lie in: enough for any driver, since they put it into one.
@@ -91,7 +98,10 @@ pub struct Sizes {
 
 impl Sizes {
     /// What they are unless a driver changes them.
-    pub const DEFAULT: Sizes = Sizes { cdb: 32, sense: 96 };
+    pub const DEFAULT: Sizes = Sizes {
+        cdb: DEFAULT_CDB,
+        sense: DEFAULT_SENSE,
+    };
 
     /// `None` for sizes beyond 256 bytes, or no CDB.
     #[must_use]
@@ -122,6 +132,17 @@ impl ResponsePlace {
             count: u8::try_from(count).ok()?,
             len: u16::try_from(len).ok()?,
         })
+    }
+
+    /// In one piece.
+    pub fn whole(segment: Segment) -> ResponsePlace {
+        let mut pieces = [Segment::EMPTY; MAX_PIECES];
+        pieces[0] = segment;
+        ResponsePlace {
+            pieces,
+            count: 1,
+            len: u16::try_from(segment.len()).unwrap_or(u16::MAX),
+        }
     }
 
     fn write(&self, bytes: &[u8]) {
@@ -176,6 +197,24 @@ pub fn parse(chain: &mut Chain, sizes: Sizes) -> Option<ScsiRequest> {
     Some(request)
 }
 
+/// A request that was taken off the ring in short.
+pub type ShortExchange = SoleExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES>;
+
+/// Its place of an answer.
+pub type ShortResponse = AnswerPlace<SHORT_RESPONSE_BYTES>;
+
+/// [`parse`] of it: what addresses a logical unit, and the first 16 bytes of the CDB.
+#[inline(always)]
+#[must_use]
+pub fn parse_short(exchange: &ShortExchange) -> ([u8; 8], [[u8; 8]; 2]) {
+    let header = &exchange.header;
+    let cdb = [
+        header.read::<HEADER_BYTES>(),
+        header.read::<{ HEADER_BYTES + 8 }>(),
+    ];
+    (header.read::<0>(), cdb)
+}
+
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ending<'a> {
@@ -205,6 +244,15 @@ pub fn finish(place: &ResponsePlace, ending: &Ending<'_>) -> u32 {
     place.write(&bytes[..usize::from(place.len)]);
     // Chains hold fewer than 2^32 bytes, the response included.
     u32::from(place.len).wrapping_add(ending.data_in)
+}
+
+/// [`finish`] of one that ended with GOOD, and with all its data moved.
+#[inline(always)]
+pub fn finish_short(place: ShortResponse, data_in: u32) -> u32 {
+    // GOOD, OK, no residual and no sense data are zeroes.
+    place.fill(&[0; SHORT_RESPONSE_BYTES]);
+    // As there.
+    (RESPONSE_BYTES + DEFAULT_SENSE).wrapping_add(data_in)
 }
 
 /// What the control queue carries.

@@ -1,11 +1,16 @@
 //! The lane of a SCSI host: commands for the logical units of one device. What a command needs of the device becomes NVMe
 //! commands as a block request does; what it does not is answered at once.
+//!
+//! Nearly all commands are reads and writes of one buffer that one NVMe command carries out: those go the short way, from
+//! the ring to the submission queue in [`StartShort`]. What that does not know, or does not like, is taken off the ring anew
+//! by the long way, and then only what that reads counts.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use nvme_driver::spec::{Nsid, Status};
-use nvme_driver::transport::Transport;
+use nvme_driver::DataSegment;
+use nvme_driver::spec::{LbaRange, Nsid, Status, SubmissionEntry, Transfer};
+use nvme_driver::transport::{Iova, Transport};
 
 use super::control::Barrier;
 use super::{
@@ -18,12 +23,16 @@ use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
     Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
-    MAX_SENSE_BYTES, MAX_UNITS, Nexus, RangeLock, Sense, status,
+    MAX_SENSE_BYTES, MAX_UNITS, Nexus, PlainUnit, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
-use crate::virtio::memory::GuestMemory;
-use crate::virtio::scsi::{self, Ending, ResponsePlace, Sizes, response};
-use crate::virtio::virtqueue::{HeadIndex, Virtqueue};
+use crate::virtio::chain::AcceptExchange;
+use crate::virtio::memory::{GuestMemory, MainRegion, StatusByte};
+use crate::virtio::scsi::{
+    self, Ending, ResponsePlace, SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES, ShortExchange,
+    ShortResponse, Sizes, response,
+};
+use crate::virtio::virtqueue::{HeadIndex, RingLayout, Virtqueue};
 
 /// What a lane of a SCSI host is made of.
 #[derive(Debug)]
@@ -64,6 +73,9 @@ pub(in crate::datapath) struct Scsi {
     nexus: Arc<Nexus>,
     /// By logical unit: see [`Front::lose_cache`].
     cache_lost: Box<[bool]>,
+    /// Of the guest's memory; `None` where requests or responses are not as long as usual, which the short way does not know.
+    main: Option<MainRegion<SHORT_REQUEST_BYTES>>,
+    known: Known,
     /// By head, of a request that has failed: see [`Failure`].
     information: Box<[Option<u64>]>,
     /// A command's parameter list.
@@ -78,6 +90,50 @@ pub(in crate::datapath) struct Scsi {
     errands: [Option<(HeadIndex, Place)>; PLACES],
     /// How many.
     errand_count: u16,
+}
+
+/// Logical units by how a guest addresses them: those that it has asked for lately.
+#[derive(Debug)]
+struct Known(Box<[Option<KnownUnit>; KNOWN_UNITS]>);
+
+/// Places for them: a guest with more finds some of them the long way now and then.
+const KNOWN_UNITS: usize = 256;
+
+#[derive(Debug)]
+struct KnownUnit {
+    lun: [u8; 8],
+    unit: PlainUnit,
+    /// Of a read and of a write.
+    transfers: [Transfer; 2],
+}
+
+impl Known {
+    fn new() -> Known {
+        Known(Box::new([const { None }; KNOWN_UNITS]))
+    }
+
+    /// Targets and LUNs count from 0 on, mostly one of the two.
+    #[inline(always)]
+    fn place([_, target, _, lun, ..]: [u8; 8]) -> usize {
+        usize::from(target ^ lun)
+    }
+
+    #[inline(always)]
+    fn find(&self, lun: [u8; 8]) -> Option<&KnownUnit> {
+        let known = self.0[Known::place(lun)].as_ref();
+        known.filter(|known| known.lun == lun)
+    }
+
+    fn forget(&mut self) {
+        self.0.fill_with(|| None);
+    }
+
+    #[inline(always)]
+    fn learn(&mut self, lun: [u8; 8], known: impl FnOnce() -> Option<KnownUnit>) {
+        if self.find(lun).is_none() {
+            self.0[Known::place(lun)] = known();
+        }
+    }
 }
 
 /// Where the lane stands before the [`Barrier`].
@@ -225,6 +281,55 @@ fn verify(range: BlockRange, against: Against, fua: bool) -> Step {
     }
 }
 
+/// Where the answer to a request of the short way goes, from what its context remembers.
+#[inline(always)]
+fn whole_response(answer: StatusByte) -> ShortResponse {
+    // SAFETY: contexts of commands that are all of a request of a SCSI lane are made by `StartShort` alone.
+    unsafe { ShortResponse::at(answer) }
+}
+
+/// Sends a read or write that one command carries out at once.
+struct StartShort<'a, T: Transport> {
+    known: &'a Known,
+    lane: u16,
+    pair: &'a mut Pair<T>,
+}
+
+impl<T: Transport> AcceptExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES> for StartShort<'_, T> {
+    /// Whether it writes, and how many bytes.
+    type Accepted = (bool, u32);
+
+    #[inline(always)]
+    fn accept<const WRITE: bool>(self, exchange: ShortExchange) -> Option<(bool, u32)> {
+        let (lun, cdb) = scsi::parse_short(&exchange);
+        let known = self.known.find(lun)?;
+        let range = known.unit.transfer(cdb, WRITE)?;
+        let (blocks, len) = (range.count.get(), exchange.len);
+        // There may be more or less room.
+        if u64::from(blocks).wrapping_shl(known.unit.block_shift()) != u64::from(len) {
+            return None;
+        }
+        let slba = range.lba.get();
+        let data = DataSegment {
+            iova: Iova(exchange.dma),
+            len,
+        };
+        let transfer = known.transfers[usize::from(WRITE)];
+        let sent = self
+            .pair
+            .queue
+            .submit_short(transfer, LbaRange { slba, blocks }, data);
+        let cid = sent.ok()?;
+        *self.pair.context(cid) = CommandContext::Whole {
+            lane: self.lane,
+            head: exchange.head,
+            data_in: if WRITE { 0 } else { len },
+            answer: exchange.answer.first(),
+        };
+        Some((WRITE, len))
+    }
+}
+
 /// Writes the response to a request that is no command for anybody here.
 fn refuse(place: &ResponsePlace, response: u8) -> u32 {
     let ending = Ending {
@@ -268,24 +373,12 @@ impl Front for Scsi {
             || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
     }
 
+    #[inline(always)]
     fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
-        let commands = lane.counters.commands;
-        for _ in 0..most {
-            match lane.queue.pop(&lane.config.memory, &mut lane.chain) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(error) => {
-                    lane.break_ring(&error);
-                    break;
-                }
-            }
-            lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
-            lane.start(pair);
-            if lane.work.is_some() {
-                break;
-            }
+        match lane.queue.layout() {
+            RingLayout::Split => lane.fetch_from::<T, false>(pair, most),
+            RingLayout::Packed => lane.fetch_from::<T, true>(pair, most),
         }
-        lane.count_doorbell(commands);
     }
 
     fn fail(lane: &mut RequestLane<Scsi>, most: u16) {
@@ -375,6 +468,19 @@ impl Front for Scsi {
 }
 
 impl Scsi {
+    /// A guest addresses a unit so.
+    fn learn(&mut self, lun: [u8; 8], unit: usize) {
+        let nexus = &self.nexus;
+        self.known.learn(lun, || {
+            let nsid = Nsid(nexus.target().units().get(unit)?.medium());
+            Some(KnownUnit {
+                lun,
+                unit: nexus.plain(unit)?,
+                transfers: [Transfer::read(nsid), Transfer::write(nsid, false)],
+            })
+        });
+    }
+
     /// The logical unit that an answer is from.
     fn unit_of(&self, place: &Place) -> Option<&LogicalUnit> {
         self.nexus.target().units().get(usize::from(place.unit))
@@ -392,6 +498,8 @@ impl RequestLane<Scsi> {
         let front = Scsi {
             sizes: config.sizes,
             cache_lost: vec![false; target.units().len().max(MAX_UNITS)].into(),
+            main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
+            known: Known::new(),
             information: vec![None; config.queue.size().into()].into(),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
@@ -447,6 +555,101 @@ impl RequestLane<Scsi> {
             }
             self.front.nexus = next;
         }
+        self.front.known.forget();
+    }
+
+    /// Takes up to `most` requests from a ring that is `PACKED` or not; see [`RequestLane::<Blk>::fetch_from`].
+    #[inline(never)]
+    fn fetch_from<T: Transport, const PACKED: bool>(&mut self, pair: &mut Pair<T>, most: u16) {
+        let commands = self.counters.commands;
+        let main = self.front.main;
+        let mut taken = 0_u16;
+        while taken < most {
+            let short = main.as_ref().and_then(|main| {
+                let start = StartShort {
+                    known: &self.front.known,
+                    lane: self.slot,
+                    pair,
+                };
+                self.queue.pop_exchange::<_, _, PACKED, _>(main, start)
+            });
+            if let Some((write, len)) = short {
+                self.counters.commands = self.counters.commands.wrapping_add(1);
+                self.count_transfer(write, len);
+            } else if !self.start_next(pair) {
+                break;
+            }
+            taken = taken.wrapping_add(1);
+        }
+        let gate = &mut self.front.gate;
+        gate.left = gate.left.saturating_sub(taken);
+        self.count_doorbell(commands);
+    }
+
+    /// The next request, the long way. `false` when there is none, or it became work.
+    #[inline(never)]
+    fn start_next<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        match self.queue.pop(&self.config.memory, &mut self.chain) {
+            Ok(true) => {}
+            Ok(false) => return false,
+            Err(error) => {
+                self.break_ring(&error);
+                return false;
+            }
+        }
+        self.start(pair);
+        self.work.is_none()
+    }
+
+    /// The command that was all of the request at `head` has completed, and well.
+    #[inline(always)]
+    pub(in crate::datapath) fn request_done(
+        &mut self,
+        head: HeadIndex,
+        answer: StatusByte,
+        data_in: u32,
+    ) {
+        let response = whole_response(answer);
+        self.queue
+            .push_used(head, scsi::finish_short(response, data_in));
+    }
+
+    /// It has failed: the long way has the words for it. `sent` is the command.
+    #[cold]
+    pub(in crate::datapath) fn request_failed(
+        &mut self,
+        head: HeadIndex,
+        answer: StatusByte,
+        sent: Option<SubmissionEntry>,
+        failure: Failure,
+    ) {
+        let front = &self.front;
+        let (Some(sent), Some(response)) = (
+            sent,
+            front
+                .main
+                .and_then(|main| main.bytes_of(whole_response(answer))),
+        ) else {
+            // Cannot be: it was sent, and taken from there.
+            return self.answer(head, 0);
+        };
+        // A namespace is behind one logical unit of a host.
+        let units = front.nexus.target().units();
+        let mut media = units.iter().map(LogicalUnit::medium);
+        let unit = media.position(|medium| medium == sent.nsid.get());
+        let shift = unit
+            .and_then(|unit| units.get(unit))
+            .map_or(0, |unit| unit.geometry().block_shift());
+        let place = Place {
+            response: ResponsePlace::whole(response),
+            residual: 0,
+            residual_failed: sent.lba_range().blocks << shift,
+            unit: unit
+                .and_then(|unit| u16::try_from(unit).ok())
+                .unwrap_or(u16::MAX),
+        };
+        self.remember(head, place, 0);
+        self.command_done(head, Some(failure));
     }
 
     /// Task management waits for the commands that were there before it. Whether there may be any more in the ring, or
@@ -471,7 +674,7 @@ impl RequestLane<Scsi> {
     /// If everything that was fetched has ended, and the guest can see it.
     #[cold]
     fn pass(&mut self) {
-        if self.queue.in_flight() > self.front.errand_count || self.work.is_some() {
+        if self.work.is_some() || self.queue.heads_in_flight() > self.front.errand_count.into() {
             return;
         }
         let gate = &mut self.front.gate;
@@ -512,7 +715,7 @@ impl RequestLane<Scsi> {
         let (barrier, lock) = (&gate.barrier, unit_of.lock());
         // Those who wait for this lane need not wait for what waits for them: it has nothing at the device yet. Nor has what
         // waits for the clerk.
-        if self.queue.in_flight() == 1 + self.front.errand_count {
+        if self.queue.heads_in_flight() == 1 + usize::from(self.front.errand_count) {
             barrier.be_quiet(gate.number);
         }
         if let Wait::Lock { .. } | Wait::Turn { .. } = wait {
@@ -588,6 +791,9 @@ impl RequestLane<Scsi> {
         let cdb = Cdb::new(cdb);
         let nexus = Arc::clone(&self.front.nexus);
         let unit = nexus.find(address);
+        if let Some(unit) = unit {
+            self.front.learn(request.lun, unit);
+        }
         let wanted = nexus.parameter_bytes(unit, &cdb);
         if u64::from(wanted) > readable {
             return self.refuse(head, &place, response::OVERRUN);
