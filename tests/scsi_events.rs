@@ -223,13 +223,28 @@ fn unit_that_comes_and_goes_is_told_of_and_others_of_its_target_are_told_why() {
         assert_eq!(b.run(&WRITE, &[0x77; 512]).status, GOOD);
         a.lun = at(0, 1);
         assert_eq!(a.says(&READ, 512), [0x77; 512]);
+        for _ in 0..2 {
+            assert_eq!(a.run(&WRITE, &[0x78; 512]).status, GOOD);
+        }
 
         place.remove("a", "0:1");
         events.says((RESET, [1, 0, 0, 1, 0, 0, 0, 0], REMOVED));
         for _ in 0..2 {
+            assert_eq!(a.run(&WRITE, &[0x79; 512]).sense, Some((5, 0x25, 0)));
             assert_eq!(a.run(&READ, &[]).sense, Some((5, 0x25, 0)));
             assert_eq!(a.says(&INQUIRY, 1), [0x7f]);
         }
+        assert_eq!(b.says(&READ, 512), [0x78; 512]);
+        // Another one at a place where one was written to is another one.
+        a.lun = lun;
+        assert_eq!(a.run(&WRITE, &[0x5b; 512]).status, GOOD);
+        place.remove("a", "3:300");
+        place.add("a", "3:300:ns2");
+        events.says((RESET, lun, REMOVED));
+        events.says((RESET, lun, RESCAN));
+        a.is_told(0x29, 0x00);
+        assert_eq!(a.run(&WRITE, &[0x7a; 512]).status, GOOD);
+        assert_eq!(b.says(&READ, 512), [0x7a; 512]);
         a.lun = at(0, 0);
         a.is_told(0x3f, 0x0e);
         assert_eq!(a.run(&[0; 6], &[]).status, GOOD);
