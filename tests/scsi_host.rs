@@ -16,7 +16,7 @@ use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
 use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{
-    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
+    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, SideConfig, Signal,
 };
 use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
@@ -88,6 +88,7 @@ impl Storage {
             let namespace = device.namespace(Nsid(nsid)).unwrap();
             let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
             LogicalUnit::new(geometry, "serial")
+                .with_medium(nsid)
                 .with_volatile_cache(true)
                 .with_provisioning(true, true, true)
         });
@@ -215,10 +216,9 @@ impl Host {
             memory: Arc::clone(&memory),
             sizes,
             nexus: Arc::clone(&nexus),
-            namespaces: [Nsid(1), Nsid(2)].into(),
             barrier: Arc::clone(&barrier),
             number,
-            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), number),
+            desk: clerk.desk(Arc::clone(&barrier), number),
             volatile_cache: true,
             call: signal(),
             error: signal(),
@@ -226,17 +226,19 @@ impl Host {
             shared: Arc::default(),
         }));
         poller.attach(Lane::control(ControlConfig {
-            id: lanes[1],
-            // SAFETY: as above.
-            queue: unsafe { control.virtqueue() }.unwrap(),
-            memory,
+            side: SideConfig {
+                id: lanes[1],
+                // SAFETY: as above.
+                queue: unsafe { control.virtqueue() }.unwrap(),
+                memory,
+                call: signal(),
+                error: signal(),
+                kick: None,
+                shared: Arc::default(),
+            },
             nexus,
             barrier,
             lanes: number..number + 1,
-            call: signal(),
-            error: signal(),
-            kick: None,
-            shared: Arc::default(),
         }));
         let mut host = Host {
             device,

@@ -44,6 +44,31 @@ pub mod task {
     pub const QUERY_TASK_SET: u32 = 7;
 }
 
+/// Events, reasons, and feature bits that let them be sent (virtio 1.2, 5.6.3 and 5.6.6.3).
+pub mod event {
+    /// VIRTIO_SCSI_F_HOTPLUG: logical units appear and disappear.
+    pub const F_HOTPLUG: u64 = 1 << 1;
+    /// VIRTIO_SCSI_F_CHANGE: parameters of logical units change.
+    pub const F_CHANGE: u64 = 1 << 2;
+    /// Nothing; the buffer carries [`EVENTS_MISSED`].
+    pub const NO_EVENT: u32 = 0;
+    /// A logical unit was reset, has appeared or has disappeared.
+    pub const TRANSPORT_RESET: u32 = 1;
+    /// A parameter has changed: the reason is its ASC, and its ASCQ in the second byte.
+    pub const PARAM_CHANGE: u32 = 3;
+    /// Events before this one were dropped.
+    pub const EVENTS_MISSED: u32 = 1 << 31;
+    /// Of a reset: the logical unit was reset, and is still there.
+    pub const RESET_HARD: u32 = 0;
+    /// Of a reset: the logical unit has appeared.
+    pub const RESET_RESCAN: u32 = 1;
+    /// The logical unit has disappeared.
+    pub const RESET_REMOVED: u32 = 2;
+}
+
+/// Bytes of an event.
+const EVENT_BYTES: u32 = 16;
+
 const TYPE_TASK_MANAGEMENT: u32 = 0;
 const TYPE_NOTIFICATION_QUERY: u32 = 1;
 const TYPE_NOTIFICATION_SUBSCRIBE: u32 = 2;
@@ -285,4 +310,19 @@ pub fn finish_control(place: &ResponsePlace, response: u8) -> u32 {
     let bytes = [0, 0, 0, 0, response];
     place.write(&bytes[bytes.len() - usize::from(place.len).min(5)..]);
     place.len.into()
+}
+
+/// Takes the place of an event off the chain just popped; `None` if there is not enough of it.
+pub fn parse_event(chain: &mut Chain) -> Option<ResponsePlace> {
+    ResponsePlace::take(chain, EVENT_BYTES)
+}
+
+/// Writes an event, and returns the used length for its head.
+pub fn finish_event(place: &ResponsePlace, event: u32, lun: [u8; 8], reason: u32) -> u32 {
+    let mut bytes = [0; EVENT_BYTES as usize];
+    bytes[..4].copy_from_slice(&event.to_le_bytes());
+    bytes[4..12].copy_from_slice(&lun);
+    bytes[12..].copy_from_slice(&reason.to_le_bytes());
+    place.write(&bytes);
+    EVENT_BYTES
 }

@@ -23,7 +23,8 @@ const RESPONSE: u64 = 0x200;
 const DATA: u64 = 0x400;
 const SIZE: u16 = 64;
 pub const DEADLINE: Duration = Duration::from_secs(10);
-const FEATURES: u64 = F_PROTOCOL | F_VERSION_1 | F_INDIRECT | F_EVENT_IDX;
+/// HOTPLUG and CHANGE among them.
+pub const FEATURES: u64 = F_PROTOCOL | F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | 1 << 1 | 1 << 2;
 
 pub const GOOD: u8 = 0x00;
 pub const CHECK: u8 = 0x02;
@@ -42,7 +43,7 @@ impl Place {
     }
 
     pub fn connect(&self, name: &str) -> Client {
-        Client::connect(&self.0.join(name))
+        Client::connect(&self.0.join(name), FEATURES)
     }
 }
 
@@ -71,11 +72,12 @@ pub struct Client {
     /// Whom its commands are for.
     pub lun: [u8; 8],
     /// Dropped first: the server must not miss the rest.
-    _front_end: FrontEnd,
+    pub front_end: FrontEnd,
     driver: SimGuest,
     next: u16,
-    _shared: SharedMemory,
-    _kick_and_call: (fs::File, fs::File),
+    pub shared: SharedMemory,
+    /// Of each queue, to kick and to be called by.
+    pub files: Vec<(u32, (fs::File, fs::File))>,
 }
 
 /// How a command ended.
@@ -87,7 +89,7 @@ pub struct Reply {
 }
 
 impl Client {
-    fn connect(path: &Path) -> Client {
+    pub fn connect(path: &Path, features: u64) -> Client {
         let front_end = FrontEnd::connect(path);
         front_end.negotiate();
         let shared = SharedMemory::new(Gpa(BASE), MEMORY);
@@ -102,16 +104,25 @@ impl Client {
         };
         assert!(config.bytes() < MEMORY / 2);
         let driver = SimGuest::new(std::sync::Arc::clone(&shared.memory), config).unwrap();
-        front_end.share(FEATURES, &shared);
-        let files = front_end.start_queue(2, &driver, &shared);
-        Client {
+        front_end.share(features, &shared);
+        let mut client = Client {
             lun: [1, 0, 0x40, 0, 0, 0, 0, 0],
-            _front_end: front_end,
+            front_end,
             driver,
             next: 0,
-            _shared: shared,
-            _kick_and_call: files,
-        }
+            shared,
+            files: Vec::new(),
+        };
+        let files = client
+            .front_end
+            .start_queue(2, &client.driver, &client.shared);
+        client.files.push((2, files));
+        client
+    }
+
+    pub fn kick(&self, index: u32) {
+        let queue = self.files.iter().find(|(own, _)| *own == index);
+        rustix::io::write(&queue.unwrap().1.0, &1_u64.to_ne_bytes()).unwrap();
     }
 
     fn slot(head: u16) -> u64 {
@@ -149,8 +160,7 @@ impl Client {
         }
         self.driver.offer(head);
         self.driver.publish();
-        let kick = 1_u64.to_ne_bytes();
-        rustix::io::write(&self._kick_and_call.0, &kick).unwrap();
+        self.kick(2);
         head
     }
 

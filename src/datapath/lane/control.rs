@@ -10,19 +10,14 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::time::Instant;
 
-use nvme_driver::transport::Armed;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{LaneId, State, max_segments, scsi};
-use crate::datapath::signal::Signal;
+use super::scsi;
+use super::side::{SideConfig, SideRing};
 use crate::scsi::{Address, Nexus, Tasks};
-use crate::stats::{QueueCounters, SharedCounters, StageTimes};
-use crate::virtio::chain::Chain;
-use crate::virtio::memory::GuestMemory;
 use crate::virtio::scsi::{Control, ResponsePlace, finish_control, parse_control, response, task};
-use crate::virtio::virtqueue::{HeadIndex, Virtqueue};
+use crate::virtio::virtqueue::HeadIndex;
 
 /// Control requests that are taken in one turn.
 const FETCH_BUDGET: u16 = 8;
@@ -78,6 +73,12 @@ impl Barrier {
             lanes: (0..lanes).map(|_| stand()).collect::<io::Result<_>>()?,
             nobody: waker()?,
         })
+    }
+
+    /// For how many lanes it is.
+    #[must_use]
+    pub fn lanes(&self) -> usize {
+        self.lanes.len()
     }
 
     pub(super) fn waker(&self, lane: usize) -> BorrowedFd<'_> {
@@ -155,7 +156,7 @@ impl Barrier {
     }
 
     /// The number that `lanes` have to pass; `lanes` is asked for after it was taken.
-    pub(super) fn ask<I: Iterator<Item = usize>>(&self, lanes: impl FnOnce() -> I) -> u64 {
+    pub fn ask<I: Iterator<Item = usize>>(&self, lanes: impl FnOnce() -> I) -> u64 {
         let number = self.numbers.fetch_add(1, Ordering::SeqCst) + 1;
         // Pairs with `enter`: a lane that is not found among `lanes` finds this number taken.
         fence(Ordering::SeqCst);
@@ -178,6 +179,12 @@ impl Barrier {
             let stand = self.lanes.get(lane);
             stand.is_none_or(|stand| word(stand).load(Ordering::Acquire) >= number)
         })
+    }
+
+    /// All commands of `lanes` from before a number have ended.
+    #[must_use]
+    pub fn have_ended(&self, lanes: impl Iterator<Item = usize>, number: u64) -> bool {
+        self.are_past(lanes, number, |stand| &stand.ended)
     }
 
     /// No command of `lanes` from before a number is at the device.
@@ -212,36 +219,23 @@ impl Tasks for HostTasks {
 /// What the lane of a control queue is made of.
 #[derive(Debug)]
 pub struct ControlConfig {
-    /// Its name.
-    pub id: LaneId,
-    /// The ring, complete.
-    pub queue: Virtqueue,
-    /// The guest's memory; the lane keeps it mapped.
-    pub memory: Arc<GuestMemory>,
-    /// The guest, and what it reaches.
+    /// The ring and the guest.
+    pub side: SideConfig,
+    /// The guest as an initiator, and what it reaches.
     pub nexus: Arc<Nexus>,
     /// Where its host's lanes are waited for.
     pub barrier: Arc<Barrier>,
     /// Their numbers.
     pub lanes: Range<usize>,
-    /// The call eventfd.
-    pub call: Arc<Signal>,
-    /// The error eventfd.
-    pub error: Arc<Signal>,
-    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
-    pub kick: Option<OwnedFd>,
-    /// Where others read this virtqueue's counters.
-    pub shared: Arc<SharedCounters>,
 }
 
-/// A control queue in service.
+/// What is done with the requests of a control queue.
 #[derive(Debug)]
-pub(in crate::datapath) struct ControlLane {
-    config: ControlConfig,
-    chain: Chain,
+pub(super) struct TaskManager {
+    nexus: Arc<Nexus>,
+    barrier: Arc<Barrier>,
+    lanes: Range<usize>,
     waiting: Option<Waiting>,
-    state: State,
-    pub(super) counters: QueueCounters,
 }
 
 /// A function that waits for commands to end.
@@ -254,140 +248,51 @@ struct Waiting {
     function: u32,
 }
 
-impl ControlLane {
-    pub(super) fn new(mut config: ControlConfig) -> ControlLane {
-        config.queue.request_signal();
-        config.queue.suppress_kicks();
-        ControlLane {
-            chain: Chain::new(max_segments(config.queue.size())),
+impl TaskManager {
+    pub(super) fn new(nexus: Arc<Nexus>, barrier: Arc<Barrier>, lanes: Range<usize>) -> Self {
+        TaskManager {
+            nexus,
+            barrier,
+            lanes,
             waiting: None,
-            state: State::Running,
-            counters: config.shared.snapshot(),
-            config,
         }
     }
 
-    pub(super) fn id(&self) -> LaneId {
-        self.config.id
-    }
-
-    pub(super) fn base(&self) -> u32 {
-        self.config.queue.base()
-    }
-
-    pub(super) fn drain(&mut self) {
-        self.state = State::Draining;
-    }
-
-    pub(super) fn is_draining(&self) -> bool {
-        self.state == State::Draining
-    }
-
-    pub(super) fn is_drained(&self) -> bool {
-        self.state == State::Draining && self.config.queue.in_flight() == 0
-    }
-
-    pub(super) fn publish_counters(&self) {
-        self.config.shared.publish(&self.counters);
+    /// Other lanes do not tell when they have let a function pass.
+    pub(super) fn waits(&self) -> bool {
+        self.waiting.is_some()
     }
 
     #[inline]
-    pub(super) fn wants(&self) -> bool {
-        self.waiting.is_some() || (self.state == State::Running && self.config.queue.has_request())
-    }
-
-    pub(super) fn kick(&self) -> Option<BorrowedFd<'_>> {
-        self.config.kick.as_ref().map(AsFd::as_fd)
-    }
-
-    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
-        std::mem::replace(&mut self.config.kick, kick)
-    }
-
-    pub(super) fn arm(&mut self) -> Armed {
-        // Other lanes do not tell when they have let a function pass.
-        if self.waiting.is_some() {
-            return Armed::Pending;
-        }
-        if self.state != State::Running {
-            return Armed::Yes;
-        }
-        match self.config.queue.request_kicks() {
-            Ok(true) => Armed::Pending,
-            Ok(false) if self.config.kick.is_none() => Armed::Never,
-            Ok(false) => Armed::Yes,
-            Err(_) => {
-                self.break_ring();
-                Armed::Yes
-            }
-        }
-    }
-
-    pub(super) fn disarm(&mut self) {
-        self.config.queue.suppress_kicks();
-    }
-
-    /// It has no commands that would be timed.
-    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
-        self.publish();
-        (Instant::now(), None)
-    }
-
-    pub(super) fn stages(&self) -> &StageTimes {
-        &self.config.shared.stages
-    }
-
-    fn break_ring(&mut self) {
-        self.state = State::Broken;
-        self.counters.malformed += 1;
-        self.config.error.signal();
-    }
-
-    pub(super) fn publish(&mut self) {
-        self.config.queue.publish_used();
-        if self.config.queue.needs_signal() && self.config.call.signal() {
-            self.counters.notifications += 1;
-        }
+    pub(super) fn wants(&self, ring: &SideRing) -> bool {
+        self.waits() || self.nexus.successor().is_some() || ring.has_request()
     }
 
     /// Takes requests from the ring, one after the other: a function that waits holds up those behind it.
     #[cold]
-    pub(super) fn fetch(&mut self) -> bool {
+    pub(super) fn fetch(&mut self, ring: &mut SideRing) -> bool {
+        while let Some(next) = self.nexus.successor().map(Arc::clone) {
+            self.nexus = next;
+        }
         let mut busy = self.waiting.is_some();
         for _ in 0..FETCH_BUDGET {
-            if !self.go_on() || self.state != State::Running {
+            if !self.go_on(ring) || !ring.pop() {
                 break;
             }
-            let taken = match self.config.queue.available() {
-                Ok(0) => Ok(false),
-                Ok(_) => self.config.queue.pop(&self.config.memory, &mut self.chain),
-                Err(error) => Err(error),
-            };
-            match taken {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(_) => {
-                    self.break_ring();
-                    break;
-                }
-            }
             busy = true;
-            self.start();
+            self.start(ring);
         }
         busy
     }
 
     /// Ends the function that waits, if it need not any longer. Whether none waits.
-    fn go_on(&mut self) -> bool {
+    fn go_on(&mut self, ring: &mut SideRing) -> bool {
         match self.waiting.take() {
             Some(waiting)
-                if self.config.barrier.are_past(
-                    self.config.lanes.clone(),
-                    waiting.number,
-                    |stand| &stand.ended,
-                ) && self.attend(&waiting) =>
+                if self.barrier.have_ended(self.lanes.clone(), waiting.number)
+                    && self.attend(&waiting) =>
             {
-                self.answer(waiting.head, &waiting.place, response::OK);
+                answer(ring, waiting.head, &waiting.place, response::OK);
                 true
             }
             waiting => {
@@ -399,7 +304,7 @@ impl ControlLane {
 
     /// What was reset says so with its next command (SAM-5, 5.14). `false` when the next turn is to try again.
     fn attend(&self, waiting: &Waiting) -> bool {
-        let nexus = &self.config.nexus;
+        let nexus = &self.nexus;
         match waiting.function {
             task::LOGICAL_UNIT_RESET => nexus
                 .find(waiting.address)
@@ -409,26 +314,24 @@ impl ControlLane {
         }
     }
 
-    fn start(&mut self) {
-        let head = self.chain.head();
-        let Some((control, place)) = parse_control(&mut self.chain) else {
-            self.counters.malformed += 1;
-            self.config.queue.push_used(head, 0);
-            return;
+    fn start(&mut self, ring: &mut SideRing) {
+        let head = ring.chain.head();
+        let Some((control, place)) = parse_control(&mut ring.chain) else {
+            return ring.give_back_malformed(head);
         };
         let (function, lun) = match control {
             Control::Task { function, lun } => (Some(function), lun),
             Control::Notification { lun } => (None, lun),
         };
-        let nexus = &self.config.nexus;
+        let nexus = &self.nexus;
         let address = scsi::address(lun).filter(|address| nexus.has_target(*address));
         let Some(address) = address else {
-            return self.answer(head, &place, response::BAD_TARGET);
+            return answer(ring, head, &place, response::BAD_TARGET);
         };
         let absent = matches!(address, Address::Unit { .. }) && nexus.find(address).is_none();
         // The reset of a nexus is about a target, whatever the LUN.
         if absent && function != Some(task::I_T_NEXUS_RESET) {
-            return self.answer(head, &place, response::INCORRECT_LUN);
+            return answer(ring, head, &place, response::INCORRECT_LUN);
         }
         match function {
             Some(
@@ -441,22 +344,22 @@ impl ControlLane {
                 | task::QUERY_TASK
                 | task::QUERY_TASK_SET),
             ) => {
-                self.counters.tasks += 1;
+                ring.counters.tasks += 1;
                 self.waiting = Some(Waiting {
                     head,
                     place,
-                    number: self.config.barrier.ask(|| self.config.lanes.clone()),
+                    number: self.barrier.ask(|| self.lanes.clone()),
                     address,
                     function,
                 });
             }
-            Some(_) => self.answer(head, &place, response::FUNCTION_REJECTED),
-            None => self.answer(head, &place, response::OK),
+            Some(_) => answer(ring, head, &place, response::FUNCTION_REJECTED),
+            None => answer(ring, head, &place, response::OK),
         }
     }
+}
 
-    fn answer(&mut self, head: HeadIndex, place: &ResponsePlace, response: u8) {
-        let written = finish_control(place, response);
-        self.config.queue.push_used(head, written);
-    }
+fn answer(ring: &mut SideRing, head: HeadIndex, place: &ResponsePlace, response: u8) {
+    let written = finish_control(place, response);
+    ring.queue.push_used(head, written);
 }

@@ -23,7 +23,7 @@ use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
     Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
-    MAX_SENSE_BYTES, Nexus, PlainUnit, RangeLock, Sense, status,
+    MAX_SENSE_BYTES, MAX_UNITS, Nexus, PlainUnit, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
 use crate::virtio::chain::AcceptExchange;
@@ -45,10 +45,8 @@ pub struct ScsiLaneConfig {
     pub memory: Arc<GuestMemory>,
     /// Sizes of the fields of a request.
     pub sizes: Sizes,
-    /// The guest, and what it reaches.
+    /// The guest, and what it reaches: logical units whose medium is the NSID of a namespace.
     pub nexus: Arc<Nexus>,
-    /// The namespace behind each logical unit.
-    pub namespaces: Arc<[Nsid]>,
     /// Where the control queue waits for this lane.
     pub barrier: Arc<Barrier>,
     /// Its number among those that the barrier knows.
@@ -71,8 +69,8 @@ pub struct ScsiLaneConfig {
 #[derive(Debug)]
 pub(in crate::datapath) struct Scsi {
     sizes: Sizes,
+    /// Changed by [`RequestLane::keep_up`] alone.
     nexus: Arc<Nexus>,
-    namespaces: Arc<[Nsid]>,
     /// By logical unit: see [`Front::lose_cache`].
     cache_lost: Box<[bool]>,
     /// Of the guest's memory; `None` where requests or responses are not as long as usual, which the short way does not know.
@@ -124,6 +122,10 @@ impl Known {
     fn find(&self, lun: [u8; 8]) -> Option<&KnownUnit> {
         let known = self.0[Known::place(lun)].as_ref();
         known.filter(|known| known.lun == lun)
+    }
+
+    fn forget(&mut self) {
+        self.0.fill_with(|| None);
     }
 
     #[inline(always)]
@@ -345,6 +347,9 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn may_fetch(lane: &mut RequestLane<Scsi>) -> bool {
+        if lane.front.nexus.successor().is_some() {
+            lane.keep_up();
+        }
         if lane.front.errand_count > 0 && lane.collect() {
             // To be published first.
             return false;
@@ -465,9 +470,9 @@ impl Front for Scsi {
 impl Scsi {
     /// A guest addresses a unit so.
     fn learn(&mut self, lun: [u8; 8], unit: usize) {
-        let (namespaces, nexus) = (&self.namespaces, &self.nexus);
+        let nexus = &self.nexus;
         self.known.learn(lun, || {
-            let nsid = *namespaces.get(unit)?;
+            let nsid = Nsid(nexus.target().units().get(unit)?.medium());
             Some(KnownUnit {
                 lun,
                 unit: nexus.plain(unit)?,
@@ -492,14 +497,13 @@ impl RequestLane<Scsi> {
         let passed = config.barrier.enter(config.number);
         let front = Scsi {
             sizes: config.sizes,
-            cache_lost: vec![false; target.units().len()].into(),
+            cache_lost: vec![false; target.units().len().max(MAX_UNITS)].into(),
             main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
             known: Known::new(),
             information: vec![None; config.queue.size().into()].into(),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
-            namespaces: config.namespaces,
             desk: config.desk,
             errands: [None; PLACES],
             errand_count: 0,
@@ -603,9 +607,10 @@ impl RequestLane<Scsi> {
             return self.answer(head, 0);
         };
         // A namespace is behind one logical unit of a host.
-        let mut namespaces = front.namespaces.iter();
-        let unit = namespaces.position(|nsid| nsid.0 == sent.nsid.get());
         let units = front.nexus.target().units();
+        let unit = units
+            .iter()
+            .position(|unit| unit.medium() == sent.nsid.get());
         let shift = unit
             .and_then(|unit| units.get(unit))
             .map_or(0, |unit| unit.geometry().block_shift());
@@ -619,6 +624,34 @@ impl RequestLane<Scsi> {
         };
         self.remember(head, place, 0);
         self.command_done(head, Some(failure));
+    }
+
+    /// The host shows other logical units than it did. From the next command on the guest meets those; what is in flight
+    /// goes by index, and an index is another's only when nothing of the one before is in flight.
+    ///
+    /// Whoever has this lane wait for a number has made the successor before: it is found before the number is passed.
+    #[cold]
+    fn keep_up(&mut self) {
+        while let Some(next) = self.front.nexus.successor().map(Arc::clone) {
+            let number = self.front.gate.number;
+            let (old, new) = (self.front.nexus.target().units(), next.target().units());
+            for (at, unit) in new.iter().enumerate() {
+                let before = old.get(at);
+                if before.is_some_and(|before| before.is(unit)) {
+                    continue;
+                }
+                if let Some(before) = before {
+                    before.lock().leave(number);
+                }
+                unit.lock().enter(number);
+                if let Some(lost) = self.front.cache_lost.get_mut(at) {
+                    *lost = false;
+                }
+            }
+            // Before the nexus goes that keeps what is forgotten: nothing is freed here.
+            self.front.known.forget();
+            self.front.nexus = next;
+        }
     }
 
     /// Task management waits for the commands that were there before it. Whether there may be any more in the ring, or
@@ -848,7 +881,8 @@ impl RequestLane<Scsi> {
     ) {
         let front = &mut self.front;
         let len = (wanted as usize).min(front.parameters.len());
-        let left = unit.and_then(|unit| front.desk.leave(unit, cdb, &front.parameters[..len]));
+        let (desk, nexus) = (&front.desk, &front.nexus);
+        let left = unit.and_then(|unit| desk.leave(nexus, unit, cdb, &front.parameters[..len]));
         match left.and_then(|at| front.errands.get_mut(at)) {
             Some(errand) => {
                 *errand = Some((head, place));
@@ -912,15 +946,11 @@ impl RequestLane<Scsi> {
         carry: &Carry,
         nexus: &Nexus,
     ) {
-        // Both tables have a place for every logical unit.
-        let (Some(nsid), Some(unit)) = (
-            self.front.namespaces.get(carry.unit).copied(),
-            nexus.target().units().get(carry.unit),
-        ) else {
+        let Some(unit) = nexus.target().units().get(carry.unit) else {
             return self.refuse(head, &place.response, response::FAILURE);
         };
         let medium = Medium {
-            nsid,
+            nsid: Nsid(unit.medium()),
             block_shift: unit.geometry().block_shift(),
             durable: carry.fua,
         };
