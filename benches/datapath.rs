@@ -2,7 +2,7 @@
 //! callgrind. Everything that is counted happens inside [`turn`]; of that, the embedded controller's part happens inside
 //! its `Slot::service`.
 //!
-//! `datapath BATCH ROUNDS [packed] [scsi]`: in each round the guest has BATCH new 4 KiB reads in one virtqueue, a split one of
+//! `datapath BATCH ROUNDS [packed] [scsi [long]]`: in each round the guest has BATCH new 4 KiB reads in one virtqueue, a split one of
 //! a block device if nothing else is said, and there are as many turns as it takes to get them to the device. BATCH 0 counts turns that find
 //! nothing to do.
 #![allow(clippy::unwrap_used)] // as in the tests whose rig it shares
@@ -77,6 +77,8 @@ impl Load for Blk {
 struct Scsi {
     guest: RigGuest,
     packed: bool,
+    /// READ (12), which the short way does not know.
+    long: bool,
     next: u16,
     _clerk: Clerk,
 }
@@ -89,7 +91,7 @@ const REQUEST_BYTES: u32 = 19 + 32;
 const RESPONSE_BYTES: u32 = 12 + 96;
 
 impl Scsi {
-    fn new(rig: &mut Rig, setup: &GuestSetup) -> Scsi {
+    fn new(rig: &mut Rig, setup: &GuestSetup, long: bool) -> Scsi {
         let (mut guest, _) = rig.make_guest(setup);
         guest.driver.disable_signals();
         let driver = &guest.driver;
@@ -140,6 +142,7 @@ impl Scsi {
         Scsi {
             guest,
             packed: setup.layout == RingLayout::Packed,
+            long,
             next: 0,
             _clerk: clerk,
         }
@@ -154,11 +157,12 @@ impl Load for Scsi {
         let gpa = driver.data_at(head).0;
         let mut request = [0; REQUEST_BYTES as usize];
         request[0] = 1;
-        // READ (10).
-        request[19] = 0x28;
+        // READ (10) or (12).
+        request[19] = if self.long { 0xa8 } else { 0x28 };
         request[21..25].copy_from_slice(&u32::try_from(sector).unwrap().to_be_bytes());
         let blocks = u16::try_from(BYTES / 512).unwrap();
-        request[26..28].copy_from_slice(&blocks.to_be_bytes());
+        let at = if self.long { 27 } else { 26 };
+        request[at..at + 2].copy_from_slice(&blocks.to_be_bytes());
         driver.write(Gpa(gpa), &request);
         let table = RawDescriptor {
             gpa: gpa + TABLE_AT,
@@ -215,7 +219,7 @@ fn main() {
     };
     assert!(batch <= u64::from(setup.queue_size));
     let mut load: Box<dyn Load> = if is("scsi") {
-        Box::new(Scsi::new(&mut rig, &setup))
+        Box::new(Scsi::new(&mut rig, &setup, is("long")))
     } else {
         let mut guest = rig.add_guest(&setup);
         assert!(guest.indirect);

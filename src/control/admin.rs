@@ -32,6 +32,8 @@ use crate::scsi::Lun;
 
 /// Clients at a time.
 const MAX_CLIENTS: usize = 8;
+/// How long one too many is kept waiting.
+const CROWD_PATIENCE: Duration = Duration::from_millis(250);
 /// How long a client may take to read.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long it may say nothing.
@@ -371,7 +373,13 @@ pub(super) fn serve(admin: &Admin, listener: &Listener) {
                     continue;
                 }
             };
-            if clients.load(Ordering::Acquire) >= MAX_CLIENTS {
+            // One that has hung up may not have been noticed yet.
+            let start = Instant::now();
+            let crowded = || clients.load(Ordering::Acquire) >= MAX_CLIENTS;
+            while crowded() && start.elapsed() < CROWD_PATIENCE && !stop.is_set() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if crowded() {
                 let error = format!("{MAX_CLIENTS} clients are at this socket already: close one");
                 // Nobody waits for one that does not even read.
                 let _ = stream.set_write_timeout(Some(Duration::from_millis(10)));

@@ -531,33 +531,6 @@ impl RequestLane<Scsi> {
         RequestLane::with_front(config.queue, parts, front)
     }
 
-    /// The host shows other logical units than it did. From the next command on the guest meets those; what is in flight
-    /// goes by index, and an index is another's only when nothing of the one before is in flight.
-    ///
-    /// Whoever has this lane wait for a number has made the successor before: it is found before the number is passed.
-    #[cold]
-    fn keep_up(&mut self) {
-        while let Some(next) = self.front.nexus.successor().map(Arc::clone) {
-            let number = self.front.gate.number;
-            let (old, new) = (self.front.nexus.target().units(), next.target().units());
-            for (at, unit) in new.iter().enumerate() {
-                let before = old.get(at);
-                if before.is_some_and(|before| before.is(unit)) {
-                    continue;
-                }
-                if let Some(before) = before {
-                    before.lock().leave(number);
-                }
-                unit.lock().enter(number);
-                if let Some(lost) = self.front.cache_lost.get_mut(at) {
-                    *lost = false;
-                }
-            }
-            self.front.nexus = next;
-        }
-        self.front.known.forget();
-    }
-
     /// Takes up to `most` requests from a ring that is `PACKED` or not; see [`RequestLane::<Blk>::fetch_from`].
     #[inline(never)]
     fn fetch_from<T: Transport, const PACKED: bool>(&mut self, pair: &mut Pair<T>, most: u16) {
@@ -635,8 +608,9 @@ impl RequestLane<Scsi> {
         };
         // A namespace is behind one logical unit of a host.
         let units = front.nexus.target().units();
-        let mut media = units.iter().map(LogicalUnit::medium);
-        let unit = media.position(|medium| medium == sent.nsid.get());
+        let unit = units
+            .iter()
+            .position(|unit| unit.medium() == sent.nsid.get());
         let shift = unit
             .and_then(|unit| units.get(unit))
             .map_or(0, |unit| unit.geometry().block_shift());
@@ -650,6 +624,34 @@ impl RequestLane<Scsi> {
         };
         self.remember(head, place, 0);
         self.command_done(head, Some(failure));
+    }
+
+    /// The host shows other logical units than it did. From the next command on the guest meets those; what is in flight
+    /// goes by index, and an index is another's only when nothing of the one before is in flight.
+    ///
+    /// Whoever has this lane wait for a number has made the successor before: it is found before the number is passed.
+    #[cold]
+    fn keep_up(&mut self) {
+        while let Some(next) = self.front.nexus.successor().map(Arc::clone) {
+            let number = self.front.gate.number;
+            let (old, new) = (self.front.nexus.target().units(), next.target().units());
+            for (at, unit) in new.iter().enumerate() {
+                let before = old.get(at);
+                if before.is_some_and(|before| before.is(unit)) {
+                    continue;
+                }
+                if let Some(before) = before {
+                    before.lock().leave(number);
+                }
+                unit.lock().enter(number);
+                if let Some(lost) = self.front.cache_lost.get_mut(at) {
+                    *lost = false;
+                }
+            }
+            // Before the nexus goes that keeps what is forgotten: nothing is freed here.
+            self.front.known.forget();
+            self.front.nexus = next;
+        }
     }
 
     /// Task management waits for the commands that were there before it. Whether there may be any more in the ring, or
