@@ -14,6 +14,8 @@ mod lab;
 mod report;
 #[path = "common/server.rs"]
 mod server;
+#[path = "guest/thousand.rs"]
+mod thousand;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
