@@ -14,6 +14,8 @@ mod lab;
 mod report;
 #[path = "common/server.rs"]
 mod server;
+#[path = "guest/slow.rs"]
+mod slow;
 #[path = "guest/thousand.rs"]
 mod thousand;
 

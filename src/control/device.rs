@@ -1,6 +1,7 @@
 //! A claimed device: its controller, its namespaces, and the pollers made from its queue pairs. The transport is
 //! chosen here once and hidden behind [`DeviceControl`]; the data path stays statically dispatched.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use nvme_driver::spec::{
 };
 use nvme_driver::transport::{Notice, Transport};
 use nvme_driver::{Controller, Disabled, Enabled, Health, Namespace};
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::datapath::{Poll, Poller, Service};
 use crate::scsi::{self, HealthReport};
@@ -51,6 +53,9 @@ pub enum DeviceError {
         /// What it said.
         error: nvme_model::ModelError,
     },
+    /// The system.
+    #[error("cannot wake the thread that looks after a device: {0}")]
+    Bell(#[from] rustix::io::Errno),
     /// It was given up.
     #[error("device {name} is lost")]
     Lost {
@@ -462,6 +467,8 @@ pub struct Device {
     pub health: Arc<scsi::Health>,
     /// Its DMA windows.
     pub space: Arc<DmaSpace>,
+    /// Rung for its keeper.
+    bell: Arc<OwnedFd>,
     control: Mutex<Option<Box<dyn DeviceControl>>>,
 }
 
@@ -521,6 +528,7 @@ impl Device {
             no_write_zeroes,
             health: Arc::default(),
             space: Arc::clone(&space),
+            bell: Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?),
             control: Mutex::new(Some(Box::new(Controlled {
                 name: name.to_owned(),
                 controller: Some(controller),
@@ -541,6 +549,12 @@ impl Device {
             .iter()
             .map(|info| &info.namespace)
             .find(|namespace| namespace.nsid == nsid)
+    }
+
+    /// An eventfd that tells its keeper of commands to be aborted.
+    #[must_use]
+    pub fn bell(&self) -> &Arc<OwnedFd> {
+        &self.bell
     }
 
     /// Flush means something.

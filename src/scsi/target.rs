@@ -103,6 +103,8 @@ pub struct Target {
     places: Vec<((u8, Lun), usize)>,
     /// In the order given.
     units: Vec<LogicalUnit>,
+    /// By unit: the target identifier.
+    ids: Vec<u8>,
     /// By unit: what the initiator is to be told of it.
     conditions: Vec<Arc<Conditions>>,
 }
@@ -126,11 +128,13 @@ impl Target {
             .collect();
         places.sort();
         places.dedup_by_key(|(place, _)| *place);
+        let ids = units.iter().map(|(target, ..)| *target).collect();
         let units: Vec<LogicalUnit> = units.into_iter().map(|(_, _, unit)| unit).collect();
         let conditions = units.iter().map(|unit| unit.share(initiator));
         Ok(Target {
             initiator: initiator.clone(),
             places,
+            ids,
             conditions: conditions.collect::<std::result::Result<_, _>>()?,
             units,
         })
@@ -140,6 +144,12 @@ impl Target {
     #[must_use]
     pub fn units(&self) -> &[LogicalUnit] {
         &self.units
+    }
+
+    /// The target identifier of one of them.
+    #[must_use]
+    pub fn id_of(&self, unit: usize) -> Option<u8> {
+        self.ids.get(unit).copied()
     }
 
     /// Which logical unit is there.
@@ -261,8 +271,8 @@ impl Nexus {
         }
     }
 
-    /// A unit is reset: what anybody reserved of it as SPC-2 has it is no longer reserved, and all are told. `false` when
-    /// that is to be tried again.
+    /// A unit is reset: what anybody reserved of it as SPC-2 has it is no longer reserved, its modes are what they were when
+    /// the server started, and all are told. `false` when that is to be tried again.
     pub fn reset_unit(&self, index: usize) -> bool {
         let Some(unit) = self.target.units.get(index) else {
             return true;
@@ -271,6 +281,7 @@ impl Nexus {
             return false;
         };
         unit.forget_reserve(&mut state, None);
+        unit.reset_modes();
         self.attend(index, Attention::Reset);
         self.attend_others(index, Attention::Reset);
         true

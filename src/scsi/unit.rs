@@ -46,7 +46,8 @@ pub struct LogicalUnit {
 /// Request queues of a logical unit that nobody has said the number of.
 const DEFAULT_LANES: usize = 64;
 
-/// What an initiator may change about a logical unit, for all of them. All of it is off when the server starts.
+/// What an initiator may change about a logical unit, for all of them. All of it is off when the server starts, and after a
+/// reset of the unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Modes {
     /// WCE = 0, of a disk with a volatile cache.
@@ -201,6 +202,12 @@ impl LogicalUnit {
         }
     }
 
+    /// The same of all hosts that have it, and of no other logical unit.
+    #[must_use]
+    pub fn identity(&self) -> usize {
+        Arc::as_ptr(&self.shared).addr()
+    }
+
     /// What it is called.
     #[must_use]
     pub fn with_ids(self, ids: UnitIds) -> LogicalUnit {
@@ -267,6 +274,12 @@ impl LogicalUnit {
             .modes
             .compare_exchange(from, to, Ordering::Release, Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// None are saved, so a reset leads back to the default ones (SPC-4, 7.5.1).
+    pub(super) fn reset_modes(&self) {
+        let default = Modes::default().to_bits();
+        self.shared.modes.store(default, Ordering::Release);
     }
 
     /// Whether each write has to be durable when it ends.

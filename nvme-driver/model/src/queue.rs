@@ -150,6 +150,8 @@ pub struct IoCounters {
     pub compares: u64,
     /// 512-byte units that they read.
     pub units_compared: u64,
+    /// Commands that were ended by an Abort.
+    pub aborted: u64,
     /// Commands that ended with an error.
     pub errors: u64,
 }
@@ -167,6 +169,7 @@ impl IoCounters {
         self.deallocated_ranges += other.deallocated_ranges;
         self.compares += other.compares;
         self.units_compared += other.units_compared;
+        self.aborted += other.aborted;
         self.errors += other.errors;
     }
 }
@@ -374,6 +377,7 @@ impl DeviceQueue {
             .retain(|Reverse(delayed)| delayed.entry.cid.get() != cid);
         let found = self.delayed.len() < before;
         if found {
+            self.counters.aborted += 1;
             self.complete(cid, Status::ABORT_REQUESTED, 0);
         }
         found

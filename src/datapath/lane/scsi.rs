@@ -3,6 +3,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nvme_driver::spec::{Nsid, Status};
 use nvme_driver::transport::Transport;
@@ -17,7 +18,7 @@ use crate::datapath::errand::{Desk, PLACES};
 use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
-    Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
+    Action, Address, Attention, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
     MAX_SENSE_BYTES, Nexus, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
@@ -87,7 +88,7 @@ pub(in crate::datapath) struct Scsi {
 struct Gate {
     barrier: Arc<Barrier>,
     number: usize,
-    /// The last task management that this lane has let pass: all commands from before it have ended.
+    /// The last number that this lane has let pass: all commands from before it have ended.
     passed: u64,
     /// The one that is to pass next.
     wanted: u64,
@@ -95,6 +96,34 @@ struct Gate {
     left: u16,
     /// None is left: nothing is fetched until all have ended.
     closed: bool,
+    /// The last order of task management that was carried out.
+    obeyed: u64,
+    /// The one that is next.
+    ordered: u64,
+    /// Requests that may still be older than that.
+    older: u16,
+    /// None is left, and those that the order means are known.
+    all_known: bool,
+    /// How many of those have not ended.
+    ending: u16,
+}
+
+impl Gate {
+    /// The last number that it was told, and that of an order.
+    #[inline(always)]
+    fn asked(&self) -> (u64, u64) {
+        (
+            self.barrier.wanted(self.number),
+            self.barrier.ordered(self.number),
+        )
+    }
+
+    /// A request was taken from the ring.
+    #[inline(always)]
+    fn count(&mut self) {
+        self.left = self.left.saturating_sub(1);
+        self.older = self.older.saturating_sub(1);
+    }
 }
 
 /// Where an answer goes, and what it says beside the status.
@@ -106,6 +135,10 @@ pub(in crate::datapath) struct Place {
     residual_failed: u32,
     /// The logical unit.
     unit: u16,
+    /// The guest's name for the command.
+    id: u64,
+    /// Task management wants its end: the response then, or 0.
+    ended: u8,
 }
 
 /// The first 8 bytes of a request (virtio 1.2, 5.6.6.1): the REPORT LUNS well-known logical unit, or a target and a LUN.
@@ -249,8 +282,17 @@ impl Front for Scsi {
             return false;
         }
         let gate = &lane.front.gate;
-        let wanted = gate.barrier.wanted(gate.number);
-        wanted == gate.passed || lane.approach(wanted)
+        let (wanted, ordered) = gate.asked();
+        (wanted == gate.passed && ordered == gate.obeyed) || lane.attend_to(wanted, ordered)
+    }
+
+    fn held_up<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>) {
+        let requests = &lane.requests;
+        pair.abort(lane.slot, |head| {
+            let place = requests.get(usize::from(head.get()));
+            let place = place.and_then(|request| request.place.as_ref());
+            place.is_some_and(|place| place.ended != 0)
+        });
     }
 
     /// While the gate is closed, completions are waited for, and they tell of themselves. Other lanes do not.
@@ -261,9 +303,12 @@ impl Front for Scsi {
         if front.errand_count > 0 && (0..PLACES).any(|at| front.desk.is_settled(at)) {
             return true;
         }
-        let wanted = gate.barrier.wanted(gate.number);
-        let waits = gate.closed && gate.wanted == wanted && lane.queue.in_flight() > 0;
+        let (wanted, ordered) = gate.asked();
+        let busy = lane.queue.in_flight() > 0;
+        let waits = gate.closed && gate.wanted == wanted && busy;
+        let obeys = gate.all_known && gate.ordered == ordered && busy;
         (wanted != gate.passed && !waits)
+            || (ordered != gate.obeyed && !obeys)
             || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
     }
 
@@ -278,7 +323,7 @@ impl Front for Scsi {
                     break;
                 }
             }
-            lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
+            lane.front.gate.count();
             lane.start(pair);
             if lane.work.is_some() {
                 break;
@@ -292,7 +337,7 @@ impl Front for Scsi {
             if !lane.pop_cold() {
                 break;
             }
-            lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
+            lane.front.gate.count();
             lane.counters.errors += 1;
             let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
                 let outcome = translate(Status::INTERNAL_ERROR, None);
@@ -312,7 +357,20 @@ impl Front for Scsi {
         data_in: u32,
         failure: Option<Status>,
     ) -> u32 {
+        if place.ended != 0 {
+            self.gate.ending = self.gate.ending.saturating_sub(1);
+        }
         match failure {
+            Some(failure) if place.ended != 0 && failure.is(Status::ABORT_REQUESTED) => {
+                let ending = Ending {
+                    response: place.ended,
+                    status: status::GOOD,
+                    sense: &[],
+                    residual: place.residual_failed,
+                    data_in: 0,
+                };
+                scsi::finish(&place.response, &ending)
+            }
             None => finish(
                 &place.response,
                 None,
@@ -327,6 +385,12 @@ impl Front for Scsi {
                 finish(&place.response, unit, outcome, place.residual_failed, 0)
             }
         }
+    }
+
+    /// A comparison that finds a difference has not, nor has what the guest itself wanted to end.
+    fn is_error(place: &Place, status: Status) -> bool {
+        let wanted = place.ended != 0 && status.is(Status::ABORT_REQUESTED);
+        !wanted && !status.is(Status::COMPARE_FAILURE)
     }
 
     /// Of several commands that say where it was the first place counts.
@@ -359,7 +423,8 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn published(lane: &mut RequestLane<Scsi>) {
-        if lane.front.gate.closed {
+        let gate = &lane.front.gate;
+        if gate.closed || gate.ordered != gate.obeyed {
             lane.pass();
         }
     }
@@ -387,7 +452,7 @@ impl RequestLane<Scsi> {
         for unit in target.units() {
             unit.lock().enter(config.number);
         }
-        let passed = config.barrier.enter(config.number);
+        let (passed, obeyed) = config.barrier.enter(config.number);
         let front = Scsi {
             sizes: config.sizes,
             cache_lost: vec![false; target.units().len()].into(),
@@ -406,6 +471,11 @@ impl RequestLane<Scsi> {
                 wanted: passed,
                 left: 0,
                 closed: false,
+                obeyed,
+                ordered: obeyed,
+                older: 0,
+                all_known: false,
+                ending: 0,
             },
             locks: None,
         };
@@ -423,9 +493,99 @@ impl RequestLane<Scsi> {
         RequestLane::with_front(config.queue, parts, front)
     }
 
-    /// Task management waits for the commands that were there before it. Whether there may be any more in the ring, or
-    /// work to go on with.
+    /// Whether requests may be taken, or work gone on with.
     #[cold]
+    fn attend_to(&mut self, wanted: u64, ordered: u64) -> bool {
+        let goes_on = ordered == self.front.gate.obeyed || self.obey(ordered);
+        goes_on && (wanted == self.front.gate.passed || self.approach(wanted))
+    }
+
+    /// Task management wants some of the commands to end that were there before it. Those are marked when it is heard of,
+    /// so that none holds up the others; and again when all are known, which the ring had then. `false` when any was
+    /// marked, which at the device are to be aborted, or when there is something to be told.
+    fn obey(&mut self, ordered: u64) -> bool {
+        let gate = &mut self.front.gate;
+        let fresh = gate.ordered != ordered;
+        if fresh {
+            gate.ordered = ordered;
+            gate.older = self.queue.size();
+            gate.all_known = false;
+        }
+        if gate.all_known {
+            // If so, that is something to be told.
+            return !self.has_obeyed();
+        }
+        let more = self.state == State::Running && gate.older > 0 && self.queue.has_request();
+        gate.all_known = !more;
+        // What is taken from the ring meanwhile may become work, which nothing is taken behind.
+        if !fresh && more && self.work.is_none() {
+            return true;
+        }
+        !self.mark() && !self.has_obeyed()
+    }
+
+    /// All commands that orders mean have ended, but for the guest to see it.
+    fn has_obeyed(&self) -> bool {
+        self.front.gate.all_known && self.front.gate.ending == 0
+    }
+
+    /// Marks the commands that orders mean. `true` when there are any that were not.
+    fn mark(&mut self) -> bool {
+        let Scsi {
+            gate,
+            nexus,
+            errands,
+            ..
+        } = &mut self.front;
+        let barrier = Arc::clone(&gate.barrier);
+        let target = nexus.target();
+        let mut any = false;
+        for (order, found) in barrier.orders(gate.number, gate.obeyed, gate.ordered) {
+            let requests = self.requests.iter_mut();
+            let places = requests.filter_map(|request| request.place.as_mut());
+            let errands = errands.iter_mut().flatten().map(|(_, place)| place);
+            for place in places.chain(errands) {
+                let index = usize::from(place.unit);
+                let (Some(unit), Some(id)) = (target.units().get(index), target.id_of(index))
+                else {
+                    continue;
+                };
+                if !order.means(unit, id, place.id) {
+                    continue;
+                }
+                found.store(true, Ordering::Relaxed);
+                if order.is_query() || place.ended != 0 {
+                    continue;
+                }
+                place.ended = order.response(gate.number);
+                gate.ending += 1;
+                any = true;
+                if order.clears_others(gate.number) {
+                    nexus.attend(index, Attention::CommandsCleared);
+                }
+            }
+        }
+        any |= self.cut_work();
+        any
+    }
+
+    /// Work whose end is wanted goes no further. `true` if there is any.
+    fn cut_work(&mut self) -> bool {
+        let Some(work) = &mut self.work else {
+            return false;
+        };
+        let head = work.head;
+        let place = &self.requests[usize::from(head.get())].place;
+        if matches!(work.step, Step::Done) || place.as_ref().is_none_or(|place| place.ended == 0) {
+            return false;
+        }
+        work.step = Step::Done;
+        self.fail_request(head, Status::ABORT_REQUESTED);
+        true
+    }
+
+    /// Others wait for the commands that were there before. Whether there may be any more in the ring, or work to go on
+    /// with.
     fn approach(&mut self, wanted: u64) -> bool {
         let gate = &mut self.front.gate;
         if gate.wanted != wanted {
@@ -442,20 +602,29 @@ impl RequestLane<Scsi> {
         false
     }
 
-    /// If everything that was fetched has ended, and the guest can see it.
+    /// What was wanted of this lane is done, and the guest can see it: says so, if that is so.
     #[cold]
     fn pass(&mut self) {
+        let has_obeyed = self.has_obeyed();
+        let gate = &mut self.front.gate;
+        if gate.ordered != gate.obeyed && has_obeyed {
+            gate.obeyed = gate.ordered;
+            gate.barrier.obey(gate.number, gate.obeyed);
+        }
+        if gate.closed {
+            self.let_pass();
+        }
+    }
+
+    /// If everything that was fetched has ended.
+    fn let_pass(&mut self) {
         if self.queue.in_flight() > self.front.errand_count || self.work.is_some() {
             return;
         }
         let gate = &mut self.front.gate;
         gate.barrier.sweep(gate.number, gate.wanted);
-        if self.front.errand_count > 0 {
-            return;
-        }
         gate.closed = false;
         gate.passed = gate.wanted;
-        gate.barrier.pass(gate.number, gate.passed);
     }
 
     /// Task management wakes a poller that sleeps.
@@ -615,6 +784,8 @@ impl RequestLane<Scsi> {
                     unit: unit
                         .and_then(|unit| u16::try_from(unit).ok())
                         .unwrap_or(u16::MAX),
+                    id: request.id,
+                    ended: 0,
                 };
                 self.defer(head, place, unit, &cdb, wanted);
             }
@@ -629,6 +800,8 @@ impl RequestLane<Scsi> {
                     residual_failed: residual,
                     // LUNs have 14 bits.
                     unit: u16::try_from(carry.unit).unwrap_or(u16::MAX),
+                    id: request.id,
+                    ended: 0,
                 };
                 self.carry(pair, head, place, &carry, &nexus);
             }
@@ -674,6 +847,10 @@ impl RequestLane<Scsi> {
             };
             self.front.errands[at] = None;
             self.front.errand_count -= 1;
+            if place.ended != 0 {
+                // It had begun and could not be stopped: its answer is as ever.
+                self.front.gate.ending = self.front.gate.ending.saturating_sub(1);
+            }
             let (residual, sense) = match action {
                 Action::Good => {
                     self.counters.immediate += 1;
