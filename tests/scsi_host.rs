@@ -4,6 +4,8 @@
 
 #[path = "scsi_host/compare.rs"]
 mod compare;
+#[path = "scsi_host/copy.rs"]
+mod copy;
 #[path = "scsi_host/tasks.rs"]
 mod tasks;
 #[path = "scsi_host/verify.rs"]
@@ -91,6 +93,7 @@ impl Storage {
             LogicalUnit::new(geometry, "serial")
                 .with_volatile_cache(true)
                 .with_provisioning(true, true, true)
+                .with_copy(device.copy_blocks(Nsid(nsid)))
         });
         Storage {
             device: Arc::new(device),

@@ -575,6 +575,17 @@ impl Device {
         !self.no_write_zeroes && self.identity.supports(oncs::WRITE_ZEROES)
     }
 
+    /// Blocks of a namespace that one Copy may copy from one range; 0 where there is no Copy.
+    #[must_use]
+    pub fn copy_blocks(&self, nsid: Nsid) -> u32 {
+        let mut namespaces = self.namespaces.iter();
+        let info = namespaces.find(|info| info.namespace.nsid == nsid);
+        match info.filter(|_| self.identity.supports(oncs::COPY)) {
+            Some(info) => u32::from(info.identify.mssrl.get()).min(info.identify.mcl.get()),
+            None => 0,
+        }
+    }
+
     /// Asks the device how it is, and tells it to those who have its [`Device::health`].
     ///
     /// # Errors

@@ -170,6 +170,12 @@ enum Step {
         /// From the medium: what a cache holds may be fine, and the medium not.
         fua: bool,
     },
+    /// `done` blocks of the ranges that begin at `range` are copied; at most `most` at a time, one after the other.
+    Copy {
+        range: usize,
+        done: u32,
+        most: u32,
+    },
     Flush,
     /// Something that is not for the device to do; see [`Front::wait`].
     Wait(Wait),
@@ -871,6 +877,7 @@ impl<F: Front> RequestLane<F> {
                 Step::Discard { .. } => self.issue_discard(pair, &mut work),
                 Step::Same { .. } => self.issue_same(pair, &mut work),
                 Step::Verify { .. } => self.issue_verify(pair, &mut work),
+                Step::Copy { .. } => self.issue_copy(pair, &mut work),
                 Step::Flush => self.issue_flush(pair, &mut work),
                 Step::Wait(_) => F::wait(self, &mut work),
                 Step::Done => Progress::Finished,
@@ -1048,6 +1055,46 @@ impl<F: Front> RequestLane<F> {
             Err(SubmitError::Full) => Progress::Blocked,
             Err(SubmitError::Prp(_)) => Progress::Failed,
         }
+    }
+
+    /// One command after the other: what a segment reads may be what the one before has written.
+    fn issue_copy<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Copy { range, done, most } = work.step else {
+            return Progress::Failed;
+        };
+        let request = &self.requests[usize::from(work.head.get())];
+        // One stands for the issuing itself.
+        if request.pending > 1 {
+            return Progress::Blocked;
+        }
+        let ranges = self.ranges.as_slice();
+        let (Some(source), Some(destination), None) =
+            (ranges.get(range), ranges.get(range + 1), request.failure)
+        else {
+            return Progress::Finished;
+        };
+        let blocks = (source.count.get() - done).min(most).clamp(1, MAX_BLOCKS);
+        let from = LbaRange {
+            slba: source.lba.get() + u64::from(done),
+            blocks,
+        };
+        let to = destination.lba.get() + u64::from(done);
+        let Medium { nsid, durable, .. } = work.medium;
+        let Ok(cid) = pair.queue.submit_copy(nsid, to, from, durable) else {
+            return Progress::Blocked;
+        };
+        *pair.context(cid) = CommandContext::Part {
+            lane: self.slot,
+            head: work.head,
+            bounce: None,
+        };
+        let done = done + blocks;
+        let (range, done) = match done == source.count.get() {
+            true => (range + 2, 0),
+            false => (range, done),
+        };
+        work.step = Step::Copy { range, done, most };
+        Progress::Issued
     }
 
     /// Through a bounce buffer with as many copies of the block as it has room for.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::attention::{self, Attention, Conditions};
 use super::command::{self, Cdb, Scope};
+use super::copy::CopyLog;
 use super::initiator::Initiator;
 use super::persistent::MAX_FULL_STATUS;
 use super::sense::{MAX_SENSE_BYTES, Sense};
@@ -214,6 +215,16 @@ impl Seat<'_> {
         }
     }
 
+    /// The copies that its initiator may ask about.
+    pub(super) fn copies(&self) -> &CopyLog {
+        &self.nexus.copies
+    }
+
+    /// All logical units that the initiator reaches.
+    pub(super) fn units(&self) -> impl Iterator<Item = &LogicalUnit> {
+        self.nexus.target.units.iter()
+    }
+
     /// What its initiator is to know of it.
     fn conditions(&self) -> Option<&Conditions> {
         let conditions = self.nexus.target.conditions.get(self.unit?)?;
@@ -232,6 +243,7 @@ impl Seat<'_> {
 #[derive(Debug)]
 pub struct Nexus {
     target: Arc<Target>,
+    copies: CopyLog,
 }
 
 impl Nexus {
@@ -242,7 +254,10 @@ impl Nexus {
             unit.lose_nexus(conditions);
             conditions.establish(Attention::PowerOn);
         }
-        Nexus { target }
+        Nexus {
+            target,
+            copies: CopyLog::new(),
+        }
     }
 
     /// Where its commands are, for others that preempt it.
@@ -282,6 +297,7 @@ impl Nexus {
         };
         unit.forget_reserve(&mut state, None);
         unit.reset_modes();
+        self.copies.clear();
         self.attend(index, Attention::Reset);
         self.attend_others(index, Attention::Reset);
         true
@@ -304,7 +320,15 @@ impl Nexus {
             unit.forget_reserve(&mut state, Some(own));
             own.establish(Attention::NexusLoss);
         }
+        self.copies.clear();
         true
+    }
+
+    /// A copy with this name ([`crate::block::BlockOp::Copy`]) has ended, well or not.
+    pub fn copy_ended(&self, name: Option<u8>, well: bool) {
+        if let Some(name) = name {
+            self.copies.end(name, well);
+        }
     }
 
     /// What it reaches.

@@ -39,6 +39,7 @@ pub struct LogicalUnit {
     unmap: bool,
     write_zeroes: bool,
     unmapped_reads_zero: bool,
+    copy_blocks: u32,
     health: Arc<Health>,
     shared: Arc<Shared>,
 }
@@ -197,6 +198,7 @@ impl LogicalUnit {
             unmap: false,
             write_zeroes: false,
             unmapped_reads_zero: false,
+            copy_blocks: 0,
             health: Arc::default(),
             shared: Shared::new(DEFAULT_LANES),
         }
@@ -252,6 +254,25 @@ impl LogicalUnit {
             write_zeroes,
             ..self
         }
+    }
+
+    /// The device copies blocks by itself, at most so many at a time; 0 if it does not.
+    #[must_use]
+    pub fn with_copy(self, copy_blocks: u32) -> LogicalUnit {
+        LogicalUnit {
+            copy_blocks,
+            ..self
+        }
+    }
+
+    /// Blocks that the device copies at a time, at most; 0 if it copies none.
+    #[must_use]
+    pub fn copy_blocks(&self) -> u32 {
+        self.copy_blocks
+    }
+
+    pub(super) fn can_copy(&self) -> bool {
+        self.copy_blocks > 0
     }
 
     /// Where COMPARE AND WRITE holds up other writes. Seats are request queues.

@@ -150,6 +150,8 @@ pub struct IoCounters {
     pub compares: u64,
     /// 512-byte units that they read.
     pub units_compared: u64,
+    /// Copy commands.
+    pub copies: u64,
     /// Commands that were ended by an Abort.
     pub aborted: u64,
     /// Commands that ended with an error.
@@ -169,6 +171,7 @@ impl IoCounters {
         self.deallocated_ranges += other.deallocated_ranges;
         self.compares += other.compares;
         self.units_compared += other.units_compared;
+        self.copies += other.copies;
         self.aborted += other.aborted;
         self.errors += other.errors;
     }
@@ -571,6 +574,7 @@ impl DeviceQueue {
             }
             io_opcode::FLUSH => counters.flushes += 1,
             io_opcode::WRITE_ZEROES => counters.write_zeroes += 1,
+            io_opcode::COPY => counters.copies += 1,
             io_opcode::COMPARE => {
                 counters.compares += 1;
                 counters.units_compared += units();

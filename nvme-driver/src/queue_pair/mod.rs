@@ -23,8 +23,8 @@ use zerocopy::little_endian::{U16, U64};
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
 use crate::mmio::{AtomicU64, fence};
 use crate::spec::{
-    Cid, DsmRange, LbaRange, MAX_BLOCKS, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status,
-    SubmissionEntry, Transfer,
+    Cid, CopyRange, DsmRange, LbaRange, MAX_BLOCKS, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId,
+    Status, SubmissionEntry, Transfer,
 };
 use crate::transport::{Armed, Iova, QueuePort, Transport};
 use doorbells::Doorbells;
@@ -279,6 +279,27 @@ impl<T: Transport> QueuePair<T> {
         // 1 to 256 (checked above).
         let count = u16::try_from(count).unwrap_or(256);
         let mut entry = SubmissionEntry::deallocate(nsid, count);
+        entry.prp1 = U64::new(self.lists.iova(offset).0);
+        self.push_entry(entry, cid);
+        Ok(cid)
+    }
+
+    /// Copy of `source` to the blocks from `slba` on; no doorbell yet. How much one may be says Identify Namespace (MSSRL, MCL).
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`].
+    pub fn submit_copy(
+        &mut self,
+        nsid: Nsid,
+        slba: u64,
+        source: LbaRange,
+        fua: bool,
+    ) -> Result<Cid, SubmitError> {
+        let cid = self.take_cid()?;
+        let offset = cid.index() * PAGE_SIZE;
+        self.lists
+            .write_bytes(offset, CopyRange::from(source).as_bytes());
+        let mut entry = SubmissionEntry::copy(nsid, slba, fua);
         entry.prp1 = U64::new(self.lists.iova(offset).0);
         self.push_entry(entry, cid);
         Ok(cid)

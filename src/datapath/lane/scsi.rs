@@ -139,6 +139,8 @@ pub(in crate::datapath) struct Place {
     id: u64,
     /// Task management wants its end: the response then, or 0.
     ended: u8,
+    /// It is a copy, and has perhaps a name.
+    copy: Option<Option<u8>>,
 }
 
 /// The first 8 bytes of a request (virtio 1.2, 5.6.6.1): the REPORT LUNS well-known logical unit, or a target and a LUN.
@@ -360,6 +362,9 @@ impl Front for Scsi {
         if place.ended != 0 {
             self.gate.ending = self.gate.ending.saturating_sub(1);
         }
+        if let Some(name) = place.copy {
+            self.nexus.copy_ended(name, failure.is_none());
+        }
         match failure {
             Some(failure) if place.ended != 0 && failure.is(Status::ABORT_REQUESTED) => {
                 let ending = Ending {
@@ -380,7 +385,10 @@ impl Front for Scsi {
             ),
             Some(failure) => {
                 let information = self.information[usize::from(head.get())];
-                let outcome = translate(failure, information);
+                let outcome = match place.copy {
+                    None => translate(failure, information),
+                    Some(_) => (status::CHECK_CONDITION, Sense::COPY_FAILED),
+                };
                 let unit = self.unit_of(&place);
                 finish(&place.response, unit, outcome, place.residual_failed, 0)
             }
@@ -691,6 +699,12 @@ impl RequestLane<Scsi> {
                 .as_slice()
                 .iter()
                 .any(|range| lock.holds(range.lba.get(), range.count.get())),
+            // Sources and destinations.
+            Step::Copy { .. } => self
+                .ranges
+                .as_slice()
+                .chunks_exact(2)
+                .any(|pair| lock.holds(pair[1].lba.get(), pair[1].count.get())),
             _ => false,
         }
     }
@@ -786,6 +800,7 @@ impl RequestLane<Scsi> {
                         .unwrap_or(u16::MAX),
                     id: request.id,
                     ended: 0,
+                    copy: None,
                 };
                 self.defer(head, place, unit, &cdb, wanted);
             }
@@ -802,6 +817,10 @@ impl RequestLane<Scsi> {
                     unit: u16::try_from(carry.unit).unwrap_or(u16::MAX),
                     id: request.id,
                     ended: 0,
+                    copy: match carry.op {
+                        BlockOp::Copy { name } => Some(name),
+                        _ => None,
+                    },
                 };
                 self.carry(pair, head, place, &carry, &nexus);
             }
@@ -976,6 +995,11 @@ impl RequestLane<Scsi> {
                     offset: 0,
                 })
             }
+            BlockOp::Copy { .. } => Some(Step::Copy {
+                range: 0,
+                done: 0,
+                most: unit.copy_blocks(),
+            }),
             // No command asks for it.
             BlockOp::DeviceId => None,
         };
