@@ -96,7 +96,7 @@ impl Scsi {
         let namespace = rig.device.namespace(Nsid(1)).unwrap();
         let shift = namespace.block_size.trailing_zeros();
         let geometry = Geometry::new(shift, namespace.blocks, false).unwrap();
-        let unit = LogicalUnit::new(geometry, "bench");
+        let unit = LogicalUnit::new(geometry, "bench").with_medium(1);
         let initiator = Initiator::new("bench").unwrap();
         let units = vec![(0, Lun::new(0).unwrap(), unit)];
         let nexus = Arc::new(Nexus::new(Arc::new(
@@ -111,9 +111,8 @@ impl Scsi {
             queue,
             memory: Arc::clone(driver.memory()),
             sizes: Sizes::DEFAULT,
-            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), 0),
+            desk: clerk.desk(Arc::clone(&barrier), 0),
             nexus,
-            namespaces: Arc::new([Nsid(1)]),
             barrier,
             number: 0,
             volatile_cache: true,

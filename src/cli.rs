@@ -1,18 +1,18 @@
-//! The command line as clap sees it: `tandem serve`, `bench`, `identify`, `list` and `setup-vfio`.
+//! The command line as clap sees it: `tandem serve`, `lun`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
-//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll`, `--state`, `--stats` and `--log` replace
-//! what it says.
+//! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll`, `--state`, `--stats`, `--admin` and `--log`
+//! replace what it says.
 //! clap ends the process with code 2 on a bad flag; so does `main` on a [`ConfigError`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench::args::BenchArgs;
 use crate::config::{
-    BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel, Options,
-    Polling, ScsiOptions, SocketPath, StatePath,
+    AdminRequest, BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel,
+    LunAddress, LunPlace, Options, Polling, ScsiOptions, SocketPath, StatePath,
 };
 use crate::host::command::{ListArgs, SetupArgs};
 
@@ -28,6 +28,9 @@ pub struct Cli {
 pub enum Command {
     /// Serve disks to virtual machines until SIGTERM
     Serve(ServeArgs),
+    /// Add a logical unit to a SCSI host of a running server, take one away, or list them
+    #[command(subcommand)]
+    Lun(LunCommand),
     /// Measure latency and IOPS of SSDs, vhost-user-blk servers and files, in fio's words
     Bench(Box<BenchArgs>),
     /// Print what a controller says of itself and of its namespaces
@@ -66,6 +69,9 @@ pub struct ServeArgs {
     /// Socket where programs read the counters of every virtqueue: one JSON document for each connection
     #[arg(long, value_name = "PATH")]
     pub stats: Option<SocketPath>,
+    /// Socket, for its owner alone, where logical units are added and taken away: see `tandem lun`
+    #[arg(long, value_name = "PATH")]
+    pub admin: Option<SocketPath>,
     /// Serve real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
     #[arg(long)]
     pub unsafe_noiommu: bool,
@@ -75,6 +81,64 @@ pub struct ServeArgs {
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log: Option<LogLevel>,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum LunCommand {
+    /// Show a namespace at a target and a LUN; the guest finds it by itself
+    Add {
+        #[command(flatten)]
+        server: AdminArgs,
+        /// The host's socket, as the server was given it
+        #[arg(value_name = "HOST")]
+        path: String,
+        /// TARGET:LUN:nsN, such as 3:0:ns2
+        #[arg(value_name = "PLACE")]
+        lun: LunPlace,
+    },
+    /// Take a logical unit away, and wait until its last command has ended; unmount it in the guest first
+    Remove {
+        #[command(flatten)]
+        server: AdminArgs,
+        /// The host's socket, as the server was given it
+        #[arg(value_name = "HOST")]
+        path: String,
+        /// TARGET:LUN, such as 3:0
+        #[arg(value_name = "ADDRESS")]
+        lun: LunAddress,
+    },
+    /// Show the logical units of all hosts
+    List {
+        #[command(flatten)]
+        server: AdminArgs,
+        /// Print JSON instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct AdminArgs {
+    /// The server's --admin socket
+    #[arg(long, value_name = "PATH")]
+    pub admin: PathBuf,
+}
+
+impl LunCommand {
+    /// Whom to ask, for what, and whether the answer is for a program.
+    pub fn request(&self) -> (&Path, AdminRequest, bool) {
+        match self {
+            LunCommand::Add { server, path, lun } => {
+                let (path, lun) = (path.clone(), *lun);
+                (&server.admin, AdminRequest::LunAdd { path, lun }, false)
+            }
+            LunCommand::Remove { server, path, lun } => {
+                let (path, lun) = (path.clone(), *lun);
+                (&server.admin, AdminRequest::LunRemove { path, lun }, false)
+            }
+            LunCommand::List { server, json } => (&server.admin, AdminRequest::Luns {}, *json),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Args)]
@@ -119,6 +183,7 @@ impl ServeArgs {
         options.server.poll = self.poll.or(options.server.poll);
         options.server.state = self.state.clone().or(options.server.state);
         options.server.stats = self.stats.clone().or(options.server.stats);
+        options.server.admin = self.admin.clone().or(options.server.admin);
         options.server.log = self.log.or(options.server.log);
         options.resolve()
     }

@@ -6,14 +6,15 @@ use std::process::ExitCode;
 use clap::Parser;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
-use tandem::cli::{Cli, Command, IdentifyArgs, ServeArgs};
+use tandem::cli::{Cli, Command, IdentifyArgs, LunCommand, ServeArgs};
 use tandem::config::{CoreId, LogLevel};
-use tandem::control::{identify, server};
+use tandem::control::{admin, identify, server};
 use tandem::plan::{Topology, plan};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve(&args),
+        Command::Lun(command) => run_lun(&command),
         Command::Bench(args) => {
             log_to_stderr(LogLevel::Warn);
             tandem::bench::run_here(&args).map(ExitCode::from)
@@ -65,6 +66,12 @@ fn run_identify(args: &IdentifyArgs) -> anyhow::Result<ExitCode> {
     // What is worth a warning is so here too.
     log_to_stderr(LogLevel::Warn);
     print(&identify::describe(&config, args.json)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_lun(command: &LunCommand) -> anyhow::Result<ExitCode> {
+    let (server, request, json) = command.request();
+    print(&admin::ask(server, &request, json)?);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -61,6 +61,8 @@ pub struct Plan {
     pub state: Option<PathBuf>,
     /// Where the server tells programs of itself.
     pub stats: Option<PathBuf>,
+    /// Where it is told to change.
+    pub admin: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +93,9 @@ pub struct HostPlan {
     pub luns: Vec<LunPlace>,
     /// Who its guest is.
     pub initiator: Initiator,
-    /// The core of each request queue. The control queue is polled where the first one is.
+    /// The configuration says so.
+    pub named: bool,
+    /// The core of each request queue. The control and the event queue are polled where the first one is.
     pub queue_cores: Vec<CoreId>,
 }
 
@@ -151,6 +155,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
             readonly: host.readonly,
             luns: host.luns.clone(),
             initiator: host.initiator.clone(),
+            named: host.named,
             queue_cores: place(host.queues, &mut spreads[host.device], &mut load)
                 .into_iter()
                 .map(|slot| cores[slot].id)
@@ -174,6 +179,7 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
         poll: config.poll,
         state: config.state.clone(),
         stats: config.stats.clone(),
+        admin: config.admin.clone(),
     })
 }
 
@@ -238,6 +244,9 @@ impl fmt::Display for Plan {
         if let Some(stats) = &self.stats {
             writeln!(f, "stats   {}: counters as JSON", stats.display())?;
         }
+        if let Some(admin) = &self.admin {
+            writeln!(f, "admin   {}: logical units come and go", admin.display())?;
+        }
         for core in &self.cores {
             let polled = self
                 .disks
@@ -291,7 +300,7 @@ impl Plan {
         }
         writeln!(
             f,
-            "  {}, virtqueue@core: {}; the control queue is polled with the first",
+            "  {}, virtqueue@core: {}; control and event queue are polled with the first",
             count(host.queue_cores.len(), "request queue"),
             queues(&host.queue_cores, 2)
         )

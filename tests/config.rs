@@ -284,7 +284,7 @@ prop_compose! {
             })
             .collect();
         let poll = if adaptive { Polling::Adaptive } else { Polling::Always };
-        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, state: None, stats: None, log }
+        Config { devices, disks, hosts: vec![], cores: cores.into_iter().map(CoreId).collect(), poll, state: None, stats: None, admin: None, log }
     }
 }
 
@@ -371,6 +371,7 @@ fn shortest_flags_and_shortest_file_give_the_same_defaults() {
         poll: Polling::Always,
         state: None,
         stats: None,
+        admin: None,
         log: LogLevel::Info,
     };
     assert_eq!(file, expected);
@@ -525,7 +526,7 @@ fn file_with_unknown_field_names_file_line_and_field() {
     );
     assert_eq!(
         refusal("[server]\ncore = \"0\"\n"),
-        "vm.toml:2: unknown field `core`, expected one of `cores`, `poll`, `state`, `stats`, `log`\n  2 | core = \"0\""
+        "vm.toml:2: unknown field `core`, expected one of `cores`, `poll`, `state`, `stats`, `admin`, `log`\n  2 | core = \"0\""
     );
 }
 
@@ -1234,7 +1235,7 @@ fn plan_of_a_scsi_host_shows_units_and_request_queues() {
          \x20 d0, 9 logical units, read-write; target:LUN, namespace:\n\
          \x20   0:0 ns1, 1:40 ns2, 2:80 ns3, 3:120 ns4, 4:160 ns5, 5:200 ns6, 6:240 ns7, 7:280 ns8\n\
          \x20   8:320 ns9\n\
-         \x20 3 request queues, virtqueue@core: 2@1 3@0 4@1; the control queue is polled with the first\n\
+         \x20 3 request queues, virtqueue@core: 2@1 3@0 4@1; control and event queue are polled with the first\n\
          core    0    polls 2 virtqueues\n\
          core    1    polls 2 virtqueues\n"
     );

@@ -4,10 +4,14 @@
 //! needed, and run one test at a time. What a job may say is in `scripts/guest/job.sh`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "guest/conformance.rs"]
+mod conformance;
 #[path = "guest/firmware.rs"]
 mod firmware;
 #[path = "common/guest.rs"]
 mod guest;
+#[path = "guest/hotplug.rs"]
+mod hotplug;
 #[path = "common/lab.rs"]
 mod lab;
 #[path = "common/report.rs"]
@@ -917,7 +921,9 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
     }
     assert_ne!(facts["discard.a"], "0");
     let report = server.end_well();
-    let (control, requests) = report.queues.split_first().unwrap();
+    let [control, _events, requests @ ..] = &report.queues[..] else {
+        panic!("{report:?}")
+    };
     assert!(control.get("tasks") >= 1, "{report:?}");
     let pairs: HashSet<u64> = requests.iter().map(|queue| queue.get("qp")).collect();
     assert_eq!((requests.len(), pairs.len()), (4, 4));

@@ -4,6 +4,8 @@
 
 #[path = "scsi/log.rs"]
 mod log;
+#[path = "scsi/plain.rs"]
+mod plain;
 #[path = "scsi/select.rs"]
 mod select;
 #[path = "scsi/verify.rs"]

@@ -20,7 +20,7 @@ use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
 use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{
-    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, Signal,
+    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, SideConfig, Signal,
 };
 use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
@@ -65,6 +65,8 @@ struct Storage {
     model: ModelHandle,
     units: [LogicalUnit; 2],
     barrier: Arc<Barrier>,
+    /// Of the request queues that its hosts will have.
+    layout: RingLayout,
 }
 
 /// Hosts of a device, at most.
@@ -91,6 +93,7 @@ impl Storage {
             let namespace = device.namespace(Nsid(nsid)).unwrap();
             let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
             LogicalUnit::new(geometry, "serial")
+                .with_medium(nsid)
                 .with_volatile_cache(true)
                 .with_provisioning(true, true, true)
                 .with_copy(device.copy_blocks(Nsid(nsid)))
@@ -100,6 +103,7 @@ impl Storage {
             model,
             units,
             barrier: Arc::new(Barrier::new(HOSTS).unwrap()),
+            layout: RingLayout::Split,
         }
     }
 }
@@ -110,6 +114,7 @@ struct Host {
     poller: Option<Box<dyn Poll>>,
     /// Identifier of its queue pair.
     pair: u16,
+    layout: RingLayout,
     requests: SimGuest,
     control: SimGuest,
     lanes: Vec<LaneId>,
@@ -173,6 +178,7 @@ impl Host {
             model,
             units,
             barrier,
+            layout,
         } = storage.clone();
         let mut table = MemoryTable::new(Arc::clone(&device.space));
         let file =
@@ -186,8 +192,8 @@ impl Host {
         };
         table.add(info, file).unwrap();
         let memory = table.snapshot().unwrap();
-        let ring = |base| SimGuestConfig {
-            layout: RingLayout::Split,
+        let ring = |base, layout| SimGuestConfig {
+            layout,
             size: SIZE,
             event_idx: true,
             indirect: true,
@@ -195,9 +201,11 @@ impl Host {
             first_index: 0,
             base: Gpa(base),
         };
-        let requests = SimGuest::new(Arc::clone(&memory), ring(BASE)).unwrap();
-        let control = SimGuest::new(Arc::clone(&memory), ring(BASE + 0x10_0000)).unwrap();
-        assert!(ring(BASE).bytes() < 0x10_0000);
+        let ring = [(BASE, layout), (BASE + 0x10_0000, RingLayout::Split)].map(|(base, layout)| {
+            assert!(ring(base, layout).bytes() < 0x10_0000);
+            SimGuest::new(Arc::clone(&memory), ring(base, layout)).unwrap()
+        });
+        let [requests, control] = ring;
 
         let lun = |number| Lun::new(number).unwrap();
         let [first, second] = units;
@@ -216,10 +224,9 @@ impl Host {
             memory: Arc::clone(&memory),
             sizes,
             nexus: Arc::clone(&nexus),
-            namespaces: [Nsid(1), Nsid(2)].into(),
             barrier: Arc::clone(&barrier),
             number,
-            desk: clerk.desk(Arc::clone(&nexus), Arc::clone(&barrier), number),
+            desk: clerk.desk(Arc::clone(&barrier), number),
             volatile_cache: true,
             call: signal(),
             error: signal(),
@@ -227,23 +234,26 @@ impl Host {
             shared: Arc::default(),
         }));
         poller.attach(Lane::control(ControlConfig {
-            id: lanes[1],
-            // SAFETY: as above.
-            queue: unsafe { control.virtqueue() }.unwrap(),
-            memory,
+            side: SideConfig {
+                id: lanes[1],
+                // SAFETY: as above.
+                queue: unsafe { control.virtqueue() }.unwrap(),
+                memory,
+                call: signal(),
+                error: signal(),
+                kick: None,
+                shared: Arc::default(),
+            },
             nexus,
             barrier,
             lanes: number..number + 1,
-            call: signal(),
-            error: signal(),
-            kick: None,
-            shared: Arc::default(),
         }));
         let mut host = Host {
             device,
             model,
             poller: Some(poller),
             pair,
+            layout,
             requests,
             control,
             lanes,
@@ -269,8 +279,13 @@ impl Host {
         // Chains that are in flight together must not overlap: eight descriptors are enough for each.
         self.next_head = (head + 8) % SIZE;
         assert!(chain.len() <= 8);
-        write_chain(&self.requests, head, chain);
-        self.requests.offer(head);
+        match self.layout {
+            RingLayout::Split => {
+                write_chain(&self.requests, head, chain);
+                self.requests.offer(head);
+            }
+            RingLayout::Packed => self.requests.offer_chain(head, &descriptors(head, chain)),
+        }
         self.requests.publish();
         head
     }
@@ -444,15 +459,22 @@ impl Host {
     }
 }
 
-fn write_chain(guest: &SimGuest, head: u16, chain: &[(u64, u32, u16)]) {
-    for (index, &(gpa, len, flags)) in (head..).zip(chain) {
-        let last = usize::from(index - head) + 1 == chain.len();
-        let descriptor = RawDescriptor {
+/// One descriptor behind the other, from an index on.
+fn descriptors(first: u16, chain: &[(u64, u32, u16)]) -> Vec<RawDescriptor> {
+    let descriptor = |(index, &(gpa, len, flags)): (u16, &(u64, u32, u16))| {
+        let last = usize::from(index - first) + 1 == chain.len();
+        RawDescriptor {
             gpa,
             len,
             flags: flags | if last { 0 } else { NEXT },
             next: index + 1,
-        };
+        }
+    };
+    (first..).zip(chain).map(descriptor).collect()
+}
+
+fn write_chain(guest: &SimGuest, head: u16, chain: &[(u64, u32, u16)]) {
+    for (index, descriptor) in (head..).zip(descriptors(head, chain)) {
         guest.write_descriptor(index, descriptor);
     }
 }

@@ -13,6 +13,7 @@
 //! Start at [`Options::resolve`].
 #![forbid(unsafe_code)]
 
+mod admin;
 mod options;
 mod values;
 
@@ -25,6 +26,7 @@ use nvme_driver::vfio::pci::PciAddress;
 use crate::scsi::Initiator;
 use values::{DeviceName, Kind, Switch};
 
+pub use admin::{AdminAnswer, AdminRequest, LunAddress, LunInfo, MAX_REQUEST};
 pub use nvme_driver::vfio::Isolation;
 pub(crate) use options::split_at_commas;
 pub use options::{
@@ -52,6 +54,8 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// The socket where the server tells programs of itself.
     pub stats: Option<PathBuf>,
+    /// The socket where it is told to change.
+    pub admin: Option<PathBuf>,
     pub log: LogLevel,
 }
 
@@ -356,8 +360,12 @@ impl Options {
         let hosts = hosts.map(|options| resolve_host(options, &devices));
         let hosts = hosts.collect::<Result<Vec<HostConfig>, ConfigError>>()?;
         let stats = self.server.stats.map(|socket| socket.0);
-        check_sockets(&disks, &hosts, stats.as_ref())?;
-        check_uses(&disks, &hosts, &devices)?;
+        let admin = self.server.admin.map(|socket| socket.0);
+        check_sockets(&disks, &hosts, stats.iter().chain(&admin))?;
+        let of_disks = disks.iter().map(Use::of_disk);
+        let of_hosts = hosts.iter().flat_map(Use::of_host);
+        let uses: Vec<Use<'_>> = of_disks.chain(of_hosts).collect();
+        check_uses(&uses, |device| devices[device].name.clone())?;
         if let (Some(state), true) = (&self.server.state, hosts.is_empty()) {
             let path = state.0.clone();
             return Err(ConfigError::StrayState { path });
@@ -370,6 +378,7 @@ impl Options {
             poll: self.server.poll.unwrap_or_default(),
             state: self.server.state.map(|directory| directory.0),
             stats,
+            admin,
             log: self.server.log.unwrap_or_default(),
         })
     }
@@ -673,16 +682,16 @@ fn resolve_host(options: ScsiOptions, devices: &[DeviceConfig]) -> Result<HostCo
     })
 }
 
-fn check_sockets(
+fn check_sockets<'a>(
     disks: &[DiskConfig],
     hosts: &[HostConfig],
-    stats: Option<&PathBuf>,
+    more: impl Iterator<Item = &'a PathBuf>,
 ) -> Result<(), ConfigError> {
     let sockets = disks.iter().map(|disk| &disk.socket);
     let sockets: Vec<Socket> = sockets
         .chain(hosts.iter().map(|host| &host.socket))
         .cloned()
-        .chain(stats.cloned().map(Socket::Path))
+        .chain(more.cloned().map(Socket::Path))
         .collect();
     for (at, socket) in sockets.iter().enumerate() {
         if sockets[..at].contains(socket) {
@@ -694,32 +703,32 @@ fn check_sockets(
 }
 
 /// A namespace that is served.
-struct Use<'a> {
-    socket: &'a Socket,
-    device: usize,
-    nsid: u32,
-    readonly: bool,
+#[derive(Clone, Copy, Debug)]
+pub struct Use<'a> {
+    pub socket: &'a Socket,
+    /// Index of its device.
+    pub device: usize,
+    pub nsid: u32,
+    pub readonly: bool,
     /// Of a SCSI host: who it is for.
-    initiator: Option<&'a Initiator>,
+    pub initiator: Option<&'a Initiator>,
     /// And whether the configuration says so.
-    named: bool,
+    pub named: bool,
 }
 
-/// What one may write, no other may even read: except guests that can reserve it.
-fn check_uses(
-    disks: &[DiskConfig],
-    hosts: &[HostConfig],
-    devices: &[DeviceConfig],
-) -> Result<(), ConfigError> {
-    let of_disks = disks.iter().map(|disk| Use {
-        socket: &disk.socket,
-        device: disk.device,
-        nsid: disk.nsid,
-        readonly: disk.readonly,
-        initiator: None,
-        named: false,
-    });
-    let of_hosts = hosts.iter().flat_map(|host| {
+impl<'a> Use<'a> {
+    fn of_disk(disk: &'a DiskConfig) -> Use<'a> {
+        Use {
+            socket: &disk.socket,
+            device: disk.device,
+            nsid: disk.nsid,
+            readonly: disk.readonly,
+            initiator: None,
+            named: false,
+        }
+    }
+
+    fn of_host(host: &'a HostConfig) -> impl Iterator<Item = Use<'a>> {
         host.luns.iter().map(|place| Use {
             socket: &host.socket,
             device: host.device,
@@ -728,8 +737,17 @@ fn check_uses(
             initiator: Some(&host.initiator),
             named: host.named,
         })
-    });
-    let uses: Vec<Use<'_>> = of_disks.chain(of_hosts).collect();
+    }
+}
+
+/// What one may write, no other may even read: except guests that can reserve it.
+///
+/// # Errors
+/// [`ConfigError::SharedInitiator`] and [`ConfigError::SharedNamespace`].
+pub fn check_uses(
+    uses: &[Use<'_>],
+    device_name: impl Fn(usize) -> String,
+) -> Result<(), ConfigError> {
     for (at, second) in uses.iter().enumerate() {
         let same = |first: &&Use<'_>| first.device == second.device && first.nsid == second.nsid;
         for first in uses[..at].iter().filter(same) {
@@ -741,7 +759,7 @@ fn check_uses(
                 && (reserved || read)
             {
                 return Err(ConfigError::SharedInitiator {
-                    device: devices[second.device].name.clone(),
+                    device: device_name(second.device),
                     nsid: second.nsid,
                     initiator: initiator.clone(),
                     first: first.socket.clone(),
@@ -756,7 +774,7 @@ fn check_uses(
                 (true, false) => "the second is",
             };
             return Err(ConfigError::SharedNamespace {
-                device: devices[second.device].name.clone(),
+                device: device_name(second.device),
                 nsid: second.nsid,
                 first: first.socket.clone(),
                 second: second.socket.clone(),

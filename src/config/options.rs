@@ -28,7 +28,7 @@ pub struct Options {
     pub scsi: Vec<ScsiOptions>,
 }
 
-/// `[server]`, or `--cores`, `--poll`, `--state`, `--stats` and `--log`.
+/// `[server]`, or `--cores`, `--poll`, `--state`, `--stats`, `--admin` and `--log`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerOptions {
@@ -36,6 +36,7 @@ pub struct ServerOptions {
     pub poll: Option<Polling>,
     pub state: Option<StatePath>,
     pub stats: Option<SocketPath>,
+    pub admin: Option<SocketPath>,
     pub log: Option<LogLevel>,
 }
 

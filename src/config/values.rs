@@ -10,11 +10,12 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use nvme_driver::vfio::pci::{PciAddress, PciAddressError};
-use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize};
 
 use crate::scsi::Initiator;
 
+use super::admin::LunAddress;
 use super::{MAX_DEVICE_NAME, MAX_LUN, MAX_NAMESPACES, MAX_SERIAL, MAX_SOCKET_PATH};
 
 /// Why a single value was refused: the value itself, and what would be right.
@@ -22,7 +23,7 @@ use super::{MAX_DEVICE_NAME, MAX_LUN, MAX_NAMESPACES, MAX_SERIAL, MAX_SOCKET_PAT
 #[error("{0}")]
 pub struct ValueError(String);
 
-fn refuse<T>(reason: String) -> Result<T, ValueError> {
+pub(super) fn refuse<T>(reason: String) -> Result<T, ValueError> {
     Err(ValueError(reason))
 }
 
@@ -75,6 +76,7 @@ from_scalar!(
     CoreList,
     LogLevel,
     LunPlace,
+    LunAddress,
     InitiatorName,
     Kind,
     Pci,
@@ -118,7 +120,7 @@ impl fmt::Display for ByteSize {
 }
 
 /// Digits only: `u64::from_str` would also take `+1`.
-fn whole_number(digits: &str) -> Option<u64> {
+pub(super) fn whole_number(digits: &str) -> Option<u64> {
     digits
         .bytes()
         .all(|byte| byte.is_ascii_digit())
@@ -335,8 +337,8 @@ impl FromStr for InitiatorName {
 }
 
 /// `TARGET:LUN:nsN`: where a SCSI host shows a namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "Scalar")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Scalar", into = "String")]
 pub struct LunPlace {
     /// The target's identifier.
     pub target: u8,
@@ -350,13 +352,11 @@ impl FromStr for LunPlace {
     type Err = ValueError;
     fn from_str(text: &str) -> Result<Self, ValueError> {
         let place = || {
-            let (target, rest) = text.split_once(':')?;
-            let (lun, namespace) = rest.split_once(':')?;
+            let (address, namespace) = text.rsplit_once(':')?;
+            let LunAddress { target, lun } = LunAddress::read(address)?;
             Some(LunPlace {
-                target: u8::try_from(whole_number(target)?).ok()?,
-                lun: u16::try_from(whole_number(lun)?)
-                    .ok()
-                    .filter(|lun| *lun <= MAX_LUN)?,
+                target,
+                lun,
                 nsid: u32::try_from(whole_number(namespace.strip_prefix("ns")?)?)
                     .ok()
                     .filter(|nsid| (1..=MAX_NAMESPACES).contains(nsid))?,
@@ -369,6 +369,19 @@ impl FromStr for LunPlace {
                  LUNs 0 to {MAX_LUN}, namespaces 1 to {MAX_NAMESPACES})"
             )),
         }
+    }
+}
+
+impl fmt::Display for LunPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LunPlace { target, lun, nsid } = self;
+        write!(f, "{target}:{lun}:ns{nsid}")
+    }
+}
+
+impl From<LunPlace> for String {
+    fn from(place: LunPlace) -> String {
+        place.to_string()
     }
 }
 

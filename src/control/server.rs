@@ -1,7 +1,6 @@
 //! The life of the process: everything is checked and claimed first, then sockets listen; at the end every queue
 //! pair goes back to its controller and the controller is shut down (I12). Start at [`Server::start`].
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -11,26 +10,25 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nvme_driver::Namespace;
-use nvme_driver::spec::{Nsid, ascii_field};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
+use super::admin::{self, Admin};
 use super::claim::open_device;
 use super::device::{Device, DeviceError, Interrupts};
 use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
 use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
-use super::state::{StateDirectory, StateError};
+use super::state::StateError;
+use super::units::{Units, servable};
 use super::view::{self, View};
-use crate::block::Geometry;
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
 use crate::datapath::abort::hear;
-use crate::datapath::{Barrier, Clerk, Poll};
+use crate::datapath::{Barrier, Clerk, Events, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError};
-use crate::scsi::{LogicalUnit, Lun, ShareError, Target, UnitIds};
+use crate::scsi::{Listen, Lun, Roster, ShareError, Target};
 use crate::stats::SharedCounters;
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
@@ -132,6 +130,8 @@ impl Server {
         });
         let listeners = listeners.collect::<Result<Vec<Listener>, SocketError>>()?;
         let shown = plan.stats.as_deref().map(Listener::bind).transpose()?;
+        let asked = plan.admin.as_deref().map(Listener::bind_private);
+        let asked = asked.transpose()?;
         let mut server = Server {
             devices: Vec::new(),
             reactors: Vec::new(),
@@ -140,7 +140,7 @@ impl Server {
             stop: Arc::new(Stop::new()?),
             threads: Vec::new(),
         };
-        match server.bring_up(plan, listeners, shown) {
+        match server.bring_up(plan, listeners, (shown, asked)) {
             Ok(()) => Ok(server),
             Err(error) => {
                 if let Err(also) = server.take_down() {
@@ -155,7 +155,7 @@ impl Server {
         &mut self,
         plan: &Plan,
         listeners: Vec<Listener>,
-        shown: Option<Listener>,
+        (shown, asked): (Option<Listener>, Option<Listener>),
     ) -> Result<(), ServerError> {
         let mut view = View::default();
         let (mode, interrupts) = match plan.poll {
@@ -227,6 +227,12 @@ impl Server {
             self.threads
                 .push(thread.spawn(move || view::show(&view, &listener, &stop))?);
         }
+        if let Some(listener) = asked {
+            let admin = Admin::new(plan, &self.view.exports, shared.units, &self.stop);
+            let thread = std::thread::Builder::new().name("administration".to_owned());
+            self.threads
+                .push(thread.spawn(move || admin::serve(&admin, &listener))?);
+        }
         Ok(())
     }
 
@@ -271,8 +277,8 @@ impl Server {
                 let place: &Place = &pollers[places[next].pair];
                 next += 1;
                 if queues.is_empty() && matches!(kind, Kind::Host(_)) {
-                    // The control queue, polled with the first request queue.
-                    queues.push(export_queue(place));
+                    // The control queue and the event queue, polled with the first request queue.
+                    queues.extend([export_queue(place), export_queue(place)]);
                 }
                 queues.push(export_queue(place));
             }
@@ -436,27 +442,19 @@ fn lanes_of(plan: &Plan, device: usize) -> io::Result<Lanes> {
 
 /// What hosts share.
 struct Shared {
-    /// The logical units, by device and NSID: all hosts that have a namespace have the same one.
-    units: BTreeMap<(usize, u32), LogicalUnit>,
+    units: Units,
     /// Request queues of the hosts of the device at hand.
     lanes: Lanes,
     /// Once there is a host.
     clerk: Option<Arc<Clerk>>,
-    /// Where reservations are kept.
-    state: Option<StateDirectory>,
 }
 
 impl Shared {
     fn of(plan: &Plan) -> Result<Shared, ServerError> {
         Ok(Shared {
-            units: BTreeMap::new(),
+            units: Units::of(plan)?,
             lanes: lanes_of(plan, usize::MAX)?,
             clerk: None,
-            state: plan
-                .state
-                .as_deref()
-                .map(StateDirectory::open)
-                .transpose()?,
         })
     }
 
@@ -468,124 +466,34 @@ impl Shared {
         self.clerk = Some(Arc::clone(&clerk));
         Ok(clerk)
     }
-
-    /// The logical unit of a namespace of the device at `index`.
-    fn unit(
-        &mut self,
-        index: usize,
-        device: &Device,
-        namespace: &Namespace,
-        geometry: Geometry,
-    ) -> Result<LogicalUnit, ServerError> {
-        let place = (index, namespace.nsid.0);
-        if let Some(unit) = self.units.get(&place) {
-            return Ok(unit.clone());
-        }
-        let mut unit = logical_unit(device, namespace, geometry).with_lanes(self.lanes.count);
-        if let Some(state) = &mut self.state {
-            let serial = ascii_field(&device.identity.sn);
-            let (file, kept) = state.file_of(&serial, namespace)?;
-            unit = unit.with_keeper(Box::new(file), kept);
-        }
-        self.units.insert(place, unit.clone());
-        Ok(unit)
-    }
 }
 
 fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
-    let mut namespaces = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
-        let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
-        let unit = shared.unit(host.device, device, &namespace, geometry)?;
-        let unit = unit.with_read_only(geometry.read_only());
+        let unit = shared
+            .units
+            .unit_of(host, place.nsid, device, shared.lanes.count)?;
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
             units.push((place.target, lun, unit));
-            namespaces.push(namespace.nsid);
         }
     }
     let target = Target::new(&host.initiator, units).map_err(|source| ServerError::Shared {
         host: host.socket.to_string(),
         source,
     })?;
+    let events = Arc::new(Events::new()?);
+    let listener: Arc<dyn Listen> = Arc::<Events>::clone(&events);
     let first = shared.lanes.given;
     shared.lanes.given += host.queue_cores.len();
     Ok(Host {
-        target: Arc::new(target),
-        namespaces: namespaces.into(),
+        roster: Roster::new(target).with_listener(listener),
         barrier: Arc::clone(&shared.lanes.barrier),
         lanes: first..shared.lanes.given,
         clerk: shared.clerk()?,
+        events,
     })
-}
-
-fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> LogicalUnit {
-    let ids = UnitIds {
-        eui64: namespace.ids.eui64,
-        nguid: namespace.ids.nguid,
-        uuid: namespace.ids.uuid,
-    };
-    LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, namespace.nsid.0))
-        .with_ids(ids)
-        .with_health(Arc::clone(&device.health))
-        .with_volatile_cache(device.has_volatile_cache())
-        .with_provisioning(
-            device.can_deallocate(),
-            namespace.deallocated_reads_zero,
-            device.can_write_zeroes(),
-        )
-        .with_copy(device.copy_blocks(namespace.nsid))
-}
-
-/// The namespace of a disk, if it can be served.
-fn servable(
-    socket: &Socket,
-    nsid: u32,
-    readonly: bool,
-    device: &Device,
-) -> Result<(Namespace, Geometry), ServerError> {
-    let refuse = |reason: String| ServerError::Namespace {
-        disk: socket.to_string(),
-        device: device.name.clone(),
-        nsid,
-        reason,
-    };
-    let namespace = device.namespace(Nsid(nsid)).ok_or_else(|| {
-        let active: Vec<u32> = device
-            .namespaces
-            .iter()
-            .map(|info| info.namespace.nsid.0)
-            .collect();
-        refuse(format!("it is not active (active: {active:?})"))
-    })?;
-    // A controller with one command set need not say that it is this one.
-    let command_set = namespace.ids.command_set.unwrap_or(0);
-    if command_set != 0 {
-        let name = if command_set == 2 { " (zoned)" } else { "" };
-        return Err(refuse(format!(
-            "its command set is {command_set:02x}h{name}, and a disk needs one of the NVM command set (00h)"
-        )));
-    }
-    if namespace.metadata_size != 0 {
-        return Err(refuse(format!(
-            "its blocks carry {} bytes of metadata (format it without)",
-            namespace.metadata_size
-        )));
-    }
-    if namespace.block_size > device.max_transfer {
-        return Err(refuse(format!(
-            "one block exceeds the {} bytes of one command",
-            device.max_transfer
-        )));
-    }
-    let shift = namespace.block_size.trailing_zeros();
-    let read_only = readonly || namespace.write_protected;
-    let geometry =
-        Geometry::new(shift, namespace.blocks, read_only).filter(|geometry| geometry.blocks() > 0);
-    let geometry =
-        geometry.ok_or_else(|| refuse(format!("{} blocks make no disk", namespace.blocks)))?;
-    Ok((namespace.clone(), geometry))
 }
 
 /// A connection and the thread that serves it.

@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_driver::Namespace;
-use nvme_driver::spec::Nsid;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
@@ -30,15 +29,16 @@ use super::device::Device;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
 use crate::datapath::{
-    Barrier, Clerk, ControlConfig, HostTasks, Lane, LaneConfig, LaneId, ScsiLaneConfig, Signal,
+    Barrier, Clerk, ControlConfig, EventConfig, Events, HostTasks, Lane, LaneConfig, LaneId,
+    ScsiLaneConfig, SideConfig, Signal, WantedEvents,
 };
 use crate::reactor::{Mode, PollerId, ReactorHandle};
-use crate::scsi::{Nexus, Target, Tasks};
+use crate::scsi::{Roster, Tasks};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
 use crate::virtio::memory::GuestMemory;
-use crate::virtio::scsi::Sizes;
+use crate::virtio::scsi::{Sizes, event};
 use crate::virtio::virtqueue::{self, MAX_QUEUE_SIZE, RingLayout, Virtqueue, VirtqueueConfig};
 
 /// How long a drain may take: longer than any healthy SSD needs for its slowest command.
@@ -83,7 +83,7 @@ pub struct Export {
     pub name: String,
     /// The device behind it.
     pub device: Arc<Device>,
-    /// The virtqueues that are polled.
+    /// The virtqueues that a front-end may set up.
     pub queues: Vec<ExportQueue>,
     /// What kind it is.
     pub kind: Kind,
@@ -112,25 +112,23 @@ pub struct Disk {
     pub writeback: AtomicBool,
 }
 
-/// A SCSI host. Of its virtqueues the first is the control queue and the second the event queue, whose buffers stay where
-/// they are: nothing happens yet that an event would tell of.
+/// A SCSI host. Of its virtqueues the first is the control queue and the second the event queue.
 #[derive(Debug)]
 pub struct Host {
-    /// Its logical units.
-    pub target: Arc<Target>,
-    /// The namespace behind each.
-    pub namespaces: Arc<[Nsid]>,
+    /// Its logical units; the medium of each is the NSID of a namespace.
+    pub roster: Roster,
     /// Where request queues of the device's hosts are waited for.
     pub barrier: Arc<Barrier>,
     /// The numbers of this one's request queues there.
     pub lanes: Range<usize>,
     /// Who carries out commands that wait.
     pub clerk: Arc<Clerk>,
+    /// What its guest is to be told.
+    pub events: Arc<Events>,
 }
 
 /// Virtqueue 0 of a SCSI host (virtio 1.2, 5.6.2).
 const CONTROL_QUEUE: usize = 0;
-const EVENT_QUEUE: usize = 1;
 const FIRST_REQUEST_QUEUE: usize = 2;
 
 impl Export {
@@ -140,7 +138,7 @@ impl Export {
         let features = features | feature::EVENT_IDX | F_RING_PACKED;
         match &self.kind {
             Kind::Disk(disk) => features | disk.features(&self.device),
-            Kind::Host(_) => features,
+            Kind::Host(_) => features | event::F_HOTPLUG | event::F_CHANGE,
         }
     }
 
@@ -154,34 +152,6 @@ impl Export {
             Kind::Disk(_) => features | VhostUserProtocolFeatures::CONFIG,
             // QEMU has the whole configuration space of a SCSI host to itself.
             Kind::Host(_) => features,
-        }
-    }
-
-    /// How many virtqueues a front-end may set up.
-    fn virtqueues(&self) -> usize {
-        match &self.kind {
-            Kind::Disk(_) => self.queues.len(),
-            // The event queue is not polled.
-            Kind::Host(_) => self.queues.len() + 1,
-        }
-    }
-
-    /// Which of [`Self::queues`] a virtqueue is, if it is polled.
-    fn polled(&self, virtqueue: usize) -> Option<usize> {
-        match (&self.kind, virtqueue) {
-            (Kind::Disk(_), _) => Some(virtqueue),
-            (Kind::Host(_), CONTROL_QUEUE) => Some(0),
-            (Kind::Host(_), EVENT_QUEUE) => None,
-            (Kind::Host(_), _) => Some(virtqueue - 1),
-        }
-    }
-
-    /// The other way round: which virtqueue one of [`Self::queues`] is.
-    #[must_use]
-    pub fn virtqueue(&self, queue: usize) -> usize {
-        match (&self.kind, queue) {
-            (Kind::Disk(_), _) | (Kind::Host(_), 0) => queue,
-            (Kind::Host(_), _) => queue + 1,
         }
     }
 
@@ -308,7 +278,6 @@ pub struct Session {
 /// A front-end of a SCSI host.
 #[derive(Debug)]
 struct Initiator {
-    nexus: Arc<Nexus>,
     /// Whose commands other initiators wait for; they know it for as long as it is here.
     _tasks: Arc<dyn Tasks>,
 }
@@ -323,11 +292,10 @@ impl Initiator {
                     barrier: Arc::clone(&host.barrier),
                     lanes: host.lanes.clone(),
                 });
-                let nexus = Nexus::new(Arc::clone(&host.target)).with_tasks(&tasks);
-                Some(Initiator {
-                    nexus: Arc::new(nexus),
-                    _tasks: tasks,
-                })
+                // One that comes looks for itself.
+                host.events.forget();
+                drop(host.roster.connect(&tasks));
+                Some(Initiator { _tasks: tasks })
             }
         }
     }
@@ -360,7 +328,9 @@ impl Session {
     /// # Errors
     /// When the process has no file descriptor left.
     pub fn new(disk: Arc<Export>) -> io::Result<Session> {
-        let vrings = (0..disk.virtqueues())
+        let vrings = disk
+            .queues
+            .iter()
             .map(|_| Vring::new())
             .collect::<io::Result<_>>()?;
         let memory = MemoryTable::new(Arc::clone(&disk.device.space));
@@ -387,8 +357,8 @@ impl Session {
             tracing::error!(disk = %self.disk.name, %error, "a queue did not drain: its memory stays mapped");
         }
         self.memory.clear();
-        if let Some(initiator) = &self.initiator {
-            initiator.nexus.end();
+        if let Kind::Host(host) = &self.disk.kind {
+            host.roster.disconnect();
         }
     }
 
@@ -401,10 +371,8 @@ impl Session {
     fn stop_queues(&mut self, indices: &[usize]) -> VhostResult<()> {
         let mut waiting = Vec::new();
         for index in indices {
-            if let Some(id) = self.vrings[*index].running.take()
-                && let Some(polled) = self.disk.polled(*index)
-            {
-                let queue = &self.disk.queues[polled];
+            if let Some(id) = self.vrings[*index].running.take() {
+                let queue = &self.disk.queues[*index];
                 waiting.push((*index, queue.reactor.detach(queue.poller, id)));
             }
         }
@@ -434,9 +402,6 @@ impl Session {
     }
 
     fn start_queue(&mut self, index: usize) -> VhostResult<()> {
-        let Some(polled) = self.disk.polled(index) else {
-            return Ok(());
-        };
         let vring = &self.vrings[index];
         let enabled = vring.enabled || self.features & F_PROTOCOL == 0;
         let Some(addresses) = vring.addresses else {
@@ -493,20 +458,19 @@ impl Session {
         let queue = unsafe { Virtqueue::new(config) }
             .map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
         let id = next_lane_id();
-        let lane = self.lane(index, polled, id, queue, memory)?;
+        let lane = self.lane(index, id, queue, memory)?;
         let (disk, vring) = (&self.disk, &self.vrings[index]);
-        let place = &disk.queues[polled];
+        let place = &disk.queues[index];
         place.reactor.attach(place.poller, lane);
         tracing::debug!(disk = %disk.name, queue = index, size = vring.size, base = vring.base, "virtqueue started");
         self.vrings[index].running = Some(id);
         Ok(())
     }
 
-    /// What serves virtqueue `index`, which is polled as `polled`.
+    /// What serves virtqueue `index`.
     fn lane(
         &self,
         index: usize,
-        polled: usize,
         id: LaneId,
         queue: Virtqueue,
         memory: Arc<GuestMemory>,
@@ -515,7 +479,7 @@ impl Session {
         let [call, error] = [&vring.call, &vring.error].map(Arc::clone);
         let kick = vring.kick.as_ref().map(OwnedFd::try_clone).transpose();
         let kick = kick.map_err(VhostError::ReqHandlerError)?;
-        let shared = Arc::clone(&export.queues[polled].counters);
+        let shared = Arc::clone(&export.queues[index].counters);
         let volatile_cache = export.device.has_volatile_cache();
         let host = match &export.kind {
             Kind::Disk(disk) => {
@@ -537,42 +501,51 @@ impl Session {
             }
             Kind::Host(host) => host,
         };
-        let initiator = self.initiator.as_ref();
         // Made with the session.
-        let initiator = initiator.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
-        let (nexus, barrier) = (Arc::clone(&initiator.nexus), Arc::clone(&host.barrier));
-        Ok(match index.checked_sub(FIRST_REQUEST_QUEUE) {
-            Some(number) => Lane::scsi(ScsiLaneConfig {
+        let nexus = host.roster.nexus();
+        let nexus = nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
+        let barrier = Arc::clone(&host.barrier);
+        if let Some(number) = index.checked_sub(FIRST_REQUEST_QUEUE) {
+            let number = host.lanes.start + number;
+            return Ok(Lane::scsi(ScsiLaneConfig {
                 id,
                 queue,
                 memory,
                 sizes: Sizes::DEFAULT,
-                desk: host.clerk.desk(
-                    Arc::clone(&nexus),
-                    Arc::clone(&barrier),
-                    host.lanes.start + number,
-                ),
                 nexus,
-                namespaces: Arc::clone(&host.namespaces),
+                desk: host.clerk.desk(Arc::clone(&barrier), number),
                 barrier,
-                number: host.lanes.start + number,
+                number,
                 volatile_cache,
                 call,
                 error,
                 kick,
                 shared,
-            }),
-            None => Lane::control(ControlConfig {
-                id,
-                queue,
-                memory,
+            }));
+        }
+        let side = SideConfig {
+            id,
+            queue,
+            memory,
+            call,
+            error,
+            kick,
+            shared,
+        };
+        Ok(match index {
+            CONTROL_QUEUE => Lane::control(ControlConfig {
+                side,
                 nexus,
                 barrier,
                 lanes: host.lanes.clone(),
-                call,
-                error,
-                kick,
-                shared,
+            }),
+            _ => Lane::events(EventConfig {
+                side,
+                events: Arc::clone(&host.events),
+                wanted: WantedEvents {
+                    hotplug: self.features & event::F_HOTPLUG != 0,
+                    change: self.features & event::F_CHANGE != 0,
+                },
             }),
         })
     }
@@ -779,10 +752,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         if let Some(file) = &fd {
             require_eventfd(file).map_err(VhostError::ReqHandlerError)?;
         }
-        if let Some(polled) = self.disk.polled(index)
-            && let queue = &self.disk.queues[polled]
-            && queue.reactor.mode() == Mode::Adaptive
-        {
+        let queue = &self.disk.queues[index];
+        if queue.reactor.mode() == Mode::Adaptive {
             let kick = fd.map(OwnedFd::from);
             if let Some(lane) = self.vrings[index].running {
                 let clone = kick.as_ref().map(OwnedFd::try_clone).transpose();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -82,6 +82,20 @@ impl Listener {
             listener,
             path: Some(path.to_owned()),
         })
+    }
+
+    /// The same for this user and root alone.
+    ///
+    /// # Errors
+    /// [`SocketError`].
+    pub fn bind_private(path: &Path) -> Result<Listener, SocketError> {
+        let listener = Listener::bind(path)?;
+        let private = fs::Permissions::from_mode(0o600);
+        fs::set_permissions(path, private).map_err(|error| SocketError::Bind {
+            path: path.to_owned(),
+            error,
+        })?;
+        Ok(listener)
     }
 
     /// Takes over an already listening socket (systemd activation).

@@ -36,10 +36,10 @@ impl View {
     pub(super) fn statistics(&self) -> Statistics {
         let mut queues = Vec::new();
         for export in &self.exports {
-            for (i, queue) in export.queues.iter().enumerate() {
+            for (index, queue) in export.queues.iter().enumerate() {
                 queues.push(QueueStatistics {
                     socket: export.name.clone(),
-                    queue: export.virtqueue(i),
+                    queue: index,
                     core: queue.reactor.core(),
                     queue_pair: queue.pair,
                     counters: queue.counters.snapshot(),

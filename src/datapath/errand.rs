@@ -35,7 +35,6 @@ const SETTLED: u8 = 3;
 /// Where a lane leaves commands.
 #[derive(Debug)]
 pub struct Desk {
-    nexus: Arc<Nexus>,
     places: [Place; PLACES],
     /// The clerk's.
     bell: Arc<OwnedFd>,
@@ -54,6 +53,8 @@ struct Place {
 
 #[derive(Debug)]
 struct Errand {
+    /// Whose command it is, while the clerk has it.
+    nexus: Option<Arc<Nexus>>,
     unit: usize,
     cdb: Cdb,
     /// One more than there should be: a list that is too long is told from one that is not.
@@ -64,7 +65,13 @@ struct Errand {
 
 impl Desk {
     /// Leaves a command. Its place; `None` when all are taken.
-    pub(super) fn leave(&self, unit: usize, cdb: &Cdb, parameters: &[u8]) -> Option<usize> {
+    pub(super) fn leave(
+        &self,
+        nexus: &Arc<Nexus>,
+        unit: usize,
+        cdb: &Cdb,
+        parameters: &[u8],
+    ) -> Option<usize> {
         let free = |place: &Place| place.state.load(Ordering::Acquire) == FREE;
         let at = self.places.iter().position(free)?;
         let place = &self.places[at];
@@ -72,6 +79,7 @@ impl Desk {
         let len = parameters.len().min(errand.parameters.len());
         errand.parameters[..len].copy_from_slice(&parameters[..len]);
         (errand.unit, errand.cdb, errand.len) = (unit, *cdb, len);
+        errand.nexus = Some(Arc::clone(nexus));
         drop(errand);
         // Pairs with the acquire in `Clerk::take`.
         place.state.store(LEFT, Ordering::Release);
@@ -108,6 +116,7 @@ impl Place {
         Place {
             state: AtomicU8::new(FREE),
             errand: Mutex::new(Errand {
+                nexus: None,
                 unit: 0,
                 cdb: Cdb::new(&[]),
                 parameters: [0; PR_OUT_BYTES + 1],
@@ -167,9 +176,8 @@ impl Clerk {
 
     /// A desk for lane `lane` of a host, as its [`Barrier`] numbers them.
     #[must_use]
-    pub fn desk(&self, nexus: Arc<Nexus>, barrier: Arc<Barrier>, lane: usize) -> Arc<Desk> {
+    pub fn desk(&self, barrier: Arc<Barrier>, lane: usize) -> Arc<Desk> {
         let desk = Arc::new(Desk {
-            nexus,
             places: std::array::from_fn(|_| Place::new()),
             bell: Arc::clone(&self.office.bell),
             barrier,
@@ -238,13 +246,20 @@ fn take(desk: &Arc<Desk>, at: usize) -> Option<Waiting> {
         .state
         .compare_exchange(LEFT, TAKEN, Ordering::Acquire, Ordering::Relaxed)
         .ok()?;
-    let (unit, cdb, parameters, len) = {
-        let errand = place.lock();
-        (errand.unit, errand.cdb, errand.parameters, errand.len)
+    let (nexus, unit, cdb, parameters, len) = {
+        let mut errand = place.lock();
+        let nexus = errand.nexus.take()?;
+        (
+            nexus,
+            errand.unit,
+            errand.cdb,
+            errand.parameters,
+            errand.len,
+        )
     };
     Some(Waiting {
         desk: Arc::clone(desk),
         at,
-        settlement: desk.nexus.settle(unit, &cdb, &parameters[..len]),
+        settlement: nexus.settle(unit, &cdb, &parameters[..len]),
     })
 }

@@ -8,7 +8,9 @@
 
 mod blk;
 mod control;
+mod events;
 mod scsi;
+mod side;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,12 +32,14 @@ use crate::virtio::chain::Chain;
 use crate::virtio::memory::{GuestMemory, Segment, StatusByte};
 use crate::virtio::virtqueue::{HeadIndex, RingError, Virtqueue};
 use blk::Blk;
-use control::ControlLane;
 use scsi::Scsi;
+use side::SideLane;
 
 pub use blk::LaneConfig;
 pub use control::{Barrier, ControlConfig, HostTasks};
+pub use events::{EventConfig, Events, Happening, WantedEvents};
 pub use scsi::ScsiLaneConfig;
+pub use side::SideConfig;
 
 /// Requests that one lane takes from its ring in one turn. The fewer, the earlier do the device and the guest get to work
 /// again: were it all 32 that a guest has in flight, each of the three would wait for the others. The more, the fewer
@@ -210,12 +214,12 @@ pub(super) enum Progress {
 /// the command is. 16 bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum CommandContext {
-    /// All of it: where the answer goes, and the bytes of data that the guest gets on success.
+    /// All of it: where the answer begins, and the bytes of data that the guest gets on success.
     Whole {
         lane: u16,
         head: HeadIndex,
         data_in: u32,
-        status: StatusByte,
+        answer: StatusByte,
     },
     /// A part, perhaps through a bounce buffer; the lane remembers the request.
     Part {
@@ -394,8 +398,8 @@ pub(super) enum Kind {
     Blk(Box<RequestLane<Blk>>),
     /// Commands of a SCSI host.
     Scsi(Box<RequestLane<Scsi>>),
-    /// The task management of a SCSI host. It has no NVMe commands.
-    Control(Box<ControlLane>),
+    /// The task management of a SCSI host, or its events. It has no NVMe commands.
+    Side(Box<SideLane>),
 }
 
 // SAFETY: the pointers in a lane lead to guest memory that its `Arc<GuestMemory>` keeps mapped; one thread at a time
@@ -408,7 +412,7 @@ macro_rules! on_lane {
         match $lane {
             Kind::Blk($name) => $do,
             Kind::Scsi($name) => $do,
-            Kind::Control($name) => $do,
+            Kind::Side($name) => $do,
         }
     };
 }
@@ -429,7 +433,13 @@ impl Lane {
     /// The same for the control queue of a SCSI host.
     #[must_use]
     pub fn control(config: ControlConfig) -> Lane {
-        Lane(Kind::Control(Box::new(ControlLane::new(config))))
+        Lane(Kind::Side(Box::new(SideLane::control(config))))
+    }
+
+    /// The same for its event queue.
+    #[must_use]
+    pub fn events(config: EventConfig) -> Lane {
+        Lane(Kind::Side(Box::new(SideLane::events(config))))
     }
 
     /// Its name.
@@ -448,7 +458,7 @@ impl Lane {
         match &mut self.0 {
             Kind::Blk(lane) => lane.slot = slot,
             Kind::Scsi(lane) => lane.slot = slot,
-            Kind::Control(_) => {}
+            Kind::Side(_) => {}
         }
     }
 
@@ -466,11 +476,12 @@ impl Lane {
 
     /// The files that wake a poller for it, of which [`Lane::kick`] is one.
     pub fn wakers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let barrier = match &self.0 {
+        let other = match &self.0 {
             Kind::Scsi(lane) => Some(lane.waker()),
-            Kind::Blk(_) | Kind::Control(_) => None,
+            Kind::Side(lane) => lane.waker(),
+            Kind::Blk(_) => None,
         };
-        self.kick().into_iter().chain(barrier)
+        self.kick().into_iter().chain(other)
     }
 
     /// The kick eventfd. Nobody reads it: it is watched edge-triggered.
@@ -516,7 +527,7 @@ impl Lane {
         match &mut self.0 {
             Kind::Blk(lane) => lane.cache_was_lost(),
             Kind::Scsi(lane) => lane.cache_was_lost(),
-            Kind::Control(_) => {}
+            Kind::Side(_) => {}
         }
     }
 
@@ -524,12 +535,12 @@ impl Lane {
         match &mut self.0 {
             Kind::Blk(lane) => lane.doubt_flush(head),
             Kind::Scsi(lane) => lane.doubt_flush(head),
-            Kind::Control(_) => {}
+            Kind::Side(_) => {}
         }
     }
 
     pub(super) fn counters_mut(&mut self) -> &mut QueueCounters {
-        on_lane!(&mut self.0, lane => &mut lane.counters)
+        on_lane!(&mut self.0, lane => lane.counters_mut())
     }
 
     pub(super) fn publish_counters(&self) {
@@ -559,7 +570,7 @@ impl Lane {
         match &mut self.0 {
             Kind::Blk(lane) => lane.give_up_work(),
             Kind::Scsi(lane) => lane.give_up_work(),
-            Kind::Control(_) => {}
+            Kind::Side(_) => {}
         }
     }
 
@@ -570,7 +581,7 @@ impl Lane {
         match &mut self.0 {
             Kind::Blk(lane) => fail && lane.fail_new(),
             Kind::Scsi(lane) => lane.collect() || (fail && lane.fail_new()),
-            Kind::Control(lane) => lane.fetch(),
+            Kind::Side(lane) => lane.fetch(),
         }
     }
 
@@ -580,7 +591,7 @@ impl Lane {
             Kind::Blk(lane) => lane.command_done(head, failure),
             Kind::Scsi(lane) => lane.command_done(head, failure),
             // It has no commands.
-            Kind::Control(_) => {}
+            Kind::Side(_) => {}
         }
     }
 
@@ -605,7 +616,7 @@ impl Lane {
         match &mut self.0 {
             Kind::Blk(lane) => lane.publish_used(),
             // All at once, with the signal.
-            Kind::Scsi(_) | Kind::Control(_) => {}
+            Kind::Scsi(_) | Kind::Side(_) => {}
         }
     }
 }
@@ -619,7 +630,7 @@ impl Kind {
             Kind::Blk(_) => false,
             // Others may ask it to end what it has, or the clerk has answered.
             Kind::Scsi(lane) => lane.wants() || Scsi::is_wanted(lane),
-            Kind::Control(lane) => lane.wants(),
+            Kind::Side(lane) => lane.wants(),
         }
     }
 
@@ -628,7 +639,7 @@ impl Kind {
         match self {
             Kind::Blk(_) => false,
             Kind::Scsi(lane) => lane.fetch(pair),
-            Kind::Control(lane) => lane.fetch(),
+            Kind::Side(lane) => lane.fetch(),
         }
     }
 
@@ -637,7 +648,7 @@ impl Kind {
         match self {
             Kind::Blk(_) => {}
             Kind::Scsi(lane) => lane.publish_turn(),
-            Kind::Control(lane) => lane.publish(),
+            Kind::Side(lane) => lane.publish(),
         }
     }
 }
@@ -672,6 +683,11 @@ impl<F: Front> RequestLane<F> {
 
     fn id(&self) -> LaneId {
         self.config.id
+    }
+
+    #[inline]
+    fn counters_mut(&mut self) -> &mut QueueCounters {
+        &mut self.counters
     }
 
     fn base(&self) -> u32 {

@@ -10,6 +10,9 @@ pub mod poller;
 pub mod signal;
 
 pub use errand::{Clerk, Desk};
-pub use lane::{Barrier, ControlConfig, HostTasks, Lane, LaneConfig, LaneId, ScsiLaneConfig};
+pub use lane::{
+    Barrier, ControlConfig, EventConfig, Events, Happening, HostTasks, Lane, LaneConfig, LaneId,
+    ScsiLaneConfig, SideConfig, WantedEvents,
+};
 pub use poller::{Load, PairHealth, Poll, Poller, Service, Waker};
 pub use signal::Signal;

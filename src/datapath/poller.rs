@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::MAX_ENTRIES;
 use nvme_driver::dma::{DmaError, DmaSpace};
-use nvme_driver::spec::{Cid, Status, io_opcode};
+use nvme_driver::spec::{Cid, Status, SubmissionEntry, io_opcode};
 use nvme_driver::transport::{Armed, Transport};
 use nvme_driver::{Completion, QueuePair};
 
@@ -20,6 +20,7 @@ use super::abort::{AbortList, Aborts};
 use super::bounce::BouncePool;
 use super::lane::{CommandContext, Failure, Kind, Lane, LaneId, Pair, max_segments};
 use crate::stats::Stage;
+use crate::virtio::memory::StatusByte;
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
@@ -540,7 +541,12 @@ impl<T: Transport> Poller<T> {
             // The device does not say which block it was: known if there is one only.
             None => Failure {
                 status: completion.status,
-                information: self.only_block(completion.cid),
+                information: self
+                    .pair
+                    .queue
+                    .sent(completion.cid)
+                    .as_ref()
+                    .and_then(only_block),
             },
         };
         if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
@@ -548,14 +554,44 @@ impl<T: Transport> Poller<T> {
         }
     }
 
-    /// The block that a command was about, if it was one.
-    fn only_block(&self, cid: Cid) -> Option<u64> {
-        let entry = self.pair.queue.sent(cid)?;
-        let range = match entry.opcode {
-            io_opcode::READ | io_opcode::WRITE | io_opcode::WRITE_ZEROES => entry.lba_range(),
-            _ => return None,
+    /// A command that was all of a SCSI request has completed.
+    // Apart, as all that is for SCSI hosts (see `Kind`), and with what is at hand.
+    #[inline(never)]
+    fn exchange_done(&mut self, completion: Completion) {
+        let CommandContext::Whole {
+            lane,
+            head,
+            data_in,
+            answer,
+        } = *self.pair.context(completion.cid)
+        else {
+            return;
         };
-        (range.blocks == 1).then_some(range.slba)
+        match self.lanes.get_mut(usize::from(lane)) {
+            Some(Some(Lane(Kind::Scsi(lane)))) if completion.status.is_success() => {
+                lane.request_done(head, answer, data_in);
+            }
+            _ => self.exchange_failed(lane, head, answer, completion),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn exchange_failed(
+        &mut self,
+        lane: u16,
+        head: HeadIndex,
+        answer: StatusByte,
+        completion: Completion,
+    ) {
+        let sent = self.pair.queue.sent(completion.cid);
+        let failure = Failure {
+            status: completion.status,
+            information: sent.as_ref().and_then(only_block),
+        };
+        if let Some(Some(Lane(Kind::Scsi(lane)))) = self.lanes.get_mut(usize::from(lane)) {
+            lane.request_failed(head, answer, sent, failure);
+        }
     }
 
     // Always: a second caller, however cold, would cost each request a call.
@@ -569,12 +605,13 @@ impl<T: Transport> Poller<T> {
                 lane,
                 head,
                 data_in,
-                status,
-            } => {
-                if let Some(Some(Lane(Kind::Blk(lane)))) = self.lanes.get_mut(usize::from(lane)) {
-                    lane.request_done(head, status, data_in, success);
+                answer,
+            } => match self.lanes.get_mut(usize::from(lane)) {
+                Some(Some(Lane(Kind::Blk(lane)))) => {
+                    lane.request_done(head, answer, data_in, success);
                 }
-            }
+                _ => self.exchange_done(completion),
+            },
             CommandContext::Part { lane, head, bounce } => {
                 if self.pair.aborts.any() {
                     self.pair.was_to_be_aborted(completion.cid);
@@ -595,6 +632,15 @@ impl<T: Transport> Poller<T> {
             }
         }
     }
+}
+
+/// The block that a command was about, if it was one.
+fn only_block(sent: &SubmissionEntry) -> Option<u64> {
+    let range = match sent.opcode {
+        io_opcode::READ | io_opcode::WRITE | io_opcode::WRITE_ZEROES => sent.lba_range(),
+        _ => return None,
+    };
+    (range.blocks == 1).then_some(range.slba)
 }
 
 impl<T: Transport + 'static> Poll for Poller<T> {

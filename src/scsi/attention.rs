@@ -64,6 +64,12 @@ impl Attention {
     const fn bit(self) -> u32 {
         1 << self as u8
     }
+
+    /// Its ASC and ASCQ.
+    #[must_use]
+    pub const fn codes(self) -> (u8, u8) {
+        CODES[self as usize]
+    }
 }
 
 /// What a persistent reservation keeps from an initiator, and what a reservation of SPC-2 does.
@@ -107,6 +113,11 @@ impl Conditions {
             self.0.fetch_and(!ALL, Ordering::Relaxed);
         }
         self.0.fetch_or(attention.bit(), Ordering::Relaxed);
+    }
+
+    /// That need not be told any more.
+    pub(super) fn withdraw(&self, attention: Attention) {
+        self.0.fetch_and(!attention.bit(), Ordering::Relaxed);
     }
 
     /// The first of those in `which`, once.

@@ -18,8 +18,10 @@ mod log;
 mod medium;
 mod mode;
 mod persistent;
+mod plain;
 mod port;
 pub mod reservations;
+mod roster;
 pub mod sense;
 mod target;
 mod unit;
@@ -31,9 +33,11 @@ pub use lock::RangeLock;
 pub use log::{Health, HealthReport};
 pub use medium::{MAX_COMPARE_BLOCKS, MAX_WRITE_SAME_BLOCKS};
 pub use persistent::PARAMETER_BYTES as PR_OUT_BYTES;
+pub use plain::PlainUnit;
+pub use roster::{PlaceError, Roster};
 pub use sense::{MAX_SENSE_BYTES, Sense};
-pub use target::{Address, Lun, Nexus, Target};
-pub use unit::{Keep, LogicalUnit, MAX_INITIATORS, Settlement, ShareError, Tasks, UnitIds};
+pub use target::{Address, Lun, MAX_UNITS, Nexus, Target};
+pub use unit::{Keep, Listen, LogicalUnit, MAX_INITIATORS, Settlement, ShareError, Tasks, UnitIds};
 
 use crate::block::{BlockOp, RangeList};
 

@@ -89,6 +89,12 @@ impl Sense {
     /// INTERNAL TARGET FAILURE.
     pub const INTERNAL_FAILURE: Sense = Sense::new(key::HARDWARE_ERROR, 0x44, 0);
 
+    /// Whether it says this, by code and qualifier.
+    #[must_use]
+    pub fn is(&self, codes: (u8, u8)) -> bool {
+        (self.asc, self.ascq) == codes
+    }
+
     /// INVALID FIELD IN CDB, in byte `byte` from bit `bit` on.
     #[must_use]
     pub const fn in_cdb(byte: u16, bit: u8) -> Sense {

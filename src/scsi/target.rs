@@ -2,16 +2,20 @@
 //!
 //! A [`Target`] is all that one host shows to its initiator: logical units, each at a target identifier and a LUN. Other
 //! hosts may show the same logical units to theirs. A [`Nexus`] is the initiator while it is connected.
+//!
+//! Neither ever changes: what a host shows changes by a successor ([`super::Roster`] makes them), which each of those who
+//! hold a nexus takes up when it suits them. Nobody waits for anybody, and who looks at a nexus twice sees the same.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::attention::{self, Attention, Conditions};
 use super::command::{self, Cdb, Scope};
 use super::copy::CopyLog;
 use super::initiator::Initiator;
 use super::persistent::MAX_FULL_STATUS;
+use super::plain::PlainUnit;
 use super::sense::{MAX_SENSE_BYTES, Sense};
-use super::unit::{LogicalUnit, Settlement, ShareError, Tasks};
+use super::unit::{Listen, LogicalUnit, Settlement, ShareError, Tasks};
 use super::{Action, Exchange, Result};
 
 /// A logical unit number of up to 14 bits.
@@ -96,18 +100,22 @@ impl Address {
     }
 }
 
-/// All logical units of one host, for its initiator.
-#[derive(Debug)]
+/// The most logical units of one host.
+pub const MAX_UNITS: usize = 1024;
+
+/// All logical units of one host, for its initiator, at one time.
+#[derive(Clone, Debug)]
 pub struct Target {
     initiator: Initiator,
+    generation: u64,
     /// Sorted by place.
     places: Vec<((u8, Lun), usize)>,
-    /// In the order given.
+    /// In the order given. One that has no place any more stays until another takes its index.
     units: Vec<LogicalUnit>,
-    /// By unit: the target identifier.
-    ids: Vec<u8>,
     /// By unit: what the initiator is to be told of it.
     conditions: Vec<Arc<Conditions>>,
+    /// By target identifier: whether it has a logical unit, or had one.
+    known: [bool; 256],
 }
 
 /// Bytes of an entry of REPORT LUNS, and of its header.
@@ -129,28 +137,48 @@ impl Target {
             .collect();
         places.sort();
         places.dedup_by_key(|(place, _)| *place);
-        let ids = units.iter().map(|(target, ..)| *target).collect();
+        let mut known = [false; 256];
+        for ((target, _), _) in &places {
+            known[usize::from(*target)] = true;
+        }
         let units: Vec<LogicalUnit> = units.into_iter().map(|(_, _, unit)| unit).collect();
         let conditions = units.iter().map(|unit| unit.share(initiator));
         Ok(Target {
             initiator: initiator.clone(),
+            generation: 0,
             places,
-            ids,
             conditions: conditions.collect::<std::result::Result<_, _>>()?,
             units,
+            known,
         })
     }
 
-    /// The logical units, by the index that [`super::Carry::unit`] gives.
+    /// Of its successors each has a higher one. Whatever was remembered of [`Self::find`] or [`LogicalUnit::geometry`] is
+    /// true for as long as this is what it was.
+    #[inline]
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The logical units, by the index that [`super::Carry::unit`] gives; also such that have just been taken away.
     #[must_use]
     pub fn units(&self) -> &[LogicalUnit] {
         &self.units
     }
 
-    /// The target identifier of one of them.
+    /// The places, in order, with the logical unit at each.
+    pub fn places(&self) -> impl Iterator<Item = (u8, Lun, &LogicalUnit)> {
+        let places = self.places.iter();
+        places.filter_map(|((target, lun), index)| Some((*target, *lun, self.units.get(*index)?)))
+    }
+
+    /// The target identifier of a unit, if it has a place.
     #[must_use]
     pub fn id_of(&self, unit: usize) -> Option<u8> {
-        self.ids.get(unit).copied()
+        let mut places = self.places.iter();
+        let ((target, _), _) = places.find(|(_, index)| *index == unit)?;
+        Some(*target)
     }
 
     /// Which logical unit is there.
@@ -163,10 +191,94 @@ impl Target {
         Some(self.places[at].1)
     }
 
-    /// Whether a target has any logical unit.
+    /// The successor with one logical unit more, at index `at` or at a new one. What is at the index must have no place.
+    pub(super) fn with_unit(
+        &self,
+        (target, lun): (u8, Lun),
+        at: Option<usize>,
+        unit: LogicalUnit,
+    ) -> std::result::Result<(Target, usize), ShareError> {
+        let conditions = unit.share(&self.initiator)?;
+        let mut next = self.succeed();
+        let index = match at.filter(|at| *at < next.units.len()) {
+            Some(at) => {
+                (next.units[at], next.conditions[at]) = (unit, conditions);
+                at
+            }
+            None => {
+                next.units.push(unit);
+                next.conditions.push(conditions);
+                next.units.len() - 1
+            }
+        };
+        let after = next
+            .places
+            .partition_point(|(place, _)| *place < (target, lun));
+        next.places.insert(after, ((target, lun), index));
+        next.known[usize::from(target)] = true;
+        Ok((next, index))
+    }
+
+    /// The successor without the logical unit at a place, and its index.
+    pub(super) fn without(&self, place: (u8, Lun)) -> Option<(Target, usize)> {
+        let index = self.find(place.0, place.1)?;
+        let mut next = self.succeed();
+        next.places.retain(|(own, _)| *own != place);
+        Some((next, index))
+    }
+
+    fn succeed(&self) -> Target {
+        Target {
+            generation: self.generation + 1,
+            ..self.clone()
+        }
+    }
+
+    /// An initiator that knows the logical units of a target is told with its next command to one of them, but for the one
+    /// at `index`, that there are others now.
+    pub(super) fn attend_inventory(&self, target: u8, index: usize) {
+        let others = self.luns_of(target).iter();
+        for (_, other) in others.filter(|(_, other)| *other != index) {
+            self.conditions[*other].establish(Attention::ReportedLuns);
+        }
+    }
+
+    /// It knows.
+    fn forget_inventory(&self, target: u8) {
+        for (_, index) in self.luns_of(target) {
+            self.conditions[*index].withdraw(Attention::ReportedLuns);
+        }
+    }
+
+    /// A logical unit has come to an initiator that is there.
+    pub(super) fn greet(&self, index: usize, tasks: Option<&Arc<dyn Tasks>>) {
+        let (unit, conditions) = (&self.units[index], &self.conditions[index]);
+        unit.lose_nexus(conditions);
+        conditions.establish(Attention::PowerOn);
+        if let Some(tasks) = tasks {
+            unit.watch(conditions, tasks);
+        }
+    }
+
+    /// What others do to its logical units is for `listener` to tell; of all of them, or of the one at `index`.
+    pub(super) fn announce(&self, index: Option<usize>, listener: &Arc<dyn Listen>) {
+        let places = self.places.iter();
+        for (place, at) in places.filter(|(_, at)| index.is_none_or(|index| index == *at)) {
+            self.units[*at].announce(&self.conditions[*at], *place, listener);
+        }
+    }
+
+    /// The initiator has a logical unit no more, and no command for it.
+    pub(super) fn unshare(&self, index: usize) {
+        if let (Some(unit), Some(own)) = (self.units.get(index), self.conditions.get(index)) {
+            unit.unshare(own);
+        }
+    }
+
+    /// Whether a target has any logical unit, or had one.
     #[must_use]
     pub fn has_target(&self, target: u8) -> bool {
-        !self.luns_of(target).is_empty()
+        self.known[usize::from(target)]
     }
 
     fn luns_of(&self, target: u8) -> &[((u8, Lun), usize)] {
@@ -175,11 +287,11 @@ impl Target {
         &self.places[start..end]
     }
 
-    /// How large the buffer for the answer of any command must be.
+    /// How large the buffer for the answer of any command must be, also of its successors.
     #[must_use]
     pub fn data_in_bytes(&self) -> usize {
         // The well-known ones and the header: three entries more. Nothing else exceeds a full status of reservations.
-        ((self.places.len() + 3) * LUN_ENTRY).max(MAX_FULL_STATUS)
+        ((self.places.len().max(MAX_UNITS) + 3) * LUN_ENTRY).max(MAX_FULL_STATUS)
     }
 }
 
@@ -215,6 +327,17 @@ impl Seat<'_> {
         }
     }
 
+    /// Its initiator has asked, or was told, of the logical units that there are now.
+    fn knows_inventory(&self) {
+        let target = &self.nexus.target;
+        match self.address {
+            Address::Unit { target: own, .. } | Address::WellKnown { target: own } => {
+                target.forget_inventory(own);
+            }
+            Address::Controller => (0..=u8::MAX).for_each(|own| target.forget_inventory(own)),
+        }
+    }
+
     /// The copies that its initiator may ask about.
     pub(super) fn copies(&self) -> &CopyLog {
         &self.nexus.copies
@@ -243,10 +366,44 @@ impl Seat<'_> {
 #[derive(Debug)]
 pub struct Nexus {
     target: Arc<Target>,
-    copies: CopyLog,
+    copies: Arc<CopyLog>,
+    next: OnceLock<Arc<Nexus>>,
+}
+
+impl Drop for Nexus {
+    /// One successor after the other: by itself each would be dropped within the one before.
+    fn drop(&mut self) {
+        let mut next = self.next.take();
+        while let Some(nexus) = next {
+            next = Arc::into_inner(nexus).and_then(|mut nexus| nexus.next.take());
+        }
+    }
 }
 
 impl Nexus {
+    /// The same initiator with what it reaches from now on.
+    pub(super) fn succeed(&self, target: Arc<Target>) -> Arc<Nexus> {
+        let copies = Arc::clone(&self.copies);
+        let nexus = Arc::new(Nexus::reaching(target, copies));
+        // There is one who makes successors, and it makes the newest one's.
+        Arc::clone(self.next.get_or_init(|| nexus))
+    }
+
+    fn reaching(target: Arc<Target>, copies: Arc<CopyLog>) -> Nexus {
+        Nexus {
+            target,
+            copies,
+            next: OnceLock::new(),
+        }
+    }
+
+    /// What has taken its place, if anything has: to be looked at before commands are taken up, and taken up in its stead.
+    /// One load while nothing has changed. Whoever made it keeps this one, so that nothing is freed by leaving it.
+    #[inline(always)]
+    pub fn successor(&self) -> Option<&Arc<Nexus>> {
+        self.next.get()
+    }
+
     /// An initiator that has just come: whatever happened before, it is told that all is new.
     #[must_use]
     pub fn new(target: Arc<Target>) -> Nexus {
@@ -254,10 +411,7 @@ impl Nexus {
             unit.lose_nexus(conditions);
             conditions.establish(Attention::PowerOn);
         }
-        Nexus {
-            target,
-            copies: CopyLog::new(),
-        }
+        Nexus::reaching(target, Arc::new(CopyLog::new()))
     }
 
     /// Where its commands are, for others that preempt it.
@@ -382,6 +536,13 @@ impl Nexus {
         command::parameter_bytes(cdb, unit)
     }
 
+    /// A logical unit for the short way of most commands.
+    #[must_use]
+    pub fn plain(&self, unit: usize) -> Option<PlainUnit> {
+        let conditions = self.target.conditions.get(unit)?;
+        Some(self.target.units.get(unit)?.plain(conditions))
+    }
+
     /// Carries a command out as far as that needs no block device. `unit` is what [`Self::find`] says of the address.
     pub fn execute(
         &self,
@@ -433,7 +594,13 @@ fn seat_command(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Action> 
 #[cold]
 fn attention(seat: &Seat<'_>, which: u32) -> Result<()> {
     match seat.conditions().and_then(|own| own.take(which)) {
-        Some(sense) => Err(sense),
+        Some(sense) => {
+            if sense.is(Attention::ReportedLuns.codes()) {
+                // Once is enough for all logical units of the target.
+                seat.knows_inventory();
+            }
+            Err(sense)
+        }
         None => Ok(()),
     }
 }
@@ -496,5 +663,8 @@ pub(super) fn report_luns(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Resul
     let len = u32::try_from(out.len() - 8).unwrap_or(0);
     out.set(0, &len.to_be_bytes());
     out.truncate(allocation_length);
+    if units {
+        seat.knows_inventory();
+    }
     Ok(Action::Good)
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::Action;
@@ -10,9 +10,10 @@ use super::attention::{Attention, Conditions, denied};
 use super::command::Cdb;
 use super::initiator::Initiator;
 use super::persistent;
+use super::plain::PlainUnit;
 use super::reservations::{Outcome, Reservations};
 use super::sense::Sense;
-use super::{Health, RangeLock};
+use super::{Health, Lun, RangeLock};
 use crate::block::Geometry;
 
 /// What a namespace says of its identity.
@@ -41,6 +42,7 @@ pub struct LogicalUnit {
     unmapped_reads_zero: bool,
     copy_blocks: u32,
     health: Arc<Health>,
+    medium: u32,
     shared: Arc<Shared>,
 }
 
@@ -77,11 +79,12 @@ impl Modes {
 
 /// What all hosts that have a logical unit share of it.
 #[derive(Debug)]
-struct Shared {
-    lock: RangeLock,
+pub(super) struct Shared {
+    pub(super) lock: RangeLock,
     /// See [`Modes::to_bits`].
     modes: AtomicU8,
-    /// Filled from the front, and never emptied: initiators are those that the server was started with.
+    /// Filled from the front, and never emptied: initiators are those that the server was started with, and one that has the
+    /// unit taken away may get it back.
     sharers: [OnceLock<Sharer>; MAX_INITIATORS],
     state: Mutex<State>,
     /// Held while a command changes the reservations, over the wait for their file.
@@ -114,6 +117,12 @@ pub trait Tasks: Debug + Send + Sync {
     fn have_ended(&self, number: u64) -> bool;
 }
 
+/// Hears what other initiators do to the logical units of one host.
+pub trait Listen: Debug + Send + Sync {
+    /// This has happened to the one at a place. It is called where nobody must wait.
+    fn hear(&self, target: u8, lun: Lun, attention: Attention);
+}
+
 /// A command of [`Action::Defer`], carried out: it has ended when the commands that it aborts have.
 #[derive(Debug)]
 pub struct Settlement {
@@ -144,6 +153,12 @@ impl Settlement {
 }
 
 impl Shared {
+    /// What MODE SELECT has made of it.
+    #[inline]
+    pub(super) fn modes(&self) -> Modes {
+        Modes::from_bits(self.modes.load(Ordering::Relaxed))
+    }
+
     fn new(lanes: usize) -> Arc<Shared> {
         Arc::new(Shared {
             lock: RangeLock::new(lanes),
@@ -160,9 +175,28 @@ impl Shared {
 #[derive(Debug)]
 struct Sharer {
     initiator: Initiator,
+    /// It has the unit.
+    present: AtomicBool,
+    /// Where: the target's identifier above the LUN.
+    place: AtomicU32,
+    /// Who tells it at once what a unit attention would tell it with its next command.
+    listener: OnceLock<Arc<dyn Listen>>,
     conditions: Arc<Conditions>,
     /// Of its connection, and of an earlier one as long as that has commands under way.
     tasks: Mutex<Vec<Weak<dyn Tasks>>>,
+}
+
+impl Sharer {
+    fn hear(&self, attention: Attention) {
+        let listener = self.listener.get();
+        let Some(listener) = listener.filter(|_| self.present.load(Ordering::Relaxed)) else {
+            return;
+        };
+        let [_, target, high, low] = self.place.load(Ordering::Relaxed).to_be_bytes();
+        if let Some(lun) = Lun::new(u16::from_be_bytes([high, low])) {
+            listener.hear(target, lun, attention);
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -200,6 +234,7 @@ impl LogicalUnit {
             unmapped_reads_zero: false,
             copy_blocks: 0,
             health: Arc::default(),
+            medium: 0,
             shared: Shared::new(DEFAULT_LANES),
         }
     }
@@ -229,6 +264,25 @@ impl LogicalUnit {
     #[must_use]
     pub fn with_health(self, health: Arc<Health>) -> LogicalUnit {
         LogicalUnit { health, ..self }
+    }
+
+    /// What those who carry operations out call it. Nobody looks at it here.
+    #[must_use]
+    pub fn with_medium(self, medium: u32) -> LogicalUnit {
+        LogicalUnit { medium, ..self }
+    }
+
+    /// See [`Self::with_medium`].
+    #[inline]
+    #[must_use]
+    pub fn medium(&self) -> u32 {
+        self.medium
+    }
+
+    /// Whether both are the same logical unit, for whomever.
+    #[must_use]
+    pub fn is(&self, other: &LogicalUnit) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 
     /// Writes may be lost before they are synchronized.
@@ -284,7 +338,12 @@ impl LogicalUnit {
     /// What MODE SELECT has made of it.
     #[inline]
     pub(super) fn modes(&self) -> Modes {
-        Modes::from_bits(self.shared.modes.load(Ordering::Relaxed))
+        self.shared.modes()
+    }
+
+    /// Itself, for reads and writes of an initiator.
+    pub(super) fn plain(&self, conditions: &Arc<Conditions>) -> PlainUnit {
+        PlainUnit::new(conditions, &self.shared, self.geometry)
     }
 
     /// For all initiators, from their next command on; unless another one has changed them since they were `before`.
@@ -364,6 +423,9 @@ impl LogicalUnit {
                 fresh = true;
                 Sharer {
                     initiator: initiator.clone(),
+                    present: AtomicBool::new(true),
+                    place: AtomicU32::new(0),
+                    listener: OnceLock::new(),
                     conditions: Arc::default(),
                     tasks: Mutex::default(),
                 }
@@ -374,10 +436,23 @@ impl LogicalUnit {
                 return Ok(Arc::clone(&sharer.conditions));
             }
             if sharer.initiator == *initiator {
-                return Err(ShareError::Taken(initiator.clone()));
+                // Relaxed: those who share and unshare for one host hold a lock over it.
+                return match sharer.present.swap(true, Ordering::Relaxed) {
+                    true => Err(ShareError::Taken(initiator.clone())),
+                    false => Ok(Arc::clone(&sharer.conditions)),
+                };
             }
         }
         Err(ShareError::Full)
+    }
+
+    /// The initiator with `own` has it no longer. What it has registered and reserved persistently stays, as when it goes.
+    pub(super) fn unshare(&self, own: &Arc<Conditions>) {
+        self.lose_nexus(own);
+        let mut sharers = self.sharers();
+        if let Some(own) = sharers.find(|sharer| Arc::ptr_eq(&sharer.conditions, own)) {
+            own.present.store(false, Ordering::Relaxed);
+        }
     }
 
     fn sharers(&self) -> impl Iterator<Item = &Sharer> {
@@ -389,7 +464,24 @@ impl LogicalUnit {
         for sharer in self.sharers() {
             if !Arc::ptr_eq(&sharer.conditions, own) {
                 sharer.conditions.establish(attention);
+                sharer.hear(attention);
             }
+        }
+    }
+
+    /// The initiator with `own` has it there.
+    pub(super) fn announce(
+        &self,
+        own: &Arc<Conditions>,
+        (target, lun): (u8, Lun),
+        listener: &Arc<dyn Listen>,
+    ) {
+        let mut sharers = self.sharers();
+        if let Some(own) = sharers.find(|sharer| Arc::ptr_eq(&sharer.conditions, own)) {
+            let place = u32::from(target) << 16 | u32::from(lun.get());
+            own.place.store(place, Ordering::Relaxed);
+            // A host has one listener, for as long as it is there. Whoever finds it finds the place.
+            own.listener.get_or_init(|| Arc::clone(listener));
         }
     }
 
@@ -421,9 +513,9 @@ impl LogicalUnit {
     pub(super) fn watch(&self, own: &Arc<Conditions>, tasks: &Arc<dyn Tasks>) {
         let mut sharers = self.sharers();
         if let Some(own) = sharers.find(|sharer| Arc::ptr_eq(&sharer.conditions, own)) {
-            let mut all = lock(&own.tasks);
-            all.retain(|tasks| tasks.strong_count() > 0);
-            all.push(Arc::downgrade(tasks));
+            let (mut all, new) = (lock(&own.tasks), Arc::downgrade(tasks));
+            all.retain(|tasks| tasks.strong_count() > 0 && !tasks.ptr_eq(&new));
+            all.push(new);
         }
     }
 

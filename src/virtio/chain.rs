@@ -9,7 +9,9 @@
 //! There is one walk for both kinds of ring, in the words of the split one: NEXT, WRITE, INDIRECT, `next`. What an entry
 //! of the other kind means in them is a `Layout`'s to say.
 
-use super::memory::{Gpa, GuestMemory, MainRegion, SOLE_TABLE_BYTES, Segment, StatusByte};
+use super::memory::{
+    AnswerPlace, Gpa, GuestMemory, MainRegion, SOLE_TABLE_BYTES, Segment, StatusByte, Unread,
+};
 #[cfg(not(all(test, loom)))]
 use super::shared::AtomicU32;
 use super::shared::AtomicU64;
@@ -88,29 +90,88 @@ pub(super) struct Entry {
     pub(super) upper: u32,
 }
 
-/// The descriptors of such a request. Nothing is known of the places yet.
+/// A request with an answer of `A` bytes, and else like [`Sole`]: the answer stands before the data if that is for the
+/// guest, and behind it if not.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct SoleEntries {
-    pub(super) header: Entry,
-    pub(super) data: Entry,
-    pub(super) status: Entry,
+pub struct SoleExchange<const N: usize, const A: usize> {
+    /// What goes back to the used ring.
+    pub head: HeadIndex,
+    /// The header.
+    pub header: Unread<N>,
+    /// Where the device sees the data.
+    pub dma: u64,
+    /// Its length: not 0, and short enough that it and the ends' fit 32 bits together.
+    pub len: u32,
+    /// Where the answer goes.
+    pub answer: AnswerPlace<A>,
+}
+
+/// Who takes such a request off the ring, if it can make something of it: a call for either direction, so that each is
+/// compiled by itself.
+pub trait AcceptExchange<const N: usize, const A: usize> {
+    /// What it makes.
+    type Accepted;
+
+    /// `WRITE`: the data is for the device.
+    fn accept<const WRITE: bool>(self, exchange: SoleExchange<N, A>) -> Option<Self::Accepted>;
+}
+
+/// Three descriptors: a readable one, one of either kind, a writable one. Nothing is known of the places yet.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ThreeEntries {
+    pub(super) first: Entry,
+    pub(super) second: Entry,
+    pub(super) third: Entry,
+    /// The second one is.
     pub(super) writable: bool,
 }
 
-impl SoleEntries {
-    /// The places that they name, and the header itself. `None` where the long way has to look.
+/// What makes something of three descriptors, if it can.
+// A trait and no closure: closures are not always inlined, which costs a request dozens of instructions.
+pub(super) trait AcceptThree {
+    type Accepted;
+
+    fn accept(self, head: HeadIndex, entries: ThreeEntries) -> Option<Self::Accepted>;
+}
+
+/// [`Sole`] ones.
+pub(super) struct AsSole<'a, const N: usize>(pub(super) &'a MainRegion<N>);
+
+impl<const N: usize> AcceptThree for AsSole<'_, N> {
+    type Accepted = Sole<N>;
+
     #[inline(always)]
-    pub(super) fn resolve<const N: usize>(
-        self,
-        head: HeadIndex,
-        memory: &MainRegion<N>,
-    ) -> Option<Sole<N>> {
-        let Self {
-            header,
-            data,
-            status,
-            writable,
-        } = self;
+    fn accept(self, head: HeadIndex, entries: ThreeEntries) -> Option<Sole<N>> {
+        entries.sole(head, self.0)
+    }
+}
+
+/// Those that a [`AcceptExchange`] takes.
+pub(super) struct AsExchange<'a, const N: usize, const A: usize, T> {
+    pub(super) memory: &'a MainRegion<N>,
+    pub(super) taker: T,
+}
+
+impl<const N: usize, const A: usize, T: AcceptExchange<N, A>> AcceptThree
+    for AsExchange<'_, N, A, T>
+{
+    type Accepted = T::Accepted;
+
+    #[inline(always)]
+    fn accept(self, head: HeadIndex, entries: ThreeEntries) -> Option<T::Accepted> {
+        let Self { memory, taker } = self;
+        match entries.writable {
+            true => taker.accept::<false>(entries.exchange::<N, A, true>(head, memory)?),
+            false => taker.accept::<true>(entries.exchange::<N, A, false>(head, memory)?),
+        }
+    }
+}
+
+impl ThreeEntries {
+    /// Header, data and status. `None` where the long way has to look.
+    #[inline(always)]
+    fn sole<const N: usize>(self, head: HeadIndex, memory: &MainRegion<N>) -> Option<Sole<N>> {
+        let (header, data, status) = (self.first, self.second, self.third);
         if header.len as usize != N || status.len != 1 {
             return None;
         }
@@ -130,8 +191,35 @@ impl SoleEntries {
             header: bytes,
             dma,
             len: data.len,
-            writable,
+            writable: self.writable,
             status,
+        })
+    }
+
+    /// Header, data and answer of one that brings data or, if `WRITABLE`, wants some. `None` where the long way has to look.
+    #[inline(always)]
+    fn exchange<const N: usize, const A: usize, const WRITABLE: bool>(
+        self,
+        head: HeadIndex,
+        memory: &MainRegion<N>,
+    ) -> Option<SoleExchange<N, A>> {
+        let (answer, data) = match WRITABLE {
+            true => (self.second, self.third),
+            false => (self.third, self.second),
+        };
+        if self.first.len as usize != N || answer.len as usize != A {
+            return None;
+        }
+        // As above.
+        if u64::from(data.len) + (N + A) as u64 > u64::from(u32::MAX) {
+            return None;
+        }
+        Some(SoleExchange {
+            head,
+            header: memory.unread(self.first.gpa)?,
+            dma: memory.data(data.gpa, data.len)?,
+            len: data.len,
+            answer: memory.answer(answer.gpa)?,
         })
     }
 }
@@ -161,7 +249,7 @@ pub(super) trait Layout {
 
     /// The three entries of an indirect table, if they are a readable one, one of either kind and a writable one, in this
     /// order.
-    fn sole_in_table(entries: [Entry; 3]) -> Option<SoleEntries>;
+    fn three_in_table(entries: [Entry; 3]) -> Option<ThreeEntries>;
 }
 
 /// What a chain takes of its ring.

@@ -187,26 +187,57 @@ impl Segment {
     #[inline]
     pub(super) fn last_byte(&self) -> Option<StatusByte> {
         let last = self.suffix(self.len.checked_sub(1)?);
-        Some(StatusByte(last.hva))
+        Some(AnswerPlace(last.hva))
     }
 }
 
-/// Where the status of one request goes: a writable byte of guest memory. Lives as long as a [`Segment`] does.
+/// Where the answer of one request goes: `N` writable bytes of guest memory in one piece. Lives as long as a [`Segment`]
+/// does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StatusByte(NonNull<u8>);
+pub struct AnswerPlace<const N: usize>(NonNull<u8>);
 
-// SAFETY: an address; the byte behind it is only ever written, never lent (I1).
-unsafe impl Send for StatusByte {}
+/// An answer of one byte: a status.
+pub type StatusByte = AnswerPlace<1>;
+
+// SAFETY: an address; the bytes behind it are only ever written, never lent (I1).
+unsafe impl<const N: usize> Send for AnswerPlace<N> {}
 // SAFETY: as above; racing writes would come from two owners of one request, which I5 excludes.
-unsafe impl Sync for StatusByte {}
+unsafe impl<const N: usize> Sync for AnswerPlace<N> {}
 
-impl StatusByte {
+impl<const N: usize> AnswerPlace<N> {
     /// It is about to be written.
     #[inline(always)]
     pub(super) fn prefetch(self) {
         prefetch_to_write(self.0.as_ptr());
     }
 
+    /// Writes the answer. The guest sees it with the used index published afterwards.
+    #[inline(always)]
+    pub(super) fn fill(self, answer: &[u8; N]) {
+        shared::writes(self.0.as_ptr(), N);
+        // SAFETY: the bytes lie in a mapped region that outlives this value (contract of `GuestMemory::new`).
+        unsafe {
+            self.0.as_ptr().copy_from_nonoverlapping(answer.as_ptr(), N);
+        }
+    }
+
+    /// Its first byte, as what remembers answers of any length keeps it.
+    #[inline(always)]
+    pub fn first(self) -> StatusByte {
+        AnswerPlace(self.0)
+    }
+
+    /// The place again of which this is the first byte.
+    ///
+    /// # Safety
+    /// `first` is what [`Self::first`] said of a place as long as this one.
+    #[inline(always)]
+    pub unsafe fn at(first: StatusByte) -> Self {
+        AnswerPlace(first.0)
+    }
+}
+
+impl StatusByte {
     /// Writes the status. The guest sees it with the used index published afterwards.
     #[inline]
     pub fn write(self, status: u8) {
@@ -239,6 +270,23 @@ fn prefetch_to_write(address: *const u8) {
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = address;
+}
+
+/// A header of `N` bytes that is to be read in parts, each once (I6). Lives as long as a [`Segment`] does.
+#[derive(Debug, Clone, Copy)]
+pub struct Unread<const N: usize>(NonNull<u8>);
+
+impl<const N: usize> Unread<N> {
+    /// Copies the 8 bytes from `AT` on.
+    #[inline(always)]
+    pub fn read<const AT: usize>(&self) -> [u8; 8] {
+        const { assert!(AT + 8 <= N) };
+        // SAFETY: within the `N` bytes (just above), which lie in one mapped region (`MainRegion::unread`).
+        let at = unsafe { self.0.as_ptr().cast_const().add(AT) };
+        shared::reads(at, 8);
+        // SAFETY: as above; `Word` has alignment 1.
+        unsafe { at.cast::<Word>().read_volatile() }.0.to_ne_bytes()
+    }
 }
 
 /// Why a region table was refused.
@@ -314,6 +362,13 @@ impl<const HEADER: usize> MainRegion<HEADER> {
         })
     }
 
+    /// A header that is not read yet, if all of it is in here.
+    #[inline(always)]
+    pub(super) fn unread(&self, gpa: Gpa) -> Option<Unread<HEADER>> {
+        let offset = self.offset(gpa);
+        (offset < self.header_starts).then(|| Unread(self.hva(offset)))
+    }
+
     /// Brings what lies at `gpa` near. Only a hint, so the address may be anything.
     #[inline(always)]
     pub(super) fn prefetch(&self, gpa: Gpa) {
@@ -333,7 +388,7 @@ impl<const HEADER: usize> MainRegion<HEADER> {
     #[inline(always)]
     pub(super) fn status(&self, gpa: Gpa) -> Option<StatusByte> {
         let offset = self.offset(gpa);
-        (offset < self.region.len).then(|| StatusByte(self.hva(offset)))
+        (offset < self.region.len).then(|| AnswerPlace(self.hva(offset)))
     }
 
     /// Where the device sees all of `gpa..gpa + len`, if it is in here and not empty.
@@ -344,6 +399,24 @@ impl<const HEADER: usize> MainRegion<HEADER> {
         let last = u64::from(len).wrapping_sub(1);
         let inside = offset < self.region.len && last < self.region.len - offset;
         inside.then(|| self.region.dma.wrapping_add(offset))
+    }
+
+    /// An answer of `N` bytes, if all of it is in here.
+    #[inline(always)]
+    pub(super) fn answer<const N: usize>(&self, gpa: Gpa) -> Option<AnswerPlace<N>> {
+        let offset = self.offset(gpa);
+        // Lengths are less than 2^63.
+        let starts = self.region.len.wrapping_add(1).saturating_sub(N as u64);
+        (offset < starts).then(|| AnswerPlace(self.hva(offset)))
+    }
+
+    /// The bytes of an answer; `None` of one that lies elsewhere.
+    #[cold]
+    #[allow(clippy::cast_possible_truncation)] // an answer is far below 4 GiB
+    pub fn bytes_of<const N: usize>(&self, answer: AnswerPlace<N>) -> Option<Segment> {
+        let (at, start) = (answer.0.addr().get(), self.region.hva.addr().get());
+        let offset = at.checked_sub(start)? as u64;
+        (offset < self.region.len).then(|| self.region.segment(offset, N as u32))
     }
 
     /// The `len` bytes that [`Self::data`] said the device sees at `dma`.

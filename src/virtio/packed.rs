@@ -10,8 +10,8 @@
 //! chain that takes entries which are still out stops the ring.
 
 use super::chain::{
-    Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable, Entry, Layout,
-    RingPart, Sole, SoleEntries,
+    AcceptThree, Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable,
+    Entry, Layout, RingPart, ThreeEntries,
 };
 use super::memory::{Gpa, MainRegion};
 use super::shared::AtomicU32;
@@ -83,15 +83,15 @@ impl Layout for PackedLayout {
     }
 
     #[inline(always)]
-    fn sole_in_table([header, data, status]: [Entry; 3]) -> Option<SoleEntries> {
+    fn three_in_table([first, second, third]: [Entry; 3]) -> Option<ThreeEntries> {
         let flags = |entry: Entry| entry.flags() & (DESC_F_WRITE | DESC_F_INDIRECT);
         let sound =
-            flags(header) == 0 && flags(data) & !DESC_F_WRITE == 0 && flags(status) == DESC_F_WRITE;
-        sound.then_some(SoleEntries {
-            header,
-            data,
-            status,
-            writable: flags(data) != 0,
+            flags(first) == 0 && flags(second) & !DESC_F_WRITE == 0 && flags(third) == DESC_F_WRITE;
+        sound.then_some(ThreeEntries {
+            first,
+            second,
+            third,
+            writable: flags(second) != 0,
         })
     }
 }
@@ -242,24 +242,24 @@ impl PackedRing {
         (filled && used != [true; 2]).then_some(bits)
     }
 
-    /// The same as [`PackedLayout::sole_in_table`] of three entries in the ring.
+    /// The same as [`PackedLayout::three_in_table`] of three entries in the ring.
     #[inline]
-    fn sole_in_ring(&self, header: Entry) -> Option<SoleEntries> {
+    fn three_in_ring(&self, first: Entry) -> Option<ThreeEntries> {
         let flags = |entry: Entry| entry.flags() & !LAP;
         let entry = |ahead| {
             let at = self.avail.advanced(ahead, self.size());
             self.descriptors.entry(at.index)
         };
-        if flags(header) != DESC_F_NEXT {
+        if flags(first) != DESC_F_NEXT {
             return None;
         }
-        let (data, status) = (entry(1)?, entry(2)?);
-        let sound = flags(data) & !DESC_F_WRITE == DESC_F_NEXT && flags(status) == DESC_F_WRITE;
-        sound.then_some(SoleEntries {
-            header,
-            data,
-            status,
-            writable: flags(data) & DESC_F_WRITE != 0,
+        let (second, third) = (entry(1)?, entry(2)?);
+        let sound = flags(second) & !DESC_F_WRITE == DESC_F_NEXT && flags(third) == DESC_F_WRITE;
+        sound.then_some(ThreeEntries {
+            first,
+            second,
+            third,
+            writable: flags(second) & DESC_F_WRITE != 0,
         })
     }
 
@@ -335,12 +335,13 @@ impl Ring for PackedRing {
     }
 
     #[inline(always)]
-    fn sole<const N: usize>(
+    fn three<const N: usize, A: AcceptThree>(
         &mut self,
         indirect: bool,
         heads: &mut Heads,
         memory: &MainRegion<N>,
-    ) -> Option<Sole<N>> {
+        accept: A,
+    ) -> Option<A::Accepted> {
         let index = self.avail.index;
         // As in `first`.
         let rest = u64::from_le(self.descriptors.control_word(index).load(AVAIL_ACQUIRE));
@@ -353,21 +354,21 @@ impl Ring for PackedRing {
             upper: (rest >> 32) as u32,
         };
         let size = self.size();
-        let (sole, head, entries) = if first.flags() & !LAP == DESC_F_INDIRECT && indirect {
+        let (three, head, entries) = if first.flags() & !LAP == DESC_F_INDIRECT && indirect {
             let table = DescriptorTable::three_of(first, memory)?;
-            (PackedLayout::sole_in_table(table)?, first.id(), 1)
+            (PackedLayout::three_in_table(table)?, first.id(), 1)
         } else {
-            let sole = self.sole_in_ring(first)?;
-            (sole, sole.status.id(), 3)
+            let three = self.three_in_ring(first)?;
+            (three, three.third.id(), 3)
         };
         if head >= size || heads.in_flight(head) || entries > size - self.out {
             return None;
         }
-        let sole = sole.resolve(HeadIndex::new(head), memory)?;
+        let accepted = accept.accept(HeadIndex::new(head), three)?;
         heads.take(head, entries);
         self.out += entries;
         self.avail = self.avail.advanced(entries, size);
-        Some(sole)
+        Some(accepted)
     }
 
     #[inline]

@@ -5,8 +5,8 @@
 //! is done for it. Knows nothing of commands or sense data: a CDB is bytes here. The data of a request stays in the chain.
 //! Start at [`parse`].
 
-use super::chain::Chain;
-use super::memory::Segment;
+use super::chain::{Chain, SoleExchange};
+use super::memory::{AnswerPlace, Segment};
 
 /// Response codes (virtio 1.2, 5.6.6.1.1 and 5.6.6.2). FUNCTION COMPLETE of task management is OK, too.
 pub mod response {
@@ -50,6 +50,31 @@ pub mod task {
     pub const QUERY_TASK_SET: u32 = 7;
 }
 
+/// Events, reasons, and feature bits that let them be sent (virtio 1.2, 5.6.3 and 5.6.6.3).
+pub mod event {
+    /// VIRTIO_SCSI_F_HOTPLUG: logical units appear and disappear.
+    pub const F_HOTPLUG: u64 = 1 << 1;
+    /// VIRTIO_SCSI_F_CHANGE: parameters of logical units change.
+    pub const F_CHANGE: u64 = 1 << 2;
+    /// Nothing; the buffer carries [`EVENTS_MISSED`].
+    pub const NO_EVENT: u32 = 0;
+    /// A logical unit was reset, has appeared or has disappeared.
+    pub const TRANSPORT_RESET: u32 = 1;
+    /// A parameter has changed: the reason is its ASC, and its ASCQ in the second byte.
+    pub const PARAM_CHANGE: u32 = 3;
+    /// Events before this one were dropped.
+    pub const EVENTS_MISSED: u32 = 1 << 31;
+    /// Of a reset: the logical unit was reset, and is still there.
+    pub const RESET_HARD: u32 = 0;
+    /// Of a reset: the logical unit has appeared.
+    pub const RESET_RESCAN: u32 = 1;
+    /// The logical unit has disappeared.
+    pub const RESET_REMOVED: u32 = 2;
+}
+
+/// Bytes of an event.
+const EVENT_BYTES: u32 = 16;
+
 const TYPE_TASK_MANAGEMENT: u32 = 0;
 const TYPE_NOTIFICATION_QUERY: u32 = 1;
 const TYPE_NOTIFICATION_SUBSCRIBE: u32 = 2;
@@ -58,6 +83,13 @@ const TYPE_NOTIFICATION_SUBSCRIBE: u32 = 2;
 const HEADER_BYTES: usize = 19;
 /// Bytes of a response before its sense data.
 const RESPONSE_BYTES: u32 = 12;
+/// Bytes of a CDB and of sense data unless a driver changes them.
+const DEFAULT_CDB: u32 = 32;
+const DEFAULT_SENSE: u32 = 96;
+/// Bytes of a whole request of such sizes.
+pub const SHORT_REQUEST_BYTES: usize = HEADER_BYTES + DEFAULT_CDB as usize;
+/// Bytes of a whole response.
+pub const SHORT_RESPONSE_BYTES: usize = (RESPONSE_BYTES + DEFAULT_SENSE) as usize;
 /// The most that a CDB or sense data may have.
 const MAX_SIZE: u32 = 256;
 /// Pieces that a response may lie in: enough for any driver, since they put it into one.
@@ -72,7 +104,10 @@ pub struct Sizes {
 
 impl Sizes {
     /// What they are unless a driver changes them.
-    pub const DEFAULT: Sizes = Sizes { cdb: 32, sense: 96 };
+    pub const DEFAULT: Sizes = Sizes {
+        cdb: DEFAULT_CDB,
+        sense: DEFAULT_SENSE,
+    };
 
     /// `None` for sizes beyond 256 bytes, or no CDB.
     #[must_use]
@@ -103,6 +138,17 @@ impl ResponsePlace {
             count: u8::try_from(count).ok()?,
             len: u16::try_from(len).ok()?,
         })
+    }
+
+    /// In one piece.
+    pub fn whole(segment: Segment) -> ResponsePlace {
+        let mut pieces = [Segment::EMPTY; MAX_PIECES];
+        pieces[0] = segment;
+        ResponsePlace {
+            pieces,
+            count: 1,
+            len: u16::try_from(segment.len()).unwrap_or(u16::MAX),
+        }
     }
 
     fn write(&self, bytes: &[u8]) {
@@ -160,6 +206,25 @@ pub fn parse(chain: &mut Chain, sizes: Sizes) -> Option<ScsiRequest> {
     Some(request)
 }
 
+/// A request that was taken off the ring in short.
+pub type ShortExchange = SoleExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES>;
+
+/// Its place of an answer.
+pub type ShortResponse = AnswerPlace<SHORT_RESPONSE_BYTES>;
+
+/// [`parse`] of it: what addresses a logical unit, the id, and the first 16 bytes of the CDB.
+#[inline(always)]
+#[must_use]
+pub fn parse_short(exchange: &ShortExchange) -> ([u8; 8], u64, [[u8; 8]; 2]) {
+    let header = &exchange.header;
+    let cdb = [
+        header.read::<HEADER_BYTES>(),
+        header.read::<{ HEADER_BYTES + 8 }>(),
+    ];
+    let id = u64::from_le_bytes(header.read::<8>());
+    (header.read::<0>(), id, cdb)
+}
+
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ending<'a> {
@@ -189,6 +254,15 @@ pub fn finish(place: &ResponsePlace, ending: &Ending<'_>) -> u32 {
     place.write(&bytes[..usize::from(place.len)]);
     // Chains hold fewer than 2^32 bytes, the response included.
     u32::from(place.len).wrapping_add(ending.data_in)
+}
+
+/// [`finish`] of one that ended with GOOD, and with all its data moved.
+#[inline(always)]
+pub fn finish_short(place: ShortResponse, data_in: u32) -> u32 {
+    // GOOD, OK, no residual and no sense data are zeroes.
+    place.fill(&[0; SHORT_RESPONSE_BYTES]);
+    // As there.
+    (RESPONSE_BYTES + DEFAULT_SENSE).wrapping_add(data_in)
 }
 
 /// What the control queue carries.
@@ -249,4 +323,19 @@ pub fn finish_control(place: &ResponsePlace, response: u8) -> u32 {
     let bytes = [0, 0, 0, 0, response];
     place.write(&bytes[bytes.len() - usize::from(place.len).min(5)..]);
     place.len.into()
+}
+
+/// Takes the place of an event off the chain just popped; `None` if there is not enough of it.
+pub fn parse_event(chain: &mut Chain) -> Option<ResponsePlace> {
+    ResponsePlace::take(chain, EVENT_BYTES)
+}
+
+/// Writes an event, and returns the used length for its head.
+pub fn finish_event(place: &ResponsePlace, event: u32, lun: [u8; 8], reason: u32) -> u32 {
+    let mut bytes = [0; EVENT_BYTES as usize];
+    bytes[..4].copy_from_slice(&event.to_le_bytes());
+    bytes[4..12].copy_from_slice(&lun);
+    bytes[12..].copy_from_slice(&reason.to_le_bytes());
+    place.write(&bytes);
+    EVENT_BYTES
 }

@@ -2,8 +2,8 @@
 //! other layout does differently. What a chain means, and which heads are in flight, is settled elsewhere.
 
 use super::chain::{
-    Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable, Entry, Layout,
-    Sole, SoleEntries,
+    AcceptThree, Chain, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Descriptor, DescriptorTable,
+    Entry, Layout, ThreeEntries,
 };
 use super::memory::{Gpa, MainRegion};
 use super::shared::{AtomicU16, AtomicU32};
@@ -46,17 +46,17 @@ impl Layout for SplitLayout {
 
     /// Flags and successors at once: 0 -> 1 -> 2, as drivers fill tables.
     #[inline(always)]
-    fn sole_in_table([header, data, status]: [Entry; 3]) -> Option<SoleEntries> {
+    fn three_in_table([first, second, third]: [Entry; 3]) -> Option<ThreeEntries> {
         let write = u32::from(DESC_F_WRITE);
         let next = |successor: u32| u32::from(DESC_F_NEXT) | successor << 16;
-        let sound = header.upper == next(1)
-            && data.upper & !write == next(2)
-            && status.upper & 0xffff == write;
-        sound.then_some(SoleEntries {
-            header,
-            data,
-            status,
-            writable: data.upper & write != 0,
+        let sound = first.upper == next(1)
+            && second.upper & !write == next(2)
+            && third.upper & 0xffff == write;
+        sound.then_some(ThreeEntries {
+            first,
+            second,
+            third,
+            writable: second.upper & write != 0,
         })
     }
 }
@@ -126,23 +126,23 @@ impl SplitRing {
         unsafe { self.used.add(offset).cast().as_ref() }
     }
 
-    /// The same as [`SplitLayout::sole_in_table`] of descriptors in the ring, which may be anywhere.
+    /// The same as [`SplitLayout::three_in_table`] of descriptors in the ring, which may be anywhere.
     #[inline]
-    fn sole_in_ring(&self, header: Entry) -> Option<SoleEntries> {
+    fn three_in_ring(&self, first: Entry) -> Option<ThreeEntries> {
         let following = |entry: Entry| self.descriptors.entry((entry.upper >> 16) as u16);
-        if flags_of(header) != DESC_F_NEXT {
+        if flags_of(first) != DESC_F_NEXT {
             return None;
         }
-        let data = following(header)?;
-        if flags_of(data) & !DESC_F_WRITE != DESC_F_NEXT {
+        let second = following(first)?;
+        if flags_of(second) & !DESC_F_WRITE != DESC_F_NEXT {
             return None;
         }
-        let status = following(data)?;
-        (flags_of(status) == DESC_F_WRITE).then_some(SoleEntries {
-            header,
-            data,
-            status,
-            writable: flags_of(data) & DESC_F_WRITE != 0,
+        let third = following(second)?;
+        (flags_of(third) == DESC_F_WRITE).then_some(ThreeEntries {
+            first,
+            second,
+            third,
+            writable: flags_of(second) & DESC_F_WRITE != 0,
         })
     }
 
@@ -227,12 +227,13 @@ impl Ring for SplitRing {
     }
 
     #[inline(always)]
-    fn sole<const N: usize>(
+    fn three<const N: usize, A: AcceptThree>(
         &mut self,
         indirect: bool,
         heads: &mut Heads,
         memory: &MainRegion<N>,
-    ) -> Option<Sole<N>> {
+        accept: A,
+    ) -> Option<A::Accepted> {
         if self.next_avail == self.seen_avail {
             return None;
         }
@@ -244,14 +245,14 @@ impl Ring for SplitRing {
         }
         self.prefetch(memory);
         let entries = if flags_of(first) == DESC_F_INDIRECT && indirect {
-            SplitLayout::sole_in_table(DescriptorTable::three_of(first, memory)?)?
+            SplitLayout::three_in_table(DescriptorTable::three_of(first, memory)?)?
         } else {
-            self.sole_in_ring(first)?
+            self.three_in_ring(first)?
         };
-        let sole = entries.resolve(HeadIndex::new(head), memory)?;
+        let accepted = accept.accept(HeadIndex::new(head), entries)?;
         heads.take(head, 1);
         self.next_avail = self.next_avail.wrapping_add(1);
-        Some(sole)
+        Some(accepted)
     }
 
     #[inline]

@@ -14,7 +14,10 @@
 //! [`Virtqueue::needs_signal`] once. Before its poller sleeps, [`Virtqueue::request_kicks`]. A request that finds no room is simply not popped: it stays in the avail
 //! ring until the next turn.
 
-use super::chain::{Chain, Descriptor, DescriptorTable, Layout, Sole};
+use super::chain::{
+    AcceptExchange, AcceptThree, AsExchange, AsSole, Chain, Descriptor, DescriptorTable, Layout,
+    Sole,
+};
 use super::memory::{GuestMemory, MainRegion};
 use super::packed::{PackedRing, is_position};
 use super::shared::{AtomicU16, fence};
@@ -280,14 +283,15 @@ pub(super) trait Ring {
     fn available(&mut self) -> Result<u16, RingError>;
     /// Where the next chain starts, and its first descriptor.
     fn first(&mut self, heads: &Heads) -> Result<Option<(u16, Descriptor)>, RingError>;
-    /// Takes the next chain if it is [`Sole`]. `None` if it is not, or something is wrong with it or the ring: nothing has
-    /// changed then.
-    fn sole<const N: usize>(
+    /// Takes the next chain if it has three buffers and `accept` makes something of them. `None` if it does not, or if
+    /// something is wrong with the chain or the ring: nothing has changed then.
+    fn three<const N: usize, A: AcceptThree>(
         &mut self,
         indirect: bool,
         heads: &mut Heads,
         memory: &MainRegion<N>,
-    ) -> Option<Sole<N>>;
+        accept: A,
+    ) -> Option<A::Accepted>;
     /// Steps over the chain that started at `first` and puts its head in flight: the head, checked. Of a ring that has
     /// heads at the end of chains, the chain was walked before.
     fn take(&mut self, at: u16, chain: &Chain, heads: &mut Heads) -> Result<u16, RingError>;
@@ -412,6 +416,13 @@ impl Virtqueue {
         on_ring!(&self.ring, ring => ring.in_flight())
     }
 
+    /// Heads taken and not yet given back. Counted: not for every turn.
+    #[cold]
+    pub fn heads_in_flight(&self) -> usize {
+        let heads = &self.heads.0[..usize::from(self.size())];
+        heads.iter().filter(|entries| **entries != 0).count()
+    }
+
     /// Whether [`Self::available`] would find anything: one load, and nothing is checked.
     #[inline(always)]
     pub fn has_request(&self) -> bool {
@@ -458,10 +469,32 @@ impl Virtqueue {
         &mut self,
         memory: &MainRegion<N>,
     ) -> Option<Sole<N>> {
+        self.pop_three::<N, PACKED, _>(memory, AsSole(memory))
+    }
+
+    /// The same for a request with an answer of `A` bytes, if `taker` makes something of it too.
+    #[inline(always)]
+    pub fn pop_exchange<const N: usize, const A: usize, const PACKED: bool, T>(
+        &mut self,
+        memory: &MainRegion<N>,
+        taker: T,
+    ) -> Option<T::Accepted>
+    where
+        T: AcceptExchange<N, A>,
+    {
+        self.pop_three::<N, PACKED, _>(memory, AsExchange::<N, A, T> { memory, taker })
+    }
+
+    #[inline(always)]
+    fn pop_three<const N: usize, const PACKED: bool, A: AcceptThree>(
+        &mut self,
+        memory: &MainRegion<N>,
+        accept: A,
+    ) -> Option<A::Accepted> {
         let (indirect, heads) = (self.indirect, &mut self.heads);
         match (&mut self.ring, PACKED) {
-            (AnyRing::Split(ring), false) => ring.sole(indirect, heads, memory),
-            (AnyRing::Packed(ring), true) => ring.sole(indirect, heads, memory),
+            (AnyRing::Split(ring), false) => ring.three(indirect, heads, memory, accept),
+            (AnyRing::Packed(ring), true) => ring.three(indirect, heads, memory, accept),
             _ => None,
         }
     }

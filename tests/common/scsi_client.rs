@@ -20,13 +20,14 @@ const MEMORY: u64 = 4 << 20;
 const COMMANDS: u64 = BASE + MEMORY / 2;
 /// Where the ring of the control queue is, and its one request at a time.
 const CONTROL: u64 = BASE + MEMORY / 4;
-const FUNCTION: u64 = COMMANDS + MEMORY / 4;
+const FUNCTION: u64 = COMMANDS + MEMORY / 8;
 const SLOT: u64 = 0x4000;
 const RESPONSE: u64 = 0x200;
 const DATA: u64 = 0x400;
 const SIZE: u16 = 64;
 pub const DEADLINE: Duration = Duration::from_secs(10);
-const FEATURES: u64 = F_PROTOCOL | F_VERSION_1 | F_INDIRECT | F_EVENT_IDX;
+/// HOTPLUG and CHANGE among them.
+pub const FEATURES: u64 = F_PROTOCOL | F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | 1 << 1 | 1 << 2;
 
 pub const GOOD: u8 = 0x00;
 pub const CHECK: u8 = 0x02;
@@ -45,7 +46,7 @@ impl Place {
     }
 
     pub fn connect(&self, name: &str) -> Client {
-        Client::connect(&self.0.join(name))
+        Client::connect(&self.0.join(name), FEATURES)
     }
 }
 
@@ -74,13 +75,13 @@ pub struct Client {
     /// Whom its commands are for.
     pub lun: [u8; 8],
     /// Dropped first: the server must not miss the rest.
-    _front_end: FrontEnd,
+    pub front_end: FrontEnd,
     driver: SimGuest,
     control: SimGuest,
     next: u16,
-    _shared: SharedMemory,
-    _kick_and_call: (fs::File, fs::File),
-    control_kick: (fs::File, fs::File),
+    pub shared: SharedMemory,
+    /// Of each queue, to kick and to be called by.
+    pub files: Vec<(u32, (fs::File, fs::File))>,
 }
 
 /// How a command ended.
@@ -94,7 +95,7 @@ pub struct Reply {
 }
 
 impl Client {
-    fn connect(path: &Path) -> Client {
+    pub fn connect(path: &Path, features: u64) -> Client {
         let front_end = FrontEnd::connect(path);
         front_end.negotiate();
         let shared = SharedMemory::new(Gpa(BASE), MEMORY);
@@ -110,19 +111,28 @@ impl Client {
         assert!(ring(BASE).bytes() < MEMORY / 4);
         let guest = |base| SimGuest::new(std::sync::Arc::clone(&shared.memory), ring(base));
         let (driver, control) = (guest(BASE).unwrap(), guest(CONTROL).unwrap());
-        front_end.share(FEATURES, &shared);
-        let control_kick = front_end.start_queue(0, &control, &shared);
-        let files = front_end.start_queue(2, &driver, &shared);
-        Client {
+        front_end.share(features, &shared);
+        let mut client = Client {
             lun: [1, 0, 0x40, 0, 0, 0, 0, 0],
-            _front_end: front_end,
+            front_end,
             driver,
             control,
             next: 0,
-            _shared: shared,
-            _kick_and_call: files,
-            control_kick,
-        }
+            shared,
+            files: Vec::new(),
+        };
+        let Client {
+            front_end, shared, ..
+        } = &client;
+        let queues = [(0, &client.control), (2, &client.driver)];
+        let files = queues.map(|(at, queue)| (at, front_end.start_queue(at, queue, shared)));
+        client.files = files.into();
+        client
+    }
+
+    pub fn kick(&self, index: u32) {
+        let queue = self.files.iter().find(|(own, _)| *own == index);
+        rustix::io::write(&queue.unwrap().1.0, &1_u64.to_ne_bytes()).unwrap();
     }
 
     fn slot(head: u16) -> u64 {
@@ -161,8 +171,7 @@ impl Client {
         }
         self.driver.offer(head);
         self.driver.publish();
-        let kick = 1_u64.to_ne_bytes();
-        rustix::io::write(&self._kick_and_call.0, &kick).unwrap();
+        self.kick(2);
         head
     }
 
@@ -235,8 +244,7 @@ impl Client {
         }
         self.control.offer(0);
         self.control.publish();
-        let kick = 1_u64.to_ne_bytes();
-        rustix::io::write(&self.control_kick.0, &kick).unwrap();
+        self.kick(0);
         let start = Instant::now();
         while self.control.take_used().is_none() {
             assert!(start.elapsed() < DEADLINE, "the function is not answered");

@@ -3,21 +3,21 @@
 use super::*;
 
 /// MODE SELECT (6) with PF.
-fn select_6(list: &[u8]) -> [u8; 6] {
+pub(super) fn select_6(list: &[u8]) -> [u8; 6] {
     [0x15, 0x10, 0, 0, list.len() as u8, 0]
 }
 
-fn caching(wce: u8) -> Vec<u8> {
+pub(super) fn caching(wce: u8) -> Vec<u8> {
     let mut page = vec![0x08, 0x12, wce];
     page.resize(20, 0);
     page
 }
 
-fn control(d_sense: u8, swp: u8) -> Vec<u8> {
+pub(super) fn control(d_sense: u8, swp: u8) -> Vec<u8> {
     vec![0x0a, 0x0a, d_sense, 0x10, swp, 0, 0, 0, 0, 0, 0, 0]
 }
 
-fn short(pages: &[&[u8]]) -> Vec<u8> {
+pub(super) fn short(pages: &[&[u8]]) -> Vec<u8> {
     [&[0, 0, 0, 0][..], &pages.concat()].concat()
 }
 

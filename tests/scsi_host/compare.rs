@@ -66,6 +66,23 @@ fn compare_and_write_writes_only_what_it_has_found() {
     host.finish();
 }
 
+/// Where a request takes several entries of the ring.
+#[test]
+fn compare_and_write_in_a_packed_ring_waits_for_no_entry_of_its_own() {
+    let storage = Storage {
+        layout: RingLayout::Packed,
+        ..Storage::new(ModelConfig::default())
+    };
+    let mut host = host(&storage, 0);
+    let (old, new) = ([1; 512], [2; 512]);
+    assert_eq!(host.command(FIRST, &write_10(8, 1), &old, 0), good(0, 0));
+    let reply = host.command(FIRST, &compare_and_write(8, 1), &[old, new].concat(), 0);
+    assert_eq!(reply, good(0, 0));
+    assert_eq!(host.command(FIRST, &read_10(8, 1), &[], 512), good(0, 512));
+    assert_eq!(host.data(host.last_head(), 512), new);
+    host.finish();
+}
+
 #[test]
 fn writes_to_locked_blocks_wait_and_nothing_else_does() {
     let storage = Storage::new(ModelConfig::default());

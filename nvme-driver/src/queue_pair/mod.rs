@@ -306,7 +306,7 @@ impl<T: Transport> QueuePair<T> {
     }
 
     /// An identifier, with room for its entry.
-    #[inline]
+    #[inline(always)]
     fn take_cid(&mut self) -> Result<Cid, SubmitError> {
         if self.sq.is_full() {
             self.end_round();

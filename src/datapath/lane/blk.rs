@@ -216,7 +216,7 @@ impl RequestLane<Blk> {
             lane: self.slot,
             head: sole.head,
             data_in: if write { 0 } else { len },
-            status: sole.status,
+            answer: sole.status,
         };
         self.count_transfer(write, len);
         Started::Short
@@ -273,7 +273,7 @@ impl RequestLane<Blk> {
                         lane: self.slot,
                         head,
                         data_in: request.data_in,
-                        status: request.status,
+                        answer: request.status,
                     };
                     self.counters.commands = self.counters.commands.wrapping_add(1);
                     return;

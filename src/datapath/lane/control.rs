@@ -10,19 +10,14 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::time::Instant;
 
-use nvme_driver::transport::Armed;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{LaneId, State, max_segments, scsi};
-use crate::datapath::signal::Signal;
+use super::scsi;
+use super::side::{SideConfig, SideRing};
 use crate::scsi::{Address, LogicalUnit, Nexus, Tasks};
-use crate::stats::{QueueCounters, SharedCounters, StageTimes};
-use crate::virtio::chain::Chain;
-use crate::virtio::memory::GuestMemory;
 use crate::virtio::scsi::{Control, ResponsePlace, finish_control, parse_control, response, task};
-use crate::virtio::virtqueue::{HeadIndex, Virtqueue};
+use crate::virtio::virtqueue::HeadIndex;
 
 /// Control requests that are taken in one turn.
 const FETCH_BUDGET: u16 = 8;
@@ -31,8 +26,8 @@ const FETCH_BUDGET: u16 = 8;
 /// for those that have a logical unit.
 ///
 /// Whoever waits takes a number and tells it to the lanes. A lane says up to which number it has carried out the orders of
-/// task management; up to which all commands have ended but those that the clerk has; and up to which none is at the
-/// device. The last two differ while it has a command that itself waits for others, which must not wait for it.
+/// task management; up to which all commands have ended; and up to which none is at the device. The last two differ while it
+/// has a command that itself waits for others, which must not wait for it.
 #[derive(Debug)]
 pub struct Barrier {
     numbers: AtomicU64,
@@ -53,7 +48,9 @@ struct Stand {
     ordered: AtomicU64,
     /// All orders up to this number are carried out; the highest where there is no lane.
     obeyed: AtomicU64,
-    /// All commands from before this number have ended, but those that wait for the clerk; likewise.
+    /// All commands from before this number have ended; the highest where there is no lane.
+    ended: AtomicU64,
+    /// The same, of all but the commands that wait for the clerk.
     swept: AtomicU64,
     /// None from before this number is at the device; likewise.
     quiet: AtomicU64,
@@ -73,6 +70,7 @@ impl Barrier {
                 wanted: AtomicU64::new(0),
                 ordered: AtomicU64::new(0),
                 obeyed: AtomicU64::new(u64::MAX),
+                ended: AtomicU64::new(u64::MAX),
                 swept: AtomicU64::new(u64::MAX),
                 quiet: AtomicU64::new(u64::MAX),
                 waker: waker()?,
@@ -84,6 +82,12 @@ impl Barrier {
             orders: (0..lanes).map(|_| OrderPlace::default()).collect(),
             nobody: waker()?,
         })
+    }
+
+    /// For how many lanes it is.
+    #[must_use]
+    pub fn lanes(&self) -> usize {
+        self.lanes.len()
     }
 
     pub(super) fn waker(&self, lane: usize) -> BorrowedFd<'_> {
@@ -125,7 +129,7 @@ impl Barrier {
 
     fn stand_at(&self, lane: usize, number: u64) {
         if let Some(stand) = self.lanes.get(lane) {
-            for word in [&stand.obeyed, &stand.swept, &stand.quiet] {
+            for word in [&stand.obeyed, &stand.ended, &stand.swept, &stand.quiet] {
                 word.store(number, Ordering::Release);
             }
         }
@@ -140,7 +144,17 @@ impl Barrier {
         }
     }
 
-    /// All that a lane had in flight has ended, but for commands that the clerk has. It may be further already, likewise.
+    /// All that a lane had in flight has ended, and its guest can see that. It may be further already: a lane that has come
+    /// later need not pass numbers from before, though it may be told one.
+    pub(super) fn pass(&self, lane: usize, number: u64) {
+        self.sweep(lane, number);
+        if let Some(stand) = self.lanes.get(lane) {
+            // Pairs with the acquire in `are_past`: the used ring first, then this, then the control queue's used ring.
+            stand.ended.fetch_max(number, Ordering::Release);
+        }
+    }
+
+    /// The same, but for commands that the clerk has.
     pub(super) fn sweep(&self, lane: usize, number: u64) {
         if let Some(stand) = self.lanes.get(lane) {
             stand.swept.fetch_max(number, Ordering::Release);
@@ -170,7 +184,7 @@ impl Barrier {
     }
 
     /// The number that `lanes` have to pass; `lanes` is asked for after it was taken.
-    pub(super) fn ask<I: Iterator<Item = usize>>(&self, lanes: impl FnOnce() -> I) -> u64 {
+    pub fn ask<I: Iterator<Item = usize>>(&self, lanes: impl FnOnce() -> I) -> u64 {
         let number = self.numbers.fetch_add(1, Ordering::SeqCst) + 1;
         // Pairs with `enter`: a lane that is not found among `lanes` finds this number taken.
         fence(Ordering::SeqCst);
@@ -235,6 +249,12 @@ impl Barrier {
         })
     }
 
+    /// All commands of `lanes` from before a number have ended.
+    #[must_use]
+    pub fn have_ended(&self, lanes: impl Iterator<Item = usize>, number: u64) -> bool {
+        self.are_past(lanes, number, |stand| &stand.ended)
+    }
+
     /// No command of `lanes` from before a number is at the device.
     pub(super) fn are_quiet(&self, lanes: impl Iterator<Item = usize>, number: u64) -> bool {
         self.are_past(lanes, number, |stand| &stand.quiet)
@@ -270,10 +290,15 @@ impl Order {
         matches!(self.function, task::QUERY_TASK | task::QUERY_TASK_SET)
     }
 
-    /// Whether a command for `unit` at `target` is meant.
-    pub(super) fn means(&self, unit: &LogicalUnit, target: u8, id: u64) -> bool {
+    /// Whether a command for `unit`, which is at `target`, is meant.
+    pub(super) fn means(
+        &self,
+        unit: &LogicalUnit,
+        target: impl FnOnce() -> Option<u8>,
+        id: u64,
+    ) -> bool {
         match self.function {
-            task::I_T_NEXUS_RESET => target == self.target,
+            task::I_T_NEXUS_RESET => target() == Some(self.target),
             task::ABORT_TASK | task::QUERY_TASK => unit.identity() == self.unit && id == self.id,
             _ => unit.identity() == self.unit,
         }
@@ -369,36 +394,23 @@ impl Tasks for HostTasks {
 /// What the lane of a control queue is made of.
 #[derive(Debug)]
 pub struct ControlConfig {
-    /// Its name.
-    pub id: LaneId,
-    /// The ring, complete.
-    pub queue: Virtqueue,
-    /// The guest's memory; the lane keeps it mapped.
-    pub memory: Arc<GuestMemory>,
-    /// The guest, and what it reaches.
+    /// The ring and the guest.
+    pub side: SideConfig,
+    /// The guest as an initiator, and what it reaches.
     pub nexus: Arc<Nexus>,
     /// Where its host's lanes are waited for.
     pub barrier: Arc<Barrier>,
     /// Their numbers.
     pub lanes: Range<usize>,
-    /// The call eventfd.
-    pub call: Arc<Signal>,
-    /// The error eventfd.
-    pub error: Arc<Signal>,
-    /// The kick eventfd, for a reactor that sleeps. Without it the ring can only be looked at.
-    pub kick: Option<OwnedFd>,
-    /// Where others read this virtqueue's counters.
-    pub shared: Arc<SharedCounters>,
 }
 
-/// A control queue in service.
+/// What is done with the requests of a control queue.
 #[derive(Debug)]
-pub(in crate::datapath) struct ControlLane {
-    config: ControlConfig,
-    chain: Chain,
+pub(super) struct TaskManager {
+    nexus: Arc<Nexus>,
+    barrier: Arc<Barrier>,
+    lanes: Range<usize>,
     waiting: Option<Waiting>,
-    state: State,
-    pub(super) counters: QueueCounters,
 }
 
 /// A function that waits for commands to end.
@@ -419,136 +431,50 @@ fn target_of(address: Address) -> u8 {
     }
 }
 
-impl ControlLane {
-    pub(super) fn new(mut config: ControlConfig) -> ControlLane {
-        config.queue.request_signal();
-        config.queue.suppress_kicks();
-        ControlLane {
-            chain: Chain::new(max_segments(config.queue.size())),
+impl TaskManager {
+    pub(super) fn new(nexus: Arc<Nexus>, barrier: Arc<Barrier>, lanes: Range<usize>) -> Self {
+        TaskManager {
+            nexus,
+            barrier,
+            lanes,
             waiting: None,
-            state: State::Running,
-            counters: config.shared.snapshot(),
-            config,
         }
     }
 
-    pub(super) fn id(&self) -> LaneId {
-        self.config.id
-    }
-
-    pub(super) fn base(&self) -> u32 {
-        self.config.queue.base()
-    }
-
-    pub(super) fn drain(&mut self) {
-        self.state = State::Draining;
-    }
-
-    pub(super) fn is_draining(&self) -> bool {
-        self.state == State::Draining
-    }
-
-    pub(super) fn is_drained(&self) -> bool {
-        self.state == State::Draining && self.config.queue.in_flight() == 0
-    }
-
-    pub(super) fn publish_counters(&self) {
-        self.config.shared.publish(&self.counters);
+    /// Other lanes do not tell when they have let a function pass.
+    pub(super) fn waits(&self) -> bool {
+        self.waiting.is_some()
     }
 
     #[inline]
-    pub(super) fn wants(&self) -> bool {
-        self.waiting.is_some() || (self.state == State::Running && self.config.queue.has_request())
-    }
-
-    pub(super) fn kick(&self) -> Option<BorrowedFd<'_>> {
-        self.config.kick.as_ref().map(AsFd::as_fd)
-    }
-
-    pub(super) fn replace_kick(&mut self, kick: Option<OwnedFd>) -> Option<OwnedFd> {
-        std::mem::replace(&mut self.config.kick, kick)
-    }
-
-    pub(super) fn arm(&mut self) -> Armed {
-        // Other lanes do not tell when they have let a function pass.
-        if self.waiting.is_some() {
-            return Armed::Pending;
-        }
-        if self.state != State::Running {
-            return Armed::Yes;
-        }
-        match self.config.queue.request_kicks() {
-            Ok(true) => Armed::Pending,
-            Ok(false) if self.config.kick.is_none() => Armed::Never,
-            Ok(false) => Armed::Yes,
-            Err(_) => {
-                self.break_ring();
-                Armed::Yes
-            }
-        }
-    }
-
-    pub(super) fn disarm(&mut self) {
-        self.config.queue.suppress_kicks();
-    }
-
-    /// It has no commands that would be timed.
-    pub(super) fn publish_timed(&mut self) -> (Instant, Option<Instant>) {
-        self.publish();
-        (Instant::now(), None)
-    }
-
-    pub(super) fn stages(&self) -> &StageTimes {
-        &self.config.shared.stages
-    }
-
-    fn break_ring(&mut self) {
-        self.state = State::Broken;
-        self.counters.malformed += 1;
-        self.config.error.signal();
-    }
-
-    pub(super) fn publish(&mut self) {
-        self.config.queue.publish_used();
-        if self.config.queue.needs_signal() && self.config.call.signal() {
-            self.counters.notifications += 1;
-        }
+    pub(super) fn wants(&self, ring: &SideRing) -> bool {
+        self.waits() || self.nexus.successor().is_some() || ring.has_request()
     }
 
     /// Takes requests from the ring, one after the other: a function that waits holds up those behind it.
     #[cold]
-    pub(super) fn fetch(&mut self) -> bool {
+    pub(super) fn fetch(&mut self, ring: &mut SideRing) -> bool {
+        while let Some(next) = self.nexus.successor().map(Arc::clone) {
+            self.nexus = next;
+        }
         let mut busy = self.waiting.is_some();
         for _ in 0..FETCH_BUDGET {
-            if !self.go_on() || self.state != State::Running {
+            if !self.go_on(ring) || !ring.pop() {
                 break;
             }
-            let taken = match self.config.queue.available() {
-                Ok(0) => Ok(false),
-                Ok(_) => self.config.queue.pop(&self.config.memory, &mut self.chain),
-                Err(error) => Err(error),
-            };
-            match taken {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(_) => {
-                    self.break_ring();
-                    break;
-                }
-            }
             busy = true;
-            self.start();
+            self.start(ring);
         }
         busy
     }
 
     /// Ends the function that waits, if it need not any longer. Whether none waits.
-    fn go_on(&mut self) -> bool {
+    fn go_on(&mut self, ring: &mut SideRing) -> bool {
         match self.waiting.take() {
             Some(waiting) if self.have_obeyed(&waiting) && self.attend(&waiting) => {
                 let found = match waiting.function {
                     task::QUERY_TASK | task::QUERY_TASK_SET => {
-                        self.config.barrier.has_found(self.config.lanes.start)
+                        self.barrier.has_found(self.lanes.start)
                     }
                     _ => false,
                 };
@@ -556,7 +482,7 @@ impl ControlLane {
                     true => response::FUNCTION_SUCCEEDED,
                     false => response::OK,
                 };
-                self.answer(waiting.head, &waiting.place, response);
+                answer(ring, waiting.head, &waiting.place, response);
                 true
             }
             waiting => {
@@ -568,13 +494,13 @@ impl ControlLane {
 
     /// Whether the lanes of a function have carried it out.
     fn have_obeyed(&self, waiting: &Waiting) -> bool {
-        let barrier = &self.config.barrier;
+        let barrier = &self.barrier;
         let are_past = |lanes: &mut dyn Iterator<Item = usize>| {
             barrier.are_past(lanes, waiting.number, |stand| &stand.obeyed)
         };
         match self.shared_unit(waiting.function, waiting.address) {
             Some(unit) => are_past(&mut unit.lock().taken()),
-            None => are_past(&mut self.config.lanes.clone()),
+            None => are_past(&mut self.lanes.clone()),
         }
     }
 
@@ -585,30 +511,30 @@ impl ControlLane {
     }
 
     fn unit_at(&self, address: Address) -> Option<&LogicalUnit> {
-        let nexus = &self.config.nexus;
+        let nexus = &self.nexus;
         nexus.target().units().get(nexus.find(address)?)
     }
 
     /// Has the lanes carry a function out; the number of the order.
     fn order(&self, function: u32, address: Address, id: u64) -> u64 {
-        let barrier = &self.config.barrier;
+        let barrier = &self.barrier;
         let order = Order {
             function,
             // A well-known logical unit has no commands that take any time.
             unit: self.unit_at(address).map_or(0, LogicalUnit::identity),
             target: target_of(address),
             id,
-            host: self.config.lanes.clone(),
+            host: self.lanes.clone(),
         };
         match self.shared_unit(function, address) {
             Some(unit) => barrier.order(&order, || unit.lock().taken()),
-            None => barrier.order(&order, || self.config.lanes.clone()),
+            None => barrier.order(&order, || self.lanes.clone()),
         }
     }
 
     /// What was reset says so with its next command (SAM-5, 5.14). `false` when the next turn is to try again.
     fn attend(&self, waiting: &Waiting) -> bool {
-        let nexus = &self.config.nexus;
+        let nexus = &self.nexus;
         match waiting.function {
             task::LOGICAL_UNIT_RESET => nexus
                 .find(waiting.address)
@@ -618,29 +544,27 @@ impl ControlLane {
         }
     }
 
-    fn start(&mut self) {
-        let head = self.chain.head();
-        let Some((control, place)) = parse_control(&mut self.chain) else {
-            self.counters.malformed += 1;
-            self.config.queue.push_used(head, 0);
-            return;
+    fn start(&mut self, ring: &mut SideRing) {
+        let head = ring.chain.head();
+        let Some((control, place)) = parse_control(&mut ring.chain) else {
+            return ring.give_back_malformed(head);
         };
         let (function, lun, id) = match control {
             Control::Task { function, lun, id } => (Some(function), lun, id),
             Control::Notification { lun } => (None, lun, 0),
         };
-        let nexus = &self.config.nexus;
+        let nexus = &self.nexus;
         let address = scsi::address(lun).filter(|address| nexus.has_target(*address));
         let Some(address) = address else {
-            return self.answer(head, &place, response::BAD_TARGET);
+            return answer(ring, head, &place, response::BAD_TARGET);
         };
         let absent = matches!(address, Address::Unit { .. }) && nexus.find(address).is_none();
         match function {
             // The reset of a nexus is about a target, whatever the LUN.
             Some(task::I_T_NEXUS_RESET) => {}
-            Some(_) if absent => return self.answer(head, &place, response::INCORRECT_LUN),
+            Some(_) if absent => return answer(ring, head, &place, response::INCORRECT_LUN),
             // Its answers have no code of their own (virtio 1.2, 5.6.6.2): there is nobody at that address.
-            None if absent => return self.answer(head, &place, response::BAD_TARGET),
+            None if absent => return answer(ring, head, &place, response::BAD_TARGET),
             _ => {}
         }
         match function {
@@ -653,7 +577,7 @@ impl ControlLane {
                 | task::QUERY_TASK
                 | task::QUERY_TASK_SET),
             ) => {
-                self.counters.tasks += 1;
+                ring.counters.tasks += 1;
                 self.waiting = Some(Waiting {
                     head,
                     place,
@@ -662,13 +586,13 @@ impl ControlLane {
                     function,
                 });
             }
-            Some(_) => self.answer(head, &place, response::FUNCTION_REJECTED),
-            None => self.answer(head, &place, response::OK),
+            Some(_) => answer(ring, head, &place, response::FUNCTION_REJECTED),
+            None => answer(ring, head, &place, response::OK),
         }
     }
+}
 
-    fn answer(&mut self, head: HeadIndex, place: &ResponsePlace, response: u8) {
-        let written = finish_control(place, response);
-        self.config.queue.push_used(head, written);
-    }
+fn answer(ring: &mut SideRing, head: HeadIndex, place: &ResponsePlace, response: u8) {
+    let written = finish_control(place, response);
+    ring.queue.push_used(head, written);
 }

@@ -1,12 +1,17 @@
 //! The lane of a SCSI host: commands for the logical units of one device. What a command needs of the device becomes NVMe
 //! commands as a block request does; what it does not is answered at once.
+//!
+//! Nearly all commands are reads and writes of one buffer that one NVMe command carries out: those go the short way, from
+//! the ring to the submission queue in [`StartShort`]. What that does not know, or does not like, is taken off the ring anew
+//! by the long way, and then only what that reads counts.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nvme_driver::spec::{Nsid, Status};
-use nvme_driver::transport::Transport;
+use nvme_driver::DataSegment;
+use nvme_driver::spec::{Cid, LbaRange, Nsid, Status, SubmissionEntry, Transfer};
+use nvme_driver::transport::{Iova, Transport};
 
 use super::control::Barrier;
 use super::{
@@ -19,12 +24,16 @@ use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
     Action, Address, Attention, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
-    MAX_SENSE_BYTES, Nexus, RangeLock, Sense, status,
+    MAX_SENSE_BYTES, MAX_UNITS, Nexus, PlainUnit, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
-use crate::virtio::memory::GuestMemory;
-use crate::virtio::scsi::{self, Ending, ResponsePlace, Sizes, response};
-use crate::virtio::virtqueue::{HeadIndex, Virtqueue};
+use crate::virtio::chain::AcceptExchange;
+use crate::virtio::memory::{GuestMemory, MainRegion, StatusByte};
+use crate::virtio::scsi::{
+    self, Ending, ResponsePlace, SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES, ShortExchange,
+    ShortResponse, Sizes, response,
+};
+use crate::virtio::virtqueue::{HeadIndex, RingLayout, Virtqueue};
 
 /// What a lane of a SCSI host is made of.
 #[derive(Debug)]
@@ -37,10 +46,8 @@ pub struct ScsiLaneConfig {
     pub memory: Arc<GuestMemory>,
     /// Sizes of the fields of a request.
     pub sizes: Sizes,
-    /// The guest, and what it reaches.
+    /// The guest, and what it reaches: logical units whose medium is the NSID of a namespace.
     pub nexus: Arc<Nexus>,
-    /// The namespace behind each logical unit.
-    pub namespaces: Arc<[Nsid]>,
     /// Where the control queue waits for this lane.
     pub barrier: Arc<Barrier>,
     /// Its number among those that the barrier knows.
@@ -63,12 +70,17 @@ pub struct ScsiLaneConfig {
 #[derive(Debug)]
 pub(in crate::datapath) struct Scsi {
     sizes: Sizes,
+    /// Changed by [`RequestLane::keep_up`] alone.
     nexus: Arc<Nexus>,
-    namespaces: Arc<[Nsid]>,
     /// By logical unit: see [`Front::lose_cache`].
     cache_lost: Box<[bool]>,
+    /// Of the guest's memory; `None` where requests or responses are not as long as usual, which the short way does not know.
+    main: Option<MainRegion<SHORT_REQUEST_BYTES>>,
+    known: Known,
     /// By head, of a request that has failed: see [`Failure`].
     information: Box<[Option<u64>]>,
+    /// By head, of a request that went the short way: the guest's name for it.
+    ids: Box<[u64]>,
     /// A command's parameter list.
     parameters: Box<[u8]>,
     /// A command's answer.
@@ -81,6 +93,50 @@ pub(in crate::datapath) struct Scsi {
     errands: [Option<(HeadIndex, Place)>; PLACES],
     /// How many.
     errand_count: u16,
+}
+
+/// Logical units by how a guest addresses them: those that it has asked for lately.
+#[derive(Debug)]
+struct Known(Box<[Option<KnownUnit>; KNOWN_UNITS]>);
+
+/// Places for them: a guest with more finds some of them the long way now and then.
+const KNOWN_UNITS: usize = 256;
+
+#[derive(Debug)]
+struct KnownUnit {
+    lun: [u8; 8],
+    unit: PlainUnit,
+    /// Of a read and of a write.
+    transfers: [Transfer; 2],
+}
+
+impl Known {
+    fn new() -> Known {
+        Known(Box::new([const { None }; KNOWN_UNITS]))
+    }
+
+    /// Targets and LUNs count from 0 on, mostly one of the two.
+    #[inline(always)]
+    fn place([_, target, _, lun, ..]: [u8; 8]) -> usize {
+        usize::from(target ^ lun)
+    }
+
+    #[inline(always)]
+    fn find(&self, lun: [u8; 8]) -> Option<&KnownUnit> {
+        let known = self.0[Known::place(lun)].as_ref();
+        known.filter(|known| known.lun == lun)
+    }
+
+    fn forget(&mut self) {
+        self.0.fill_with(|| None);
+    }
+
+    #[inline(always)]
+    fn learn(&mut self, lun: [u8; 8], known: impl FnOnce() -> Option<KnownUnit>) {
+        if self.find(lun).is_none() {
+            self.0[Known::place(lun)] = known();
+        }
+    }
 }
 
 /// Where the lane stands before the [`Barrier`].
@@ -104,6 +160,8 @@ struct Gate {
     older: u16,
     /// None is left, and those that the order means are known.
     all_known: bool,
+    /// Commands are to be looked at: whether an order means them.
+    unmarked: bool,
     /// How many of those have not ended.
     ending: u16,
 }
@@ -118,11 +176,11 @@ impl Gate {
         )
     }
 
-    /// A request was taken from the ring.
+    /// So many requests were taken from the ring.
     #[inline(always)]
-    fn count(&mut self) {
-        self.left = self.left.saturating_sub(1);
-        self.older = self.older.saturating_sub(1);
+    fn count(&mut self, taken: u16) {
+        self.left = self.left.saturating_sub(taken);
+        self.older = self.older.saturating_sub(taken);
     }
 }
 
@@ -262,6 +320,60 @@ fn verify(range: BlockRange, against: Against, fua: bool) -> Step {
     }
 }
 
+/// Where the answer to a request of the short way goes, from what its context remembers.
+#[inline(always)]
+fn whole_response(answer: StatusByte) -> ShortResponse {
+    // SAFETY: contexts of commands that are all of a request of a SCSI lane are made by `StartShort` alone.
+    unsafe { ShortResponse::at(answer) }
+}
+
+/// Sends a read or write that one command carries out at once.
+struct StartShort<'a, T: Transport> {
+    known: &'a Known,
+    ids: &'a mut [u64],
+    lane: u16,
+    pair: &'a mut Pair<T>,
+}
+
+impl<T: Transport> AcceptExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES> for StartShort<'_, T> {
+    /// Whether it writes, and how many bytes.
+    type Accepted = (bool, u32);
+
+    #[inline(always)]
+    fn accept<const WRITE: bool>(self, exchange: ShortExchange) -> Option<(bool, u32)> {
+        let (lun, id, cdb) = scsi::parse_short(&exchange);
+        let known = self.known.find(lun)?;
+        let range = known.unit.transfer(cdb, WRITE)?;
+        let (blocks, len) = (range.count.get(), exchange.len);
+        // There may be more or less room.
+        if u64::from(blocks).wrapping_shl(known.unit.block_shift()) != u64::from(len) {
+            return None;
+        }
+        let slba = range.lba.get();
+        let data = DataSegment {
+            iova: Iova(exchange.dma),
+            len,
+        };
+        let transfer = known.transfers[usize::from(WRITE)];
+        let sent = self
+            .pair
+            .queue
+            .submit_short(transfer, LbaRange { slba, blocks }, data);
+        let cid = sent.ok()?;
+        *self.pair.context(cid) = CommandContext::Whole {
+            lane: self.lane,
+            head: exchange.head,
+            data_in: if WRITE { 0 } else { len },
+            answer: exchange.answer.first(),
+        };
+        // Heads are those of the ring.
+        if let Some(own) = self.ids.get_mut(usize::from(exchange.head.get())) {
+            *own = id;
+        }
+        Some((WRITE, len))
+    }
+}
+
 /// Writes the response to a request that is no command for anybody here.
 fn refuse(place: &ResponsePlace, response: u8) -> u32 {
     let ending = Ending {
@@ -279,6 +391,9 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn may_fetch(lane: &mut RequestLane<Scsi>) -> bool {
+        if lane.front.nexus.successor().is_some() {
+            lane.keep_up();
+        }
         if lane.front.errand_count > 0 && lane.collect() {
             // To be published first.
             return false;
@@ -288,13 +403,18 @@ impl Front for Scsi {
         (wanted == gate.passed && ordered == gate.obeyed) || lane.attend_to(wanted, ordered)
     }
 
+    #[cold]
     fn held_up<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>) {
-        let requests = &lane.requests;
-        pair.abort(lane.slot, |head| {
-            let place = requests.get(usize::from(head.get()));
-            let place = place.and_then(|request| request.place.as_ref());
-            place.is_some_and(|place| place.ended != 0)
-        });
+        if lane.front.gate.unmarked {
+            lane.take_the_long_way(pair);
+            lane.mark();
+            let requests = &lane.requests;
+            pair.abort(lane.slot, |head| {
+                let place = requests.get(usize::from(head.get()));
+                let place = place.and_then(|request| request.place.as_ref());
+                place.is_some_and(|place| place.ended != 0)
+            });
+        }
     }
 
     /// While the gate is closed, completions are waited for, and they tell of themselves. Other lanes do not.
@@ -308,30 +428,18 @@ impl Front for Scsi {
         let (wanted, ordered) = gate.asked();
         let busy = lane.queue.in_flight() > 0;
         let waits = gate.closed && gate.wanted == wanted && busy;
-        let obeys = gate.all_known && gate.ordered == ordered && busy;
+        let obeys = gate.all_known && !gate.unmarked && gate.ordered == ordered && busy;
         (wanted != gate.passed && !waits)
             || (ordered != gate.obeyed && !obeys)
             || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
     }
 
+    #[inline(always)]
     fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
-        let commands = lane.counters.commands;
-        for _ in 0..most {
-            match lane.queue.pop(&lane.config.memory, &mut lane.chain) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(error) => {
-                    lane.break_ring(&error);
-                    break;
-                }
-            }
-            lane.front.gate.count();
-            lane.start(pair);
-            if lane.work.is_some() {
-                break;
-            }
+        match lane.queue.layout() {
+            RingLayout::Split => lane.fetch_from::<T, false>(pair, most),
+            RingLayout::Packed => lane.fetch_from::<T, true>(pair, most),
         }
-        lane.count_doorbell(commands);
     }
 
     fn fail(lane: &mut RequestLane<Scsi>, most: u16) {
@@ -339,7 +447,7 @@ impl Front for Scsi {
             if !lane.pop_cold() {
                 break;
             }
-            lane.front.gate.count();
+            lane.front.gate.count(1);
             lane.counters.errors += 1;
             let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
                 let outcome = translate(Status::INTERNAL_ERROR, None);
@@ -447,6 +555,19 @@ impl Front for Scsi {
 }
 
 impl Scsi {
+    /// A guest addresses a unit so.
+    fn learn(&mut self, lun: [u8; 8], unit: usize) {
+        let nexus = &self.nexus;
+        self.known.learn(lun, || {
+            let nsid = Nsid(nexus.target().units().get(unit)?.medium());
+            Some(KnownUnit {
+                lun,
+                unit: nexus.plain(unit)?,
+                transfers: [Transfer::read(nsid), Transfer::write(nsid, false)],
+            })
+        });
+    }
+
     /// The logical unit that an answer is from.
     fn unit_of(&self, place: &Place) -> Option<&LogicalUnit> {
         self.nexus.target().units().get(usize::from(place.unit))
@@ -463,12 +584,14 @@ impl RequestLane<Scsi> {
         let (passed, obeyed) = config.barrier.enter(config.number);
         let front = Scsi {
             sizes: config.sizes,
-            cache_lost: vec![false; target.units().len()].into(),
+            cache_lost: vec![false; target.units().len().max(MAX_UNITS)].into(),
+            main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
+            known: Known::new(),
             information: vec![None; config.queue.size().into()].into(),
+            ids: vec![0; config.queue.size().into()].into(),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
-            namespaces: config.namespaces,
             desk: config.desk,
             errands: [None; PLACES],
             errand_count: 0,
@@ -483,6 +606,7 @@ impl RequestLane<Scsi> {
                 ordered: obeyed,
                 older: 0,
                 all_known: false,
+                unmarked: false,
                 ending: 0,
             },
             locks: None,
@@ -501,6 +625,165 @@ impl RequestLane<Scsi> {
         RequestLane::with_front(config.queue, parts, front)
     }
 
+    /// Takes up to `most` requests from a ring that is `PACKED` or not; see [`RequestLane::<Blk>::fetch_from`].
+    #[inline(never)]
+    fn fetch_from<T: Transport, const PACKED: bool>(&mut self, pair: &mut Pair<T>, most: u16) {
+        let commands = self.counters.commands;
+        let main = self.front.main;
+        let mut taken = 0_u16;
+        while taken < most {
+            let short = main.as_ref().and_then(|main| {
+                let start = StartShort {
+                    known: &self.front.known,
+                    ids: &mut self.front.ids,
+                    lane: self.slot,
+                    pair,
+                };
+                self.queue.pop_exchange::<_, _, PACKED, _>(main, start)
+            });
+            if let Some((write, len)) = short {
+                self.counters.commands = self.counters.commands.wrapping_add(1);
+                self.count_transfer(write, len);
+            } else if !self.start_next(pair) {
+                break;
+            }
+            taken = taken.wrapping_add(1);
+        }
+        self.front.gate.count(taken);
+        self.count_doorbell(commands);
+    }
+
+    /// The next request, the long way. `false` when there is none, or it became work.
+    #[inline(never)]
+    fn start_next<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
+        match self.queue.pop(&self.config.memory, &mut self.chain) {
+            Ok(true) => {}
+            Ok(false) => return false,
+            Err(error) => {
+                self.break_ring(&error);
+                return false;
+            }
+        }
+        self.start(pair);
+        self.work.is_none()
+    }
+
+    /// The command that was all of the request at `head` has completed, and well.
+    #[inline(always)]
+    pub(in crate::datapath) fn request_done(
+        &mut self,
+        head: HeadIndex,
+        answer: StatusByte,
+        data_in: u32,
+    ) {
+        let response = whole_response(answer);
+        self.queue
+            .push_used(head, scsi::finish_short(response, data_in));
+    }
+
+    /// It has failed: the long way has the words for it. `sent` is the command.
+    #[cold]
+    pub(in crate::datapath) fn request_failed(
+        &mut self,
+        head: HeadIndex,
+        answer: StatusByte,
+        sent: Option<SubmissionEntry>,
+        failure: Failure,
+    ) {
+        let place = sent.and_then(|sent| self.place_of(head, answer, &sent));
+        let Some(place) = place else {
+            // Cannot be: it was sent, and taken from there.
+            return self.answer(head, 0);
+        };
+        self.remember(head, place, 0);
+        self.command_done(head, Some(failure));
+    }
+
+    /// The place of a request that went the short way.
+    fn place_of(
+        &self,
+        head: HeadIndex,
+        answer: StatusByte,
+        sent: &SubmissionEntry,
+    ) -> Option<Place> {
+        let front = &self.front;
+        let response = front.main?.bytes_of(whole_response(answer))?;
+        // A namespace is behind one logical unit of a host.
+        let units = front.nexus.target().units();
+        let unit = units
+            .iter()
+            .position(|unit| unit.medium() == sent.nsid.get());
+        let shift = unit
+            .and_then(|unit| units.get(unit))
+            .map_or(0, |unit| unit.geometry().block_shift());
+        Some(Place {
+            response: ResponsePlace::whole(response),
+            residual: 0,
+            residual_failed: sent.lba_range().blocks << shift,
+            unit: unit
+                .and_then(|unit| u16::try_from(unit).ok())
+                .unwrap_or(u16::MAX),
+            id: front.ids.get(usize::from(head.get())).copied()?,
+            ended: 0,
+            copy: None,
+        })
+    }
+
+    /// Requests that went the short way and have not ended go on by the long one, which remembers them.
+    fn take_the_long_way<T: Transport>(&mut self, pair: &mut Pair<T>) {
+        for cid in (0..pair.queue.depth()).map(Cid) {
+            let CommandContext::Whole {
+                lane,
+                head,
+                data_in,
+                answer,
+            } = *pair.context(cid)
+            else {
+                continue;
+            };
+            if lane != self.slot || !pair.queue.is_outstanding(cid) {
+                continue;
+            }
+            let sent = pair.queue.sent(cid);
+            if let Some(place) = sent.and_then(|sent| self.place_of(head, answer, &sent)) {
+                self.remember(head, place, data_in);
+                *pair.context(cid) = CommandContext::Part {
+                    lane,
+                    head,
+                    bounce: None,
+                };
+            }
+        }
+    }
+
+    /// The host shows other logical units than it did. From the next command on the guest meets those; what is in flight
+    /// goes by index, and an index is another's only when nothing of the one before is in flight.
+    ///
+    /// Whoever has this lane wait for a number has made the successor before: it is found before the number is passed.
+    #[cold]
+    fn keep_up(&mut self) {
+        while let Some(next) = self.front.nexus.successor().map(Arc::clone) {
+            let number = self.front.gate.number;
+            let (old, new) = (self.front.nexus.target().units(), next.target().units());
+            for (at, unit) in new.iter().enumerate() {
+                let before = old.get(at);
+                if before.is_some_and(|before| before.is(unit)) {
+                    continue;
+                }
+                if let Some(before) = before {
+                    before.lock().leave(number);
+                }
+                unit.lock().enter(number);
+                if let Some(lost) = self.front.cache_lost.get_mut(at) {
+                    *lost = false;
+                }
+            }
+            // Before the nexus goes that keeps what is forgotten: nothing is freed here.
+            self.front.known.forget();
+            self.front.nexus = next;
+        }
+    }
+
     /// Whether requests may be taken, or work gone on with.
     #[cold]
     fn attend_to(&mut self, wanted: u64, ordered: u64) -> bool {
@@ -509,8 +792,8 @@ impl RequestLane<Scsi> {
     }
 
     /// Task management wants some of the commands to end that were there before it. Those are marked when it is heard of,
-    /// so that none holds up the others; and again when all are known, which the ring had then. `false` when any was
-    /// marked, which at the device are to be aborted, or when there is something to be told.
+    /// so that none holds up the others; and again when all are known, which the ring had then. `false` when they are to be
+    /// marked, which those at the device may need, or when there is something to be told.
     fn obey(&mut self, ordered: u64) -> bool {
         let gate = &mut self.front.gate;
         let fresh = gate.ordered != ordered;
@@ -529,16 +812,22 @@ impl RequestLane<Scsi> {
         if !fresh && more && self.work.is_none() {
             return true;
         }
-        !self.mark() && !self.has_obeyed()
+        self.front.gate.unmarked = true;
+        // Without anything at the device there is nothing to be done there.
+        if self.queue.heads_in_flight() <= self.front.errand_count.into() {
+            self.mark();
+        }
+        false
     }
 
     /// All commands that orders mean have ended, but for the guest to see it.
     fn has_obeyed(&self) -> bool {
-        self.front.gate.all_known && self.front.gate.ending == 0
+        let gate = &self.front.gate;
+        gate.all_known && !gate.unmarked && gate.ending == 0
     }
 
-    /// Marks the commands that orders mean. `true` when there are any that were not.
-    fn mark(&mut self) -> bool {
+    /// Marks the commands that orders mean.
+    fn mark(&mut self) {
         let Scsi {
             gate,
             nexus,
@@ -546,19 +835,18 @@ impl RequestLane<Scsi> {
             ..
         } = &mut self.front;
         let barrier = Arc::clone(&gate.barrier);
+        gate.unmarked = false;
         let target = nexus.target();
-        let mut any = false;
         for (order, found) in barrier.orders(gate.number, gate.obeyed, gate.ordered) {
             let requests = self.requests.iter_mut();
             let places = requests.filter_map(|request| request.place.as_mut());
             let errands = errands.iter_mut().flatten().map(|(_, place)| place);
             for place in places.chain(errands) {
                 let index = usize::from(place.unit);
-                let (Some(unit), Some(id)) = (target.units().get(index), target.id_of(index))
-                else {
+                let Some(unit) = target.units().get(index) else {
                     continue;
                 };
-                if !order.means(unit, id, place.id) {
+                if !order.means(unit, || target.id_of(index), place.id) {
                     continue;
                 }
                 found.store(true, Ordering::Relaxed);
@@ -567,29 +855,26 @@ impl RequestLane<Scsi> {
                 }
                 place.ended = order.response(gate.number);
                 gate.ending += 1;
-                any = true;
                 if order.clears_others(gate.number) {
                     nexus.attend(index, Attention::CommandsCleared);
                 }
             }
         }
-        any |= self.cut_work();
-        any
+        self.cut_work();
     }
 
-    /// Work whose end is wanted goes no further. `true` if there is any.
-    fn cut_work(&mut self) -> bool {
+    /// Work whose end is wanted goes no further.
+    fn cut_work(&mut self) {
         let Some(work) = &mut self.work else {
-            return false;
+            return;
         };
         let head = work.head;
         let place = &self.requests[usize::from(head.get())].place;
-        if matches!(work.step, Step::Done) || place.as_ref().is_none_or(|place| place.ended == 0) {
-            return false;
+        let ended = place.as_ref().is_some_and(|place| place.ended != 0);
+        if ended && !matches!(work.step, Step::Done) {
+            work.step = Step::Done;
+            self.fail_request(head, Status::ABORT_REQUESTED);
         }
-        work.step = Step::Done;
-        self.fail_request(head, Status::ABORT_REQUESTED);
-        true
     }
 
     /// Others wait for the commands that were there before. Whether there may be any more in the ring, or work to go on
@@ -626,13 +911,17 @@ impl RequestLane<Scsi> {
 
     /// If everything that was fetched has ended.
     fn let_pass(&mut self) {
-        if self.queue.in_flight() > self.front.errand_count || self.work.is_some() {
+        if self.work.is_some() || self.queue.heads_in_flight() > self.front.errand_count.into() {
             return;
         }
         let gate = &mut self.front.gate;
         gate.barrier.sweep(gate.number, gate.wanted);
+        if self.front.errand_count > 0 {
+            return;
+        }
         gate.closed = false;
         gate.passed = gate.wanted;
+        gate.barrier.pass(gate.number, gate.passed);
     }
 
     /// Task management wakes a poller that sleeps.
@@ -663,7 +952,7 @@ impl RequestLane<Scsi> {
         let (barrier, lock) = (&gate.barrier, unit_of.lock());
         // Those who wait for this lane need not wait for what waits for them: it has nothing at the device yet. Nor has what
         // waits for the clerk.
-        if self.queue.in_flight() == 1 + self.front.errand_count {
+        if self.queue.heads_in_flight() == 1 + usize::from(self.front.errand_count) {
             barrier.be_quiet(gate.number);
         }
         if let Wait::Lock { .. } | Wait::Turn { .. } = wait {
@@ -745,6 +1034,9 @@ impl RequestLane<Scsi> {
         let cdb = Cdb::new(cdb);
         let nexus = Arc::clone(&self.front.nexus);
         let unit = nexus.find(address);
+        if let Some(unit) = unit {
+            self.front.learn(request.lun, unit);
+        }
         let wanted = nexus.parameter_bytes(unit, &cdb);
         if u64::from(wanted) > readable {
             return self.refuse(head, &place, response::OVERRUN);
@@ -839,7 +1131,8 @@ impl RequestLane<Scsi> {
     ) {
         let front = &mut self.front;
         let len = (wanted as usize).min(front.parameters.len());
-        let left = unit.and_then(|unit| front.desk.leave(unit, cdb, &front.parameters[..len]));
+        let (desk, nexus) = (&front.desk, &front.nexus);
+        let left = unit.and_then(|unit| desk.leave(nexus, unit, cdb, &front.parameters[..len]));
         match left.and_then(|at| front.errands.get_mut(at)) {
             Some(errand) => {
                 *errand = Some((head, place));
@@ -907,15 +1200,11 @@ impl RequestLane<Scsi> {
         carry: &Carry,
         nexus: &Nexus,
     ) {
-        // Both tables have a place for every logical unit.
-        let (Some(nsid), Some(unit)) = (
-            self.front.namespaces.get(carry.unit).copied(),
-            nexus.target().units().get(carry.unit),
-        ) else {
+        let Some(unit) = nexus.target().units().get(carry.unit) else {
             return self.refuse(head, &place.response, response::FAILURE);
         };
         let medium = Medium {
-            nsid,
+            nsid: Nsid(unit.medium()),
             block_shift: unit.geometry().block_shift(),
             durable: carry.fua,
         };
