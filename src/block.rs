@@ -148,6 +148,11 @@ pub enum BlockOp {
     /// Look whether the range is what the first half of the data segments says, and if so store the second half there. No
     /// other write to it comes in between.
     CompareAndWrite(BlockRange),
+    /// Copy each first one of two ranges of the [`RangeList`] to the second one, in turn.
+    Copy {
+        /// What the initiator calls it.
+        name: Option<u8>,
+    },
     /// [`BlockOp::Flush`] when every write of the disk that is at the device has ended.
     DrainAndFlush,
     /// Fill the data segments with the serial number of the disk.

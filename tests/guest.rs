@@ -18,6 +18,10 @@ mod lab;
 mod report;
 #[path = "common/server.rs"]
 mod server;
+#[path = "guest/slow.rs"]
+mod slow;
+#[path = "guest/thousand.rs"]
+mod thousand;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -804,6 +808,18 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         fact miscompare $(sg_verify -E 3 -n 512 -l 999 -c 2 -i /tmp/pattern /dev/sda >/dev/null 2>&1; echo $?)
         step 'write and verify' sh -c 'sg_write_verify --16 -l 1300 -n 10 -i /tmp/expected --ilen=5120 -b 1 /dev/sda'
         step 'read what was verified' sh -c 'dd if=/dev/sda bs=512 skip=1300 count=10 iflag=direct | cmp -n 5120 - /tmp/expected'
+        step 'what udev would do' sh -c 'mkdir -p /dev/block && ln -s /dev/sda /dev/block/$(cat /sys/block/sda/dev)'
+        step 'the device copies' sg_xcopy if=/dev/sda of=/dev/sda bs=512 skip=1300 seek=60000 count=10
+        step 'read the copy' sh -c 'dd if=/dev/sda bs=512 skip=60000 count=10 iflag=direct | cmp -n 5120 - /tmp/expected'
+        fact copies \"$(sg_copy_results --params /dev/sda | tr -s ' \\n' ' ')\"
+        fact third.party \"$(sg_vpd -p tpc /dev/sda | tr -s ' \\n' ' ')\"
+        step 'descriptor sense' sg_wr_mode -p 0xa -c a,a,4,10,0,0,0,0,0,0,0,0 /dev/sda
+        fact descriptor.sense \"$(sg_modes -6 -p 0xa /dev/sda | grep -c ' 0a 0a 04 10')\"
+        step 'cache off, by its page' sg_wr_mode -p 8 -c 8,12,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0 /dev/sda
+        fact cache.page \"$(sg_modes -6 -p 8 /dev/sda | grep -c ' 08 12 00')\"
+        step 'a reset sets modes back' sg_reset -d /dev/sda
+        step 'told' sg_turs -n 2 /dev/sda
+        fact after.reset \"$(sg_modes -6 -p 0xa /dev/sda | grep -c ' 0a 0a 00 10') $(sg_modes -6 -p 8 /dev/sda | grep -c ' 08 12 04')\"
         step 'compare and write' sg_compare_and_write -i /tmp/expected -l 1000 -n 1 -x 1024 /dev/sda
         fact compare.differs $(sg_compare_and_write -i /tmp/expected -l 2000 -n 1 -x 1024 -q /dev/sda >/dev/null 2>&1; echo $?)
         step 'cache off' sh -c 'echo \"write through\" >/sys/class/scsi_disk/0:0:0:0/cache_type'
@@ -849,7 +865,10 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ("fua.a", "1"),
         ("serial.a", "d0-ns1"),
         ("serial.b", "d0-ns2"),
-        ("opcodes", "54"),
+        ("opcodes", "57"),
+        ("descriptor.sense", "1"),
+        ("cache.page", "1"),
+        ("after.reset", "1 1"),
         // MISCOMPARE.
         ("miscompare", "14"),
         ("compare.differs", "14"),
@@ -870,6 +889,8 @@ fn scsi_host_with_four_queues_and_two_disks_loses_nothing() {
         ),
         ("designators", "designator type: EUI-64 based"),
         ("designators", "Relative target port: 0x1"),
+        ("copies", "Maximum target descriptor count: 8"),
+        ("third.party", "Extended copy(LID1)"),
         ("limits", "Maximum unmap block descriptor count: 256"),
         ("limits", "Maximum compare and write length: 32 blocks"),
         ("limits", "Maximum write same length: 0x400000 blocks"),

@@ -69,7 +69,8 @@ impl Bench {
                 uuid: None,
             })
             .with_volatile_cache(true)
-            .with_provisioning(true, true, true);
+            .with_provisioning(true, true, true)
+            .with_copy(128);
         let lun = |number| Lun::new(number).unwrap();
         let units = vec![(3, lun(0), first), (3, lun(300), disk(12, true))];
         let target = Arc::new(Target::new(&initiator("vm0"), units).unwrap());
@@ -399,7 +400,10 @@ fn inquiry_has_the_standard_data_and_is_cut_to_the_allocation_length() {
     let mut bench = Bench::new();
     let data = bench.says(&[0x12, 0, 0, 0, 255, 0]);
     assert_eq!(data.len(), 96);
-    assert_eq!(data[..8], [0x00, 0, 0x06, 0x12, 91, 0x10, 0, 0x02]);
+    assert_eq!(data[..8], [0x00, 0, 0x06, 0x12, 91, 0x18, 0, 0x02]);
+    // 3PC only where the device copies.
+    let other = bench.run_at(READ_ONLY, &[0x12, 0, 0, 0, 96, 0], &[]).data;
+    assert_eq!(other[5], 0x10);
     assert_eq!(&data[8..36], b"TANDEM  Tandem NVMe disk0001");
     assert_eq!(data[58..64], [0x00, 0x80, 0x04, 0x60, 0x04, 0xc0]);
     assert_eq!(bench.says(&[0x12, 0, 0, 0, 5, 0]), data[..5]);
@@ -421,7 +425,7 @@ fn vital_product_data_pages_have_their_shapes() {
     let mut page = |code| bench.says(&[0x12, 1, code, 1, 0, 0]);
     assert_eq!(
         page(0),
-        [0, 0, 0, 7, 0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2]
+        [0, 0, 0, 8, 0x00, 0x80, 0x83, 0x86, 0x8f, 0xb0, 0xb1, 0xb2]
     );
     assert_eq!(page(0x80), b"\x00\x80\x00\x08serial-1");
     let mut expected = vec![0, 0x83, 0, 20 + 12 + 20 + 8 + 8];
@@ -694,13 +698,24 @@ fn supported_operation_codes_are_those_of_the_table() {
     assert_eq!(bench.refuses(&cdb(2, 0x28, 0, 0), &[]), invalid_field(2, 2));
     assert_eq!(bench.refuses(&cdb(1, 0x9e, 0, 0), &[]), invalid_field(2, 2));
     assert_eq!(bench.refuses(&cdb(4, 0x28, 0, 0), &[]), invalid_field(2, 2));
-    // A disk that cannot unmap has no UNMAP, and says so.
+    // A disk that cannot unmap has no UNMAP, and says so; the same of copies.
     let unmap = cdb(3, 0x42, 0, 0);
     assert_eq!(bench.says(&unmap)[..4], [0, 3, 0, 10]);
     assert_eq!(bench.run_at(READ_ONLY, &unmap, &[]).data, absent);
     let fewer = bench.run_at(READ_ONLY, &cdb(0, 0, 0, 0), &[]).data;
-    assert_eq!(fewer.len(), all.len() - 8);
-    assert!(fewer[4..].chunks(8).all(|entry| entry[0] != 0x42));
+    assert_eq!(fewer.len(), all.len() - 4 * 8);
+    let absent = [0x42, 0x83, 0x84];
+    assert!(
+        fewer[4..]
+            .chunks(8)
+            .all(|entry| !absent.contains(&entry[0]))
+    );
+    for opcode in absent {
+        let reply = bench.run_at(READ_ONLY, &[&[opcode][..], &[0; 15]].concat(), &[]);
+        assert!(
+            matches!(reply.action, Action::Check(sense) if (sense.key, sense.asc, sense.ascq) == (5, 0x20, 0))
+        );
+    }
     let tasks = bench.says(&[0xa3, 0x0d, 0, 0, 0, 0, 0, 0, 0, 255, 0, 0]);
     assert_eq!(tasks, [0xdc, 0x03, 0, 0]);
     assert_eq!(

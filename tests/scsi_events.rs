@@ -353,27 +353,8 @@ fn what_one_guest_does_to_a_shared_unit_is_told_to_the_other_at_once() {
         events.says((3, [1, 0, 0, 0, 0, 0, 0, 0], 0x012a));
         a.is_told(0x2a, 0x01);
         // LOGICAL UNIT RESET on the control queue of the other.
-        let config = SimGuestConfig {
-            base: Gpa(b.shared.region.gpa + b.shared.region.size - (1 << 19)),
-            ..EventQueue::config(&b)
-        };
-        let mut control = SimGuest::new(Arc::clone(&b.shared.memory), config).unwrap();
-        let files = b.front_end.start_queue(0, &control, &b.shared);
-        b.files.push((0, files));
-        let gpa = control.data_at(0);
-        let request = [&[0, 0, 0, 0, 5, 0, 0, 0], &at(0, 0)[..], &[0; 8]].concat();
-        control.write(gpa, &request);
-        let part = |at, len, flags| RawDescriptor {
-            gpa: gpa.0 + at,
-            len,
-            flags,
-            next: 1,
-        };
-        control.write_descriptor(0, part(0, 24, 1));
-        control.write_descriptor(1, part(32, 1, 2));
-        control.offer(0);
-        control.publish();
-        b.kick(0);
+        b.lun = at(0, 0);
+        assert_eq!(b.manage(5, 0), 0);
         // RESET_HARD.
         events.says((RESET, [1, 0, 0, 0, 0, 0, 0, 0], 0));
         a.is_told(0x29, 0x03);

@@ -168,6 +168,7 @@ impl World {
                 })
                 .with_volatile_cache(thin)
                 .with_provisioning(thin, thin, thin)
+                .with_copy(64)
         };
         let first = disk(9, false, true);
         let first = first.with_keeper(Box::new(shelf.clone()), Reservations::default());

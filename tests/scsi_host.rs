@@ -4,6 +4,10 @@
 
 #[path = "scsi_host/compare.rs"]
 mod compare;
+#[path = "scsi_host/copy.rs"]
+mod copy;
+#[path = "scsi_host/tasks.rs"]
+mod tasks;
 #[path = "scsi_host/verify.rs"]
 mod verify;
 
@@ -42,6 +46,7 @@ const HOLE: u64 = BASE + MEMORY;
 const OK: u8 = 0;
 const OVERRUN: u8 = 1;
 const BAD_TARGET: u8 = 3;
+const RESET: u8 = 4;
 const FAILURE: u8 = 9;
 const FUNCTION_REJECTED: u8 = 11;
 const INCORRECT_LUN: u8 = 12;
@@ -91,6 +96,7 @@ impl Storage {
                 .with_medium(nsid)
                 .with_volatile_cache(true)
                 .with_provisioning(true, true, true)
+                .with_copy(device.copy_blocks(Nsid(nsid)))
         });
         Storage {
             device: Arc::new(device),
@@ -106,6 +112,8 @@ struct Host {
     device: Arc<Device>,
     model: ModelHandle,
     poller: Option<Box<dyn Poll>>,
+    /// Identifier of its queue pair.
+    pair: u16,
     layout: RingLayout,
     requests: SimGuest,
     control: SimGuest,
@@ -206,7 +214,7 @@ impl Host {
         let target = Target::new(&initiator, units).unwrap();
         let nexus = Arc::new(Nexus::new(Arc::new(target)));
         let clerk = Clerk::start().unwrap();
-        let mut poller = device.create_poller().unwrap().1;
+        let (pair, mut poller) = device.create_poller().unwrap();
         let signal = || Arc::new(Signal::new().unwrap());
         let lanes = vec![LaneId(1), LaneId(2)];
         poller.attach(Lane::scsi(ScsiLaneConfig {
@@ -244,6 +252,7 @@ impl Host {
             device,
             model,
             poller: Some(poller),
+            pair,
             layout,
             requests,
             control,
@@ -873,9 +882,23 @@ fn notifications_are_none_and_malformed_control_requests_come_back_empty() {
         let request = [&kind.to_le_bytes()[..], &FIRST, &[0xff; 4]].concat();
         host.ask(&request, 5);
         assert_eq!(host.answered(), (5, [0, 0, 0, 0, OK]));
-        let request = [&kind.to_le_bytes()[..], &[9; 8], &[0xff; 4]].concat();
-        host.ask(&request, 5);
-        assert_eq!(host.answered(), (5, [0, 0, 0, 0, BAD_TARGET]));
+        // Media changes, power management, whatever there is of a target; some of it; none.
+        for events in [0x12, 0x4000_0000, 0_u32] {
+            let events = events.to_le_bytes();
+            let request = [&kind.to_le_bytes()[..], &SECOND, &events].concat();
+            host.ask(&request, 5);
+            assert_eq!(host.answered(), (5, [0, 0, 0, 0, OK]));
+        }
+        // No target, an absent logical unit, no address at all.
+        for lun in [
+            [1, 1, 0x40, 0, 0, 0, 0, 0],
+            [1, 0, 0x40, 9, 0, 0, 0, 0],
+            [9; 8],
+        ] {
+            let request = [&kind.to_le_bytes()[..], &lun, &[0xff; 4]].concat();
+            host.ask(&request, 5);
+            assert_eq!(host.answered(), (5, [0, 0, 0, 0, BAD_TARGET]), "{lun:02x?}");
+        }
         // No room for all of the answer.
         host.ask(&request, 4);
         assert_eq!(host.answered(), (0, [0xee; 5]));

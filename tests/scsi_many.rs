@@ -86,6 +86,12 @@ fn thousand_logical_units_are_reported_and_each_is_itself_however_it_is_addresse
             assert_eq!(said[4..], *serial.as_bytes());
         }
     }
+    // A reset of the last one is told there alone.
+    client.lun = addresses(ELSEWHERE[1])[0];
+    assert_eq!(client.manage(5, 0), 0);
+    client.is_told(0x29, 0x03);
+    client.lun = addresses(ELSEWHERE[0])[0];
+    assert_eq!(client.run(&[0; 6], &[]).status, GOOD);
     // Beside them there is nothing.
     for at in [(0, luns as u16 - 1), (0, 16382), (255, 0)] {
         for address in addresses(at) {

@@ -43,6 +43,7 @@ fn disk() -> LogicalUnit {
         .with_ids(UnitIds::default())
         .with_volatile_cache(true)
         .with_provisioning(true, true, true)
+        .with_copy(128)
 }
 
 fn initiator(name: &str) -> Initiator {
@@ -221,6 +222,9 @@ const TABLE: &[Row] = &[
     Row(&[0x5e, 1, 0, 0, 0, 0, 0, 0, 96, 0], YES, YES),                      // READ RESERVATION
     Row(&[0x5e, 2, 0, 0, 0, 0, 0, 0, 96, 0], YES, YES),                      // REPORT CAPABILITIES
     Row(&[0x5e, 3, 0, 0, 0, 0, 0, 0, 96, 0], YES, YES),                      // READ FULL STATUS
+    Row(&[0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], NO, NO),       // EXTENDED COPY
+    Row(&[0x84, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 0, 0], NO, NO),      // RECEIVE COPY RESULTS, COPY STATUS
+    Row(&[0x84, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 46, 0, 0], NO, NO),      // OPERATING PARAMETERS
     Row(&[0x88, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], YES, NO),      // READ (16)
     Row(&[0x89, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),       // COMPARE AND WRITE
     Row(&[0x8a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], NO, NO),       // WRITE (16)
@@ -277,6 +281,10 @@ fn every_command_meets_each_type_of_reservation_as_the_standards_table_says() {
             ] {
                 let action = port.run(cdb, parameters).0;
                 match allowed {
+                    // Of a copy that nobody has begun there is no status.
+                    true if cdb[..2] == [0x84, 0] => {
+                        assert_eq!(action, check(5, 0x24, 0, Some((true, 2, Some(7)))));
+                    }
                     true => assert!(
                         matches!(action, Action::Good | Action::Carry(_)),
                         "{cdb:02x?} under type {kind}: {action:?}"

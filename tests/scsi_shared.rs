@@ -188,6 +188,100 @@ fn preempt_and_abort_is_answered_after_the_commands_that_it_ends() {
     }
 }
 
+const ABORT_TASK: u32 = 0;
+const I_T_NEXUS_RESET: u32 = 4;
+const LOGICAL_UNIT_RESET: u32 = 5;
+
+/// Response codes (virtio 1.2, 5.6.6.1.1).
+const ABORTED: u8 = 2;
+const RESET: u8 = 4;
+
+#[test]
+fn abort_and_reset_end_commands_at_the_device_and_not_when_it_is_done_with_them() {
+    for poll in [Polling::Always, Polling::Adaptive] {
+        let place = Place::new();
+        let server = place.serve("model:ram,size=64M,latency=60s", poll);
+        let (mut a, mut b) = both(&place);
+        let start = Instant::now();
+        let sent = [a.send(&READ, &[]), a.send(&WRITE, &BLOCK)];
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(a.manage(ABORT_TASK, sent[1]), 0);
+        let (head, reply) = a.try_take().expect("it ended before the function");
+        assert_eq!((head, reply.response), (sent[1], ABORTED));
+        assert_eq!(a.try_take(), None, "the other one");
+        // Another initiator's nexus is nobody else's business; the logical unit is everybody's.
+        let other = b.send(&READ, &[]);
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(b.manage(I_T_NEXUS_RESET, 0), 0);
+        let (head, reply) = b.try_take().expect("it ended before the function");
+        assert_eq!((head, reply.response), (other, RESET));
+        assert_eq!(a.try_take(), None, "the other initiator's");
+        b.is_told(0x29, 0x07);
+        let other = b.send(&WRITE, &BLOCK);
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(a.manage(LOGICAL_UNIT_RESET, 0), 0);
+        for (client, sent) in [(&mut a, sent[0]), (&mut b, other)] {
+            let (head, reply) = client.try_take().expect("it ended before the reset");
+            assert_eq!((head, reply.response), (sent, RESET));
+            client.is_told(0x29, 0x03);
+        }
+        assert!(start.elapsed() < DEADLINE, "the device was waited for");
+        drop((a, b));
+        ends_well(server);
+    }
+}
+
+/// MODE SENSE (6) of the caching page, without a block descriptor.
+const CACHING: [u8; 6] = [0x1a, 0x08, 0x08, 0, 255, 0];
+
+#[test]
+fn reset_of_a_unit_sets_modes_and_reserve_back_and_keeps_persistent_reservations() {
+    let place = Place::new();
+    let server = place.try_serve(RAM, Polling::Always, false).unwrap();
+    let (mut a, mut b) = both(&place);
+    assert_eq!(a.says(&CACHING, 7)[6] & 4, 4);
+    // MODE SELECT: WCE off, D_SENSE and SWP on.
+    let mut caching = [0; 24];
+    (caching[4], caching[5]) = (0x08, 18);
+    a.ends_with(GOOD, &[0x15, 0x10, 0, 0, 24, 0], &caching);
+    let mut control = [0; 16];
+    (control[4], control[5], control[6], control[7], control[8]) = (0x0a, 10, 4, 0x10, 8);
+    a.ends_with(GOOD, &[0x15, 0x10, 0, 0, 16, 0], &control);
+    let reply = b.run(&[0; 6], &[]);
+    assert_eq!(reply.status, scsi_client::CHECK);
+    assert_eq!(b.says(&CACHING, 7)[6] & 4, 0);
+    a.ends_with(scsi_client::CHECK, &WRITE, &BLOCK);
+    a.ends_with(GOOD, &[0x16, 0, 0, 0, 0, 0], &[]);
+    b.ends_with(CONFLICT, &READ, &[]);
+    // The nexus of one initiator: its reservation is its own, and modes are everybody's.
+    assert_eq!(b.manage(I_T_NEXUS_RESET, 0), 0);
+    // In the descriptor format, as D_SENSE says.
+    b.ends_with(scsi_client::CHECK, &[0; 6], &[]);
+    b.ends_with(CONFLICT, &READ, &[]);
+    assert_eq!(b.manage(LOGICAL_UNIT_RESET, 0), 0);
+    a.is_told(0x29, 0x03);
+    b.is_told(0x29, 0x03);
+    b.ends_with(GOOD, &READ, &[]);
+    b.ends_with(GOOD, &WRITE, &BLOCK);
+    for client in [&mut a, &mut b] {
+        assert_eq!(client.says(&CACHING, 7)[6] & 4, 4);
+    }
+    a.ends_with(GOOD, &[0x16, 0, 0, 0, 0, 0], &[]);
+    assert_eq!(a.manage(I_T_NEXUS_RESET, 0), 0);
+    a.is_told(0x29, 0x07);
+    b.ends_with(GOOD, &READ, &[]);
+    a.does(REGISTER, 0, (0, 0xa), 0);
+    a.does(RESERVE, 3, (0xa, 0), 0);
+    assert_eq!(b.manage(LOGICAL_UNIT_RESET, 0), 0);
+    b.is_told(0x29, 0x03);
+    b.ends_with(CONFLICT, &READ, &[]);
+    assert_eq!(b.reserve_in(0, 16)[8..], [0, 0, 0, 0, 0, 0, 0, 0xa]);
+    a.is_told(0x29, 0x03);
+    a.ends_with(GOOD, &WRITE, &BLOCK);
+    drop((a, b));
+    ends_well(server);
+}
+
 #[test]
 fn more_commands_than_may_wait_are_answered_all_the_same_and_so_is_a_hasty_end() {
     let place = Place::new();

@@ -61,7 +61,7 @@ const ACCEPTED: &[Accepted] = &[
     ("identify.controller", "cntlid", "1", "0", Choice, "the controller's number in its subsystem"),
     ("identify.controller", "ctratt", "0", "8000", ModelLacks, "extended LBA formats"),
     ("identify.controller", "oacs", "0", "10a", ModelLacks, "Format NVM, Namespace Management, Doorbell Buffer Config"),
-    ("identify.controller", "oncs", "1d", "15d", ModelLacks, "Timestamp, Copy"),
+    ("identify.controller", "oncs", "11d", "15d", ModelLacks, "Timestamp"),
     ("identify.controller", "sgls", "0", "1", ModelLacks, "SGLs"),
     ("identify.controller", "lpa", "4", "7", ModelLacks, "SMART per namespace, Commands Supported and Effects"),
     ("identify.controller", "elpe", "63", "0", Choice, "entries of the error log"),

@@ -181,7 +181,7 @@ fn completion_doorbell_is_written_far_less_often_than_commands_complete() {
 }
 
 #[test]
-fn flush_write_zeroes_deallocate_and_compare_do_what_they_say() {
+fn flush_write_zeroes_deallocate_compare_and_copy_do_what_they_say() {
     let (mut controller, handle) = enable(ModelConfig::default(), 1);
     assert!(
         controller
@@ -247,6 +247,31 @@ fn flush_write_zeroes_deallocate_and_compare_do_what_they_say() {
     let none = std::iter::empty::<LbaRange>();
     assert!(queue.submit_deallocate(Nsid(1), none).is_err());
 
+    // 49 and 50 hold other bytes than each other. Beyond the end of the namespace there is nothing to copy, nor to copy to.
+    let source = |slba, blocks| LbaRange { slba, blocks };
+    queue
+        .submit_copy(Nsid(1), 60, source(49, 2), false)
+        .unwrap();
+    assert_eq!(finish(&mut queue), Status::SUCCESS);
+    assert_eq!(
+        [59, 60, 61, 62].map(|at| medium(at)[0]),
+        [0xa5, 0, 0xa5, 0xa5]
+    );
+    let end = controller.namespace(Nsid(1)).unwrap().blocks;
+    for (to, from) in [(0, source(end - 1, 2)), (end - 1, source(0, 2))] {
+        queue.submit_copy(Nsid(1), to, from, false).unwrap();
+        assert!(finish(&mut queue).is(Status::LBA_OUT_OF_RANGE));
+    }
+    let identify = controller.identify_namespace(Nsid(1)).unwrap();
+    assert_eq!(
+        (identify.mssrl.get(), identify.mcl.get(), identify.msrc),
+        (128, 128, 127)
+    );
+    queue
+        .submit_copy(Nsid(1), 0, source(1, 129), false)
+        .unwrap();
+    assert!(finish(&mut queue).is(Status::COMMAND_SIZE_LIMIT_EXCEEDED));
+
     for nsid in [Nsid(1), Nsid::ALL] {
         queue
             .submit_without_data(SubmissionEntry::flush(nsid))
@@ -256,6 +281,7 @@ fn flush_write_zeroes_deallocate_and_compare_do_what_they_say() {
     let counters = handle.io_counters();
     assert_eq!((counters.flushes, counters.compares), (2, 1));
     assert_eq!((counters.deallocates, counters.deallocated_ranges), (1, 8));
+    assert_eq!(counters.copies, 1);
     controller.delete_queue_pair(queue).unwrap();
     assert_clean(&handle);
 }

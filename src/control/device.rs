@@ -1,6 +1,7 @@
 //! A claimed device: its controller, its namespaces, and the pollers made from its queue pairs. The transport is
 //! chosen here once and hidden behind [`DeviceControl`]; the data path stays statically dispatched.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use nvme_driver::spec::{
 };
 use nvme_driver::transport::{Notice, Transport};
 use nvme_driver::{Controller, Disabled, Enabled, Health, Namespace};
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::datapath::{Poll, Poller, Service};
 use crate::scsi::{self, HealthReport};
@@ -51,6 +53,9 @@ pub enum DeviceError {
         /// What it said.
         error: nvme_model::ModelError,
     },
+    /// The system.
+    #[error("cannot wake the thread that looks after a device: {0}")]
+    Bell(#[from] rustix::io::Errno),
     /// It was given up.
     #[error("device {name} is lost")]
     Lost {
@@ -462,6 +467,8 @@ pub struct Device {
     pub health: Arc<scsi::Health>,
     /// Its DMA windows.
     pub space: Arc<DmaSpace>,
+    /// Rung for its keeper.
+    bell: Arc<OwnedFd>,
     control: Mutex<Option<Box<dyn DeviceControl>>>,
 }
 
@@ -521,6 +528,7 @@ impl Device {
             no_write_zeroes,
             health: Arc::default(),
             space: Arc::clone(&space),
+            bell: Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?),
             control: Mutex::new(Some(Box::new(Controlled {
                 name: name.to_owned(),
                 controller: Some(controller),
@@ -543,6 +551,12 @@ impl Device {
             .find(|namespace| namespace.nsid == nsid)
     }
 
+    /// An eventfd that tells its keeper of commands to be aborted.
+    #[must_use]
+    pub fn bell(&self) -> &Arc<OwnedFd> {
+        &self.bell
+    }
+
     /// Flush means something.
     #[must_use]
     pub fn has_volatile_cache(&self) -> bool {
@@ -559,6 +573,17 @@ impl Device {
     #[must_use]
     pub fn can_write_zeroes(&self) -> bool {
         !self.no_write_zeroes && self.identity.supports(oncs::WRITE_ZEROES)
+    }
+
+    /// Blocks of a namespace that one Copy may copy from one range; 0 where there is no Copy.
+    #[must_use]
+    pub fn copy_blocks(&self, nsid: Nsid) -> u32 {
+        let mut namespaces = self.namespaces.iter();
+        let info = namespaces.find(|info| info.namespace.nsid == nsid);
+        match info.filter(|_| self.identity.supports(oncs::COPY)) {
+            Some(info) => u32::from(info.identify.mssrl.get()).min(info.identify.mcl.get()),
+            None => 0,
+        }
     }
 
     /// Asks the device how it is, and tells it to those who have its [`Device::health`].

@@ -12,6 +12,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nvme_driver::Error;
+
 use super::device::{Condition, Device, DeviceError, Pollers};
 use crate::config::OnDeviceLoss;
 use crate::datapath::{PairHealth, Service};
@@ -60,6 +62,24 @@ pub struct Place {
     pub health: Arc<PairHealth>,
 }
 
+/// Sends an Abort for each command of a queue pair whose end is asked for, and waits for its answer.
+///
+/// # Errors
+/// When the controller does not answer: the commands after that are still to be aborted, and that one cannot be used again.
+pub fn abort_commands(device: &Device, pair: u16, health: &PairHealth) -> Result<(), DeviceError> {
+    let aborts = health.aborts();
+    for cid in aborts.asked() {
+        match device.with_control(|control| control.abort(pair, cid)) {
+            // Refused is answered, too. A command that was not aborted ends by itself.
+            Ok(_) | Err(DeviceError::Driver(Error::Command { .. })) => {
+                aborts.answer(cid);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Looks after one device.
 #[derive(Debug)]
 pub struct Keeper {
@@ -90,6 +110,9 @@ impl Keeper {
         places: Vec<Place>,
         patience: Patience,
     ) -> Keeper {
+        for place in &places {
+            place.health.aborts().set_bell(device.bell());
+        }
         Keeper {
             patience,
             device,
@@ -102,6 +125,24 @@ impl Keeper {
             aborting: None,
             anomalies: 0,
             asked: None,
+        }
+    }
+
+    /// Asks the controller for the end of commands that guests want to end. It does that one after the other, and one is
+    /// within any limit (ACL).
+    pub fn abort_commands(&mut self) {
+        let mut failed = None;
+        for place in &self.places {
+            let outcome = abort_commands(&self.device, place.pair, &place.health);
+            failed = failed.or(outcome.err());
+        }
+        match failed {
+            None => {}
+            // It has none to end.
+            Some(_) if self.lost => {}
+            Some(DeviceError::Driver(Error::Removed { .. } | Error::Fatal { .. })) => self.look(),
+            // Without an answer nobody knows which command it will end.
+            Some(error) => self.recover(&format!("a command could not be aborted: {error}")),
         }
     }
 

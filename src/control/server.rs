@@ -24,6 +24,7 @@ use super::state::StateError;
 use super::units::{Units, servable};
 use super::view::{self, View};
 use crate::config::{ControllerConfig, CoreId, Polling, Socket};
+use crate::datapath::abort::hear;
 use crate::datapath::{Barrier, Clerk, Events, Poll};
 use crate::plan::{DiskPlan, HostPlan, Plan};
 use crate::reactor::{Mode, PollerId, Reactor, ReactorError};
@@ -215,8 +216,9 @@ impl Server {
         for index in 0..view.keepers.len() {
             let (keepers, stop) = (Arc::clone(&view.keepers), Arc::clone(&self.stop));
             let thread = std::thread::Builder::new().name("keeper".to_owned());
+            let bell = Arc::clone(self.devices[index].bell());
             self.threads
-                .push(thread.spawn(move || keep(&keepers[index].1, &stop))?);
+                .push(thread.spawn(move || keep(&keepers[index].1, &bell, &stop))?);
         }
         self.view = Arc::new(view);
         if let Some(listener) = shown {
@@ -621,9 +623,18 @@ fn run_session(disk: &Arc<Export>, stream: UnixStream) {
     let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
-fn keep(keeper: &Mutex<Keeper>, stop: &Stop) {
+/// Looks after a device every so often, and after the commands that are to be aborted when the bell says so.
+fn keep(keeper: &Mutex<Keeper>, bell: &OwnedFd, stop: &Stop) {
+    let lock = || keeper.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut next_look = Instant::now();
     while !stop.is_set() {
-        keeper.lock().unwrap_or_else(PoisonError::into_inner).look();
-        wait_readable(stop.event.as_fd(), None, Some(LOOK_INTERVAL));
+        if Instant::now() >= next_look {
+            lock().look();
+            next_look = Instant::now() + LOOK_INTERVAL;
+        }
+        let left = next_look.saturating_duration_since(Instant::now());
+        wait_readable(bell.as_fd(), Some(stop.event.as_fd()), Some(left));
+        hear(bell.as_fd());
+        lock().abort_commands();
     }
 }

@@ -76,6 +76,7 @@ fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> L
             namespace.deallocated_reads_zero,
             device.can_write_zeroes(),
         )
+        .with_copy(device.copy_blocks(namespace.nsid))
 }
 
 /// The namespace of a disk, if it can be served.

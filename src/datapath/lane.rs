@@ -22,7 +22,9 @@ use nvme_driver::spec::{Cid, LbaRange, MAX_BLOCKS, Nsid, Status, SubmissionEntry
 use nvme_driver::transport::{Armed, Iova, Transport};
 use nvme_driver::{DataSegment, PrpError, QueuePair, SubmitError};
 
+use super::abort::Aborts;
 use super::bounce::{BouncePool, CHUNK_SIZE, ChunkId};
+use super::poller::PairHealth;
 use super::signal::Signal;
 use crate::block::{Against, BlockRange, RangeList};
 use crate::stats::{QueueCounters, SharedCounters, StageTimes};
@@ -172,6 +174,12 @@ enum Step {
         /// From the medium: what a cache holds may be fine, and the medium not.
         fua: bool,
     },
+    /// `done` blocks of the ranges that begin at `range` are copied; at most `most` at a time, one after the other.
+    Copy {
+        range: usize,
+        done: u32,
+        most: u32,
+    },
     Flush,
     /// Something that is not for the device to do; see [`Front::wait`].
     Wait(Wait),
@@ -230,6 +238,8 @@ pub(super) struct Pair<T: Transport> {
     /// By CID: place for every one that there can be.
     pub(super) commands: Box<[CommandContext; MAX_ENTRIES as usize]>,
     pub(super) bounce: BouncePool,
+    pub(super) aborts: Aborts,
+    pub(super) health: Arc<PairHealth>,
 }
 
 impl<T: Transport> Pair<T> {
@@ -239,6 +249,40 @@ impl<T: Transport> Pair<T> {
         // The modulo changes nothing (the driver's own identifiers) and spares a bounds check.
         let place = cid.index() % self.commands.len();
         &mut self.commands[place]
+    }
+
+    /// Asks for the end of the commands of a lane whose requests `which` chooses.
+    #[cold]
+    fn abort(&mut self, slot: u16, which: impl Fn(HeadIndex) -> bool) {
+        let commands = &self.commands;
+        let chosen = self.queue.outstanding_cids().filter(|cid| {
+            let context = commands.get(cid.index());
+            matches!(context, Some(CommandContext::Part { lane, head, .. }) if *lane == slot && which(*head))
+        });
+        self.aborts.ask(self.health.aborts(), chosen);
+    }
+
+    /// A command has completed, as any other or because it was aborted: which Abort it is may not be over.
+    #[cold]
+    pub(super) fn was_to_be_aborted(&mut self, cid: Cid) {
+        if self.aborts.completed(self.health.aborts(), cid) {
+            self.queue.keep(cid);
+        }
+    }
+
+    /// Identifiers are free again whose Aborts the controller has answered.
+    pub(super) fn look_at_aborts(&mut self) {
+        while self.aborts.any()
+            && let Some(cid) = self.aborts.answered(self.health.aborts())
+        {
+            self.queue.give_back(cid);
+        }
+    }
+
+    /// The controller that knew of Aborts is gone, or was reset.
+    pub(super) fn forget_aborts(&mut self) {
+        self.health.aborts().clear();
+        self.look_at_aborts();
     }
 }
 
@@ -252,6 +296,9 @@ pub(super) trait Front: fmt::Debug + Sized {
     fn may_fetch(_lane: &mut RequestLane<Self>) -> bool {
         true
     }
+
+    /// New requests may not be taken now: is there anything to do at the device instead?
+    fn held_up<T: Transport>(_lane: &mut RequestLane<Self>, _pair: &mut Pair<T>) {}
 
     /// Whether there is anything to do that nothing would tell a sleeping poller of.
     fn is_wanted(_lane: &RequestLane<Self>) -> bool {
@@ -272,6 +319,11 @@ pub(super) trait Front: fmt::Debug + Sized {
         data_in: u32,
         failure: Option<Status>,
     ) -> u32;
+
+    /// Whether a request that ends so has failed.
+    fn is_error(_place: &Self::Place, _status: Status) -> bool {
+        true
+    }
 
     /// The request at `head` fails, and this is why; of several commands that failed the `first` one, or another.
     fn explain(&mut self, _head: HeadIndex, _failure: Failure, _first: bool) {}
@@ -747,6 +799,7 @@ impl<F: Front> RequestLane<F> {
     fn fetch<T: Transport>(&mut self, pair: &mut Pair<T>) -> bool {
         self.may_hold = false;
         if !F::may_fetch(self) {
+            F::held_up(self, pair);
             // That is something to be published.
             return true;
         }
@@ -840,6 +893,7 @@ impl<F: Front> RequestLane<F> {
                 Step::Discard { .. } => self.issue_discard(pair, &mut work),
                 Step::Same { .. } => self.issue_same(pair, &mut work),
                 Step::Verify { .. } => self.issue_verify(pair, &mut work),
+                Step::Copy { .. } => self.issue_copy(pair, &mut work),
                 Step::Flush => self.issue_flush(pair, &mut work),
                 Step::Wait(_) => F::wait(self, &mut work),
                 Step::Done => Progress::Finished,
@@ -1017,6 +1071,46 @@ impl<F: Front> RequestLane<F> {
             Err(SubmitError::Full) => Progress::Blocked,
             Err(SubmitError::Prp(_)) => Progress::Failed,
         }
+    }
+
+    /// One command after the other: what a segment reads may be what the one before has written.
+    fn issue_copy<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Copy { range, done, most } = work.step else {
+            return Progress::Failed;
+        };
+        let request = &self.requests[usize::from(work.head.get())];
+        // One stands for the issuing itself.
+        if request.pending > 1 {
+            return Progress::Blocked;
+        }
+        let ranges = self.ranges.as_slice();
+        let (Some(source), Some(destination), None) =
+            (ranges.get(range), ranges.get(range + 1), request.failure)
+        else {
+            return Progress::Finished;
+        };
+        let blocks = (source.count.get() - done).min(most).clamp(1, MAX_BLOCKS);
+        let from = LbaRange {
+            slba: source.lba.get() + u64::from(done),
+            blocks,
+        };
+        let to = destination.lba.get() + u64::from(done);
+        let Medium { nsid, durable, .. } = work.medium;
+        let Ok(cid) = pair.queue.submit_copy(nsid, to, from, durable) else {
+            return Progress::Blocked;
+        };
+        *pair.context(cid) = CommandContext::Part {
+            lane: self.slot,
+            head: work.head,
+            bounce: None,
+        };
+        let done = done + blocks;
+        let (range, done) = match done == source.count.get() {
+            true => (range + 2, 0),
+            false => (range, done),
+        };
+        work.step = Step::Copy { range, done, most };
+        Progress::Issued
     }
 
     /// Through a bounce buffer with as many copies of the block as it has room for.
@@ -1239,12 +1333,11 @@ impl<F: Front> RequestLane<F> {
         }
         let (data_in, failure) = (request.data_in, request.failure);
         if let Some(place) = request.place.take() {
+            if failure.is_some_and(|status| F::is_error(&place, status)) {
+                self.counters.errors += 1;
+            }
             let written = self.front.finish(head, place, data_in, failure);
             self.answer(head, written);
-        }
-        // A comparison that finds a difference has not failed.
-        if failure.is_some_and(|status| !status.is(Status::COMPARE_FAILURE)) {
-            self.counters.errors += 1;
         }
     }
 

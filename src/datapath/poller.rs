@@ -16,6 +16,7 @@ use nvme_driver::spec::{Cid, Status, SubmissionEntry, io_opcode};
 use nvme_driver::transport::{Armed, Transport};
 use nvme_driver::{Completion, QueuePair};
 
+use super::abort::{AbortList, Aborts};
 use super::bounce::BouncePool;
 use super::lane::{CommandContext, Failure, Kind, Lane, LaneId, Pair, max_segments};
 use crate::stats::Stage;
@@ -51,6 +52,7 @@ pub struct PairHealth {
     oldest: AtomicU64,
     anomalies: AtomicU64,
     resent: AtomicU64,
+    aborts: AbortList,
 }
 
 impl PairHealth {
@@ -63,6 +65,12 @@ impl PairHealth {
             Cid(u16::try_from(cid).unwrap_or(0)),
             Duration::from_millis(millis),
         )
+    }
+
+    /// Commands that are to be aborted.
+    #[must_use]
+    pub fn aborts(&self) -> &AbortList {
+        &self.aborts
     }
 
     /// See `QueuePairCounters::anomalies`.
@@ -187,11 +195,14 @@ impl<T: Transport> Poller<T> {
         };
         let commands = Box::new([idle; MAX_ENTRIES as usize]);
         let bounce = BouncePool::new(space, max_segments(MAX_QUEUE_SIZE))?;
+        let health: Arc<PairHealth> = Arc::default();
         Ok(Poller {
             pair: Pair {
                 queue,
                 commands,
                 bounce,
+                aborts: Aborts::default(),
+                health: Arc::clone(&health),
             },
             lanes: Vec::with_capacity(64),
             lane_count: 0,
@@ -204,7 +215,7 @@ impl<T: Transport> Poller<T> {
             sample: None,
             until_sample: 1,
             era: Instant::now(),
-            health: Arc::default(),
+            health,
         })
     }
 
@@ -314,6 +325,7 @@ impl<T: Transport> Poller<T> {
         if !serves {
             return self.turn_without_device();
         }
+        self.pair.look_at_aborts();
         self.show_all();
         self.until_sample = self.until_sample.saturating_sub(1);
         let mut lanes = self.lanes.iter().flatten();
@@ -601,6 +613,9 @@ impl<T: Transport> Poller<T> {
                 _ => self.exchange_done(completion),
             },
             CommandContext::Part { lane, head, bounce } => {
+                if self.pair.aborts.any() {
+                    self.pair.was_to_be_aborted(completion.cid);
+                }
                 let mut differs = None;
                 if let Some(chunk) = bounce {
                     if success {
@@ -768,6 +783,7 @@ impl<T: Transport + 'static> Poll for Poller<T> {
 
     fn suspend(&mut self, service: Service) {
         self.pair.queue.disconnect();
+        self.pair.forget_aborts();
         self.sample = None;
         self.service = service;
         self.hurry();

@@ -7,7 +7,7 @@ use super::attention::denied;
 use super::sense::Sense;
 use super::target::{Role, Seat};
 use super::unit::LogicalUnit;
-use super::{Action, Exchange, Result, inquiry, log, medium, mode, persistent, port, target};
+use super::{Action, Exchange, Result, copy, inquiry, log, medium, mode, persistent, port, target};
 
 /// The longest CDB that any of the commands has, and the transport's usual size.
 pub const CDB_BYTES: usize = 32;
@@ -277,6 +277,12 @@ pub const COMMANDS: &[Command] = &[
     reserve_out(5, &[0x5f, 0x05, X, 0, 0, X, X, X, X, 0]),
     // PERSISTENT RESERVE OUT, REGISTER AND IGNORE EXISTING KEY
     reserve_out(6, &[0x5f, 0x06, X, 0, 0, X, X, X, X, 0]),
+    // EXTENDED COPY (LID1)
+    where_unit(LogicalUnit::can_copy, Command { data_out: DataOut::Length32(10), ..with_action(&[0x83, 0x00, 0, 0, 0, 0, 0, 0, 0, 0, X, X, X, X, 0, 0], 0, Scope::Unit, Access::Writes, copy::extended_copy) }),
+    // RECEIVE COPY RESULTS, COPY STATUS (LID1)
+    where_unit(LogicalUnit::can_copy, with_action(&[0x84, 0x00, X, 0, 0, 0, 0, 0, 0, 0, X, X, X, X, 0, 0], 0, Scope::Unit, Access::Writes, copy::copy_status)),
+    // RECEIVE COPY RESULTS, OPERATING PARAMETERS
+    where_unit(LogicalUnit::can_copy, with_action(&[0x84, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, X, X, X, X, 0, 0], 3, Scope::Unit, Access::Writes, copy::operating_parameters)),
     // READ (16)
     command(&[0x88, RW, X, X, X, X, X, X, X, X, X, X, X, X, GROUP, 0], Scope::Unit, Access::Reads, DataOut::None, medium::read_16),
     // COMPARE AND WRITE

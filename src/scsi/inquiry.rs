@@ -4,7 +4,7 @@ use super::medium::{MAX_COMPARE_BLOCKS, MAX_WRITE_SAME_BLOCKS};
 use super::sense::{MAX_SENSE_BYTES, Sense};
 use super::target::{Role, Seat};
 use super::unit::{LogicalUnit, UnitIds};
-use super::{Action, DataIn, Exchange, Result, port};
+use super::{Action, DataIn, Exchange, Result, copy, port};
 use crate::block::MAX_RANGES;
 
 const VENDOR: &[u8; 8] = b"TANDEM  ";
@@ -28,7 +28,10 @@ pub(super) fn inquiry(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Ac
     };
     let out = &mut exchange.data_in;
     match (vital, code) {
-        (false, 0) => standard(peripheral, out),
+        (false, 0) => {
+            let copies = seat.unit().is_ok_and(|(unit, _)| unit.can_copy());
+            standard(peripheral, copies, out);
+        }
         (false, _) => return Err(Sense::in_cdb(2, 7)),
         (true, _) => vital_data(peripheral, code, seat, out)?,
     }
@@ -36,11 +39,13 @@ pub(super) fn inquiry(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Result<Ac
     Ok(Action::Good)
 }
 
-fn standard(peripheral: u8, out: &mut DataIn<'_>) {
+fn standard(peripheral: u8, copies: bool, out: &mut DataIn<'_>) {
     // A well-known logical unit is in no target port group that it would report.
     let tpgs = if peripheral == DISK { port::TPGS } else { 0 };
+    // 3PC.
+    let flags = tpgs | u8::from(copies) << 3;
     // SPC-4; HISUP, response data format 2; 96 bytes in all; CMDQUE.
-    out.put(&[peripheral, 0, 0x06, 0x12, 96 - 5, tpgs, 0, 0x02]);
+    out.put(&[peripheral, 0, 0x06, 0x12, 96 - 5, flags, 0, 0x02]);
     out.put(VENDOR);
     out.put(PRODUCT);
     out.put(REVISION);
@@ -49,16 +54,25 @@ fn standard(peripheral: u8, out: &mut DataIn<'_>) {
     out.put(&[0; 96 - 64]);
 }
 
+/// The page of a unit that copies.
+const THIRD_PARTY: u8 = 0x8f;
+
+fn has_page(unit: &LogicalUnit, page: &Page) -> bool {
+    page.0 != THIRD_PARTY || unit.can_copy()
+}
+
 type Page = (u8, fn(&LogicalUnit, &mut DataIn<'_>));
 
 /// The pages of a disk, by code; what fills each is given the header already.
 const PAGES: &[Page] = &[
-    (0x00, |_, out| {
-        PAGES.iter().for_each(|(code, _)| out.put(&[*code]))
+    (0x00, |unit, out| {
+        let pages = PAGES.iter().filter(|page| has_page(unit, page));
+        pages.for_each(|(code, _)| out.put(&[*code]));
     }),
     (0x80, |unit, out| out.put(unit.serial().as_bytes())),
     (0x83, identification),
     (0x86, extended),
+    (THIRD_PARTY, copy::third_party),
     (0xb0, block_limits),
     (0xb1, characteristics),
     (0xb2, provisioning),
@@ -72,7 +86,7 @@ fn vital_data(peripheral: u8, code: u8, seat: &Seat<'_>, out: &mut DataIn<'_>) -
     let page = PAGES.iter().find(|(own, _)| *own == code);
     out.put(&[peripheral, code, 0, 0]);
     match (unit, page) {
-        (Some(unit), Some((_, fill))) => fill(unit, out),
+        (Some(unit), Some(page)) if has_page(unit, page) => (page.1)(unit, out),
         // What is no disk has the list of pages alone.
         (None, _) if code == 0 => out.put(&[0]),
         _ => return Err(Sense::in_cdb(2, 7)),
@@ -112,6 +126,28 @@ fn identification(unit: &LogicalUnit, out: &mut DataIn<'_>) {
     // Association with the target port.
     designator(BINARY, 0x14, &[&[0, 0], &port::RELATIVE_PORT]);
     designator(BINARY, 0x15, &[&[0, 0], &port::GROUP]);
+}
+
+/// Whether a designation descriptor of a logical unit has this code set, this association and type, and this designator.
+pub(super) fn is_designated(unit: &LogicalUnit, code_set: u8, kind: u8, designator: &[u8]) -> bool {
+    // Of the unit itself, not of a port that leads there.
+    if kind & 0x30 != 0 {
+        return false;
+    }
+    let mut bytes = [0; 512];
+    let mut page = DataIn::new(&mut bytes);
+    identification(unit, &mut page);
+    let mut rest = page.as_slice();
+    while let [own_set, own_kind, _, len, tail @ ..] = rest {
+        let Some((own, next)) = tail.split_at_checked(usize::from(*len)) else {
+            return false;
+        };
+        if (*own_set, *own_kind) == (code_set & 0x0f, kind & 0x3f) && own == designator {
+            return true;
+        }
+        rest = next;
+    }
+    false
 }
 
 /// NAA, then a company's identifier and 36 bits of its own, made of an identifier of 64 bits that begins with the company's.

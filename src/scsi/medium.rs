@@ -14,7 +14,7 @@ pub const MAX_COMPARE_BLOCKS: u8 = 32;
 pub const MAX_WRITE_SAME_BLOCKS: u32 = 1 << 22;
 
 /// `count` blocks from `lba` on, if the logical unit has them. None of them from its end on are fine.
-fn range(unit: &LogicalUnit, lba: u64, count: u32) -> Result<BlockRange> {
+pub(super) fn range(unit: &LogicalUnit, lba: u64, count: u32) -> Result<BlockRange> {
     let end = lba.checked_add(count.into());
     match end {
         Some(end) if end <= unit.geometry().blocks() => {
@@ -24,7 +24,7 @@ fn range(unit: &LogicalUnit, lba: u64, count: u32) -> Result<BlockRange> {
     }
 }
 
-fn writable(unit: &LogicalUnit) -> Result<()> {
+pub(super) fn writable(unit: &LogicalUnit) -> Result<()> {
     if unit.geometry().read_only() {
         return Err(Sense::WRITE_PROTECTED);
     }

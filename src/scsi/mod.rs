@@ -10,6 +10,7 @@
 
 mod attention;
 pub mod command;
+mod copy;
 mod initiator;
 mod inquiry;
 mod lock;

@@ -1,5 +1,6 @@
 //! Mode parameters (SPC-4, 7.5, and SBC-3, 6.5): the cache, sense data, exceptions. What MODE SELECT changes is changed for all
-//! initiators of the logical unit, is told to the others, and lasts until the server ends: nothing is saved.
+//! initiators of the logical unit, is told to the others, and lasts until the unit is reset or the server ends: nothing is
+//! saved.
 
 use super::attention::Attention;
 use super::sense::Sense;

@@ -16,6 +16,8 @@ pub mod key {
     pub const UNIT_ATTENTION: u8 = 0x6;
     /// The blocks may not be written, or not be read.
     pub const DATA_PROTECT: u8 = 0x7;
+    /// A copy by the device was given up.
+    pub const COPY_ABORTED: u8 = 0xa;
     /// The device gave the command up.
     pub const ABORTED_COMMAND: u8 = 0xb;
     /// The data is not what it was compared with.
@@ -82,6 +84,8 @@ impl Sense {
     pub const SOFTWARE_WRITE_PROTECTED: Sense = Sense::new(key::DATA_PROTECT, 0x27, 0x02);
     /// MISCOMPARE DURING VERIFY OPERATION.
     pub const MISCOMPARE: Sense = Sense::new(key::MISCOMPARE, 0x1d, 0);
+    /// THIRD PARTY DEVICE FAILURE: the device has not copied what it should.
+    pub const COPY_FAILED: Sense = Sense::new(key::COPY_ABORTED, 0x0d, 0x01);
     /// INTERNAL TARGET FAILURE.
     pub const INTERNAL_FAILURE: Sense = Sense::new(key::HARDWARE_ERROR, 0x44, 0);
 

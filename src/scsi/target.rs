@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::attention::{self, Attention, Conditions};
 use super::command::{self, Cdb, Scope};
+use super::copy::CopyLog;
 use super::initiator::Initiator;
 use super::persistent::MAX_FULL_STATUS;
 use super::plain::PlainUnit;
@@ -172,6 +173,14 @@ impl Target {
         places.filter_map(|((target, lun), index)| Some((*target, *lun, self.units.get(*index)?)))
     }
 
+    /// The target identifier of a unit, if it has a place.
+    #[must_use]
+    pub fn id_of(&self, unit: usize) -> Option<u8> {
+        let mut places = self.places.iter();
+        let ((target, _), _) = places.find(|(_, index)| *index == unit)?;
+        Some(*target)
+    }
+
     /// Which logical unit is there.
     #[must_use]
     pub fn find(&self, target: u8, lun: Lun) -> Option<usize> {
@@ -329,6 +338,16 @@ impl Seat<'_> {
         }
     }
 
+    /// The copies that its initiator may ask about.
+    pub(super) fn copies(&self) -> &CopyLog {
+        &self.nexus.copies
+    }
+
+    /// All logical units that the initiator reaches.
+    pub(super) fn units(&self) -> impl Iterator<Item = &LogicalUnit> {
+        self.nexus.target.units.iter()
+    }
+
     /// What its initiator is to know of it.
     fn conditions(&self) -> Option<&Conditions> {
         let conditions = self.nexus.target.conditions.get(self.unit?)?;
@@ -347,6 +366,7 @@ impl Seat<'_> {
 #[derive(Debug)]
 pub struct Nexus {
     target: Arc<Target>,
+    copies: Arc<CopyLog>,
     next: OnceLock<Arc<Nexus>>,
 }
 
@@ -363,14 +383,16 @@ impl Drop for Nexus {
 impl Nexus {
     /// The same initiator with what it reaches from now on.
     pub(super) fn succeed(&self, target: Arc<Target>) -> Arc<Nexus> {
-        let nexus = Arc::new(Nexus::reaching(target));
+        let copies = Arc::clone(&self.copies);
+        let nexus = Arc::new(Nexus::reaching(target, copies));
         // There is one who makes successors, and it makes the newest one's.
         Arc::clone(self.next.get_or_init(|| nexus))
     }
 
-    fn reaching(target: Arc<Target>) -> Nexus {
+    fn reaching(target: Arc<Target>, copies: Arc<CopyLog>) -> Nexus {
         Nexus {
             target,
+            copies,
             next: OnceLock::new(),
         }
     }
@@ -389,7 +411,7 @@ impl Nexus {
             unit.lose_nexus(conditions);
             conditions.establish(Attention::PowerOn);
         }
-        Nexus::reaching(target)
+        Nexus::reaching(target, Arc::new(CopyLog::new()))
     }
 
     /// Where its commands are, for others that preempt it.
@@ -418,8 +440,8 @@ impl Nexus {
         }
     }
 
-    /// A unit is reset: what anybody reserved of it as SPC-2 has it is no longer reserved, and all are told. `false` when
-    /// that is to be tried again.
+    /// A unit is reset: what anybody reserved of it as SPC-2 has it is no longer reserved, its modes are what they were when
+    /// the server started, and all are told. `false` when that is to be tried again.
     pub fn reset_unit(&self, index: usize) -> bool {
         let Some(unit) = self.target.units.get(index) else {
             return true;
@@ -428,6 +450,8 @@ impl Nexus {
             return false;
         };
         unit.forget_reserve(&mut state, None);
+        unit.reset_modes();
+        self.copies.clear();
         self.attend(index, Attention::Reset);
         self.attend_others(index, Attention::Reset);
         true
@@ -450,7 +474,15 @@ impl Nexus {
             unit.forget_reserve(&mut state, Some(own));
             own.establish(Attention::NexusLoss);
         }
+        self.copies.clear();
         true
+    }
+
+    /// A copy with this name ([`crate::block::BlockOp::Copy`]) has ended, well or not.
+    pub fn copy_ended(&self, name: Option<u8>, well: bool) {
+        if let Some(name) = name {
+            self.copies.end(name, well);
+        }
     }
 
     /// What it reaches.

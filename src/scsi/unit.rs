@@ -40,6 +40,7 @@ pub struct LogicalUnit {
     unmap: bool,
     write_zeroes: bool,
     unmapped_reads_zero: bool,
+    copy_blocks: u32,
     health: Arc<Health>,
     medium: u32,
     shared: Arc<Shared>,
@@ -48,7 +49,8 @@ pub struct LogicalUnit {
 /// Request queues of a logical unit that nobody has said the number of.
 const DEFAULT_LANES: usize = 64;
 
-/// What an initiator may change about a logical unit, for all of them. All of it is off when the server starts.
+/// What an initiator may change about a logical unit, for all of them. All of it is off when the server starts, and after a
+/// reset of the unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Modes {
     /// WCE = 0, of a disk with a volatile cache.
@@ -230,10 +232,17 @@ impl LogicalUnit {
             unmap: false,
             write_zeroes: false,
             unmapped_reads_zero: false,
+            copy_blocks: 0,
             health: Arc::default(),
             medium: 0,
             shared: Shared::new(DEFAULT_LANES),
         }
+    }
+
+    /// The same of all hosts that have it, and of no other logical unit.
+    #[must_use]
+    pub fn identity(&self) -> usize {
+        Arc::as_ptr(&self.shared).addr()
     }
 
     /// What it is called.
@@ -301,6 +310,25 @@ impl LogicalUnit {
         }
     }
 
+    /// The device copies blocks by itself, at most so many at a time; 0 if it does not.
+    #[must_use]
+    pub fn with_copy(self, copy_blocks: u32) -> LogicalUnit {
+        LogicalUnit {
+            copy_blocks,
+            ..self
+        }
+    }
+
+    /// Blocks that the device copies at a time, at most; 0 if it copies none.
+    #[must_use]
+    pub fn copy_blocks(&self) -> u32 {
+        self.copy_blocks
+    }
+
+    pub(super) fn can_copy(&self) -> bool {
+        self.copy_blocks > 0
+    }
+
     /// Where COMPARE AND WRITE holds up other writes. Seats are request queues.
     #[must_use]
     pub fn lock(&self) -> &RangeLock {
@@ -326,6 +354,12 @@ impl LogicalUnit {
             .modes
             .compare_exchange(from, to, Ordering::Release, Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// None are saved, so a reset leads back to the default ones (SPC-4, 7.5.1).
+    pub(super) fn reset_modes(&self) {
+        let default = Modes::default().to_bits();
+        self.shared.modes.store(default, Ordering::Release);
     }
 
     /// Whether each write has to be durable when it ends.

@@ -14,10 +14,16 @@ pub mod response {
     pub const OK: u8 = 0;
     /// The command needs more data than the request has buffers for.
     pub const OVERRUN: u8 = 1;
+    /// It was ended by task management.
+    pub const ABORTED: u8 = 2;
     /// There is no such target.
     pub const BAD_TARGET: u8 = 3;
+    /// It was ended by a reset.
+    pub const RESET: u8 = 4;
     /// Something else is wrong with the request.
     pub const FAILURE: u8 = 9;
+    /// FUNCTION SUCCEEDED: the command that was asked for is there.
+    pub const FUNCTION_SUCCEEDED: u8 = 10;
     /// The device does not do this.
     pub const FUNCTION_REJECTED: u8 = 11;
     /// The target has no such logical unit.
@@ -159,6 +165,8 @@ impl ResponsePlace {
 pub struct ScsiRequest {
     /// The 8 bytes that address a logical unit.
     pub lun: [u8; 8],
+    /// Its name for task management, the initiator's choice.
+    pub id: u64,
     cdb: [u8; MAX_SIZE as usize],
     cdb_len: u16,
     /// Where to answer.
@@ -181,15 +189,16 @@ pub fn parse(chain: &mut Chain, sizes: Sizes) -> Option<ScsiRequest> {
     let place = ResponsePlace::take(chain, RESPONSE_BYTES + sizes.sense)?;
     let mut request = ScsiRequest {
         lun: [0; 8],
+        id: 0,
         cdb: [0; MAX_SIZE as usize],
         cdb_len: 0,
         place,
     };
     let mut bytes = [0; HEADER_BYTES + MAX_SIZE as usize];
     if chain.take_readable(&mut bytes[..HEADER_BYTES + sizes.cdb as usize]) {
-        // The id is for task management, which does without; attribute, priority and CRN order commands, of which each
-        // is carried out as it comes.
-        request.lun.copy_from_slice(&bytes[..8]);
+        // Attribute, priority and CRN order commands, of which each is carried out as it comes.
+        let [lun, id] = [0, 8].map(|at| std::array::from_fn(|byte| bytes[at + byte]));
+        (request.lun, request.id) = (lun, u64::from_le_bytes(id));
         request.cdb.copy_from_slice(&bytes[HEADER_BYTES..]);
         // At most 256.
         request.cdb_len = u16::try_from(sizes.cdb).unwrap_or(0);
@@ -203,16 +212,17 @@ pub type ShortExchange = SoleExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES>
 /// Its place of an answer.
 pub type ShortResponse = AnswerPlace<SHORT_RESPONSE_BYTES>;
 
-/// [`parse`] of it: what addresses a logical unit, and the first 16 bytes of the CDB.
+/// [`parse`] of it: what addresses a logical unit, the id, and the first 16 bytes of the CDB.
 #[inline(always)]
 #[must_use]
-pub fn parse_short(exchange: &ShortExchange) -> ([u8; 8], [[u8; 8]; 2]) {
+pub fn parse_short(exchange: &ShortExchange) -> ([u8; 8], u64, [[u8; 8]; 2]) {
     let header = &exchange.header;
     let cdb = [
         header.read::<HEADER_BYTES>(),
         header.read::<{ HEADER_BYTES + 8 }>(),
     ];
-    (header.read::<0>(), cdb)
+    let id = u64::from_le_bytes(header.read::<8>());
+    (header.read::<0>(), id, cdb)
 }
 
 /// How a command ended.
@@ -264,6 +274,8 @@ pub enum Control {
         function: u32,
         /// Whose.
         lun: [u8; 8],
+        /// The command's name, if it is about one.
+        id: u64,
     },
     /// A query of, or a subscription to, asynchronous notifications.
     Notification {
@@ -285,12 +297,13 @@ pub fn parse_control(chain: &mut Chain) -> Option<(Control, ResponsePlace)> {
     match number()? {
         TYPE_TASK_MANAGEMENT => {
             let function = number()?;
-            // The id of a command follows.
-            if !chain.take_readable(&mut lun) || !chain.take_readable(&mut [0; 8]) {
+            let mut id = [0; 8];
+            if !chain.take_readable(&mut lun) || !chain.take_readable(&mut id) {
                 return None;
             }
             let place = ResponsePlace::take(chain, 1)?;
-            Some((Control::Task { function, lun }, place))
+            let id = u64::from_le_bytes(id);
+            Some((Control::Task { function, lun, id }, place))
         }
         TYPE_NOTIFICATION_QUERY | TYPE_NOTIFICATION_SUBSCRIBE => {
             // The events that are asked for follow.

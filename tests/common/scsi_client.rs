@@ -1,4 +1,4 @@
-//! A SCSI initiator of a whole server: a front-end with one request queue, and where the server's sockets are.
+//! A SCSI initiator of a whole server: a front-end with one request queue and its control queue, and where the server's sockets are.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,9 @@ const BASE: u64 = 0x10_0000;
 const MEMORY: u64 = 4 << 20;
 /// Where commands are: a slot for each four heads.
 const COMMANDS: u64 = BASE + MEMORY / 2;
+/// Where the ring of the control queue is, and its one request at a time.
+const CONTROL: u64 = BASE + MEMORY / 4;
+const FUNCTION: u64 = COMMANDS + MEMORY / 8;
 const SLOT: u64 = 0x4000;
 const RESPONSE: u64 = 0x200;
 const DATA: u64 = 0x400;
@@ -67,13 +70,14 @@ pub fn ends_well(server: Server) {
     assert!(clean, "{report}");
 }
 
-/// A front-end with one request queue.
+/// A front-end with one request queue and the control queue.
 pub struct Client {
     /// Whom its commands are for.
     pub lun: [u8; 8],
     /// Dropped first: the server must not miss the rest.
     pub front_end: FrontEnd,
     driver: SimGuest,
+    control: SimGuest,
     next: u16,
     pub shared: SharedMemory,
     /// Of each queue, to kick and to be called by.
@@ -83,6 +87,8 @@ pub struct Client {
 /// How a command ended.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Reply {
+    /// The transport's, 0 where the status counts.
+    pub response: u8,
     pub status: u8,
     /// Key, code and qualifier.
     pub sense: Option<(u8, u8, u8)>,
@@ -93,30 +99,34 @@ impl Client {
         let front_end = FrontEnd::connect(path);
         front_end.negotiate();
         let shared = SharedMemory::new(Gpa(BASE), MEMORY);
-        let config = SimGuestConfig {
+        let ring = |base| SimGuestConfig {
             layout: RingLayout::Split,
             size: SIZE,
             event_idx: true,
             indirect: true,
             max_data: 4096,
             first_index: 0,
-            base: Gpa(BASE),
+            base: Gpa(base),
         };
-        assert!(config.bytes() < MEMORY / 2);
-        let driver = SimGuest::new(std::sync::Arc::clone(&shared.memory), config).unwrap();
+        assert!(ring(BASE).bytes() < MEMORY / 4);
+        let guest = |base| SimGuest::new(std::sync::Arc::clone(&shared.memory), ring(base));
+        let (driver, control) = (guest(BASE).unwrap(), guest(CONTROL).unwrap());
         front_end.share(features, &shared);
         let mut client = Client {
             lun: [1, 0, 0x40, 0, 0, 0, 0, 0],
             front_end,
             driver,
+            control,
             next: 0,
             shared,
             files: Vec::new(),
         };
-        let files = client
-            .front_end
-            .start_queue(2, &client.driver, &client.shared);
-        client.files.push((2, files));
+        let Client {
+            front_end, shared, ..
+        } = &client;
+        let queues = [(0, &client.control), (2, &client.driver)];
+        let files = queues.map(|(at, queue)| (at, front_end.start_queue(at, queue, shared)));
+        client.files = files.into();
         client
     }
 
@@ -136,6 +146,7 @@ impl Client {
         let at = Self::slot(head);
         let mut header = [0; 51];
         header[..8].copy_from_slice(&self.lun);
+        header[8..16].copy_from_slice(&u64::from(head).to_le_bytes());
         header[19..19 + cdb.len()].copy_from_slice(cdb);
         self.driver.write(Gpa(at), &header);
         let mut chain = vec![(at, 51, 0)];
@@ -170,11 +181,15 @@ impl Client {
         let mut bytes = [0; 30];
         self.driver
             .read(Gpa(Self::slot(head) + RESPONSE), &mut bytes);
-        assert_eq!(bytes[11], 0, "the response code");
         let told = bytes[0] > 0;
         let sense = told.then(|| (bytes[14], bytes[24], bytes[25]));
-        let status = bytes[10];
-        Some((head, Reply { status, sense }))
+        let (response, status) = (bytes[11], bytes[10]);
+        let reply = Reply {
+            response,
+            status,
+            sense,
+        };
+        Some((head, reply))
     }
 
     #[track_caller]
@@ -193,7 +208,7 @@ impl Client {
     pub fn run(&mut self, cdb: &[u8], out: &[u8]) -> Reply {
         let sent = self.send(cdb, out);
         let (head, reply) = self.take();
-        assert_eq!(head, sent);
+        assert_eq!((head, reply.response), (sent, 0));
         reply
     }
 
@@ -207,12 +222,44 @@ impl Client {
         data
     }
 
+    /// Has a task management function carried out about the command whose tag is its head; its response.
+    #[track_caller]
+    pub fn manage(&mut self, function: u32, head: u16) -> u8 {
+        let mut request = [0, function].map(u32::to_le_bytes).concat();
+        request.extend(self.lun);
+        request.extend(u64::from(head).to_le_bytes());
+        self.control.write(Gpa(FUNCTION), &request);
+        let answer = FUNCTION + 0x100;
+        for (index, (gpa, len, flags)) in
+            [(FUNCTION, 24, 1), (answer, 1, 2)].into_iter().enumerate()
+        {
+            let index = index as u16;
+            let descriptor = RawDescriptor {
+                gpa,
+                len,
+                flags,
+                next: index + 1,
+            };
+            self.control.write_descriptor(index, descriptor);
+        }
+        self.control.offer(0);
+        self.control.publish();
+        self.kick(0);
+        let start = Instant::now();
+        while self.control.take_used().is_none() {
+            assert!(start.elapsed() < DEADLINE, "the function is not answered");
+            std::thread::yield_now();
+        }
+        let mut response = [0];
+        self.control.read(Gpa(answer), &mut response);
+        response[0]
+    }
+
     /// The unit attention that waits.
     #[track_caller]
     pub fn is_told(&mut self, asc: u8, ascq: u8) {
         let reply = self.run(&[0; 6], &[]);
         let sense = Some((6, asc, ascq));
-        let status = CHECK;
-        assert_eq!(reply, Reply { status, sense });
+        assert_eq!((reply.status, reply.sense), (CHECK, sense));
     }
 }

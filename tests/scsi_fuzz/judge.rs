@@ -233,6 +233,17 @@ fn carry(at: Option<usize>, carry: &Carry, ranges: &[BlockRange]) -> Verdict {
             inside(&range)?;
             ensure([(0, 0), (0, block)].contains(&moved), "no block").and(writes)
         }
+        BlockOp::Copy { .. } => {
+            ensure(!ranges.is_empty(), "no ranges")?;
+            for pair in ranges.chunks(2) {
+                let [source, destination] = pair else {
+                    return Err("a source without a destination".to_owned());
+                };
+                let same = inside(source)? == inside(destination)?;
+                ensure(same, "more blocks than their destination has")?;
+            }
+            ensure(carry.data_in == 0, "a copy reads").and(writes)
+        }
         BlockOp::Discard | BlockOp::WriteZeroes => {
             ensure(!ranges.is_empty(), "no ranges")?;
             ranges

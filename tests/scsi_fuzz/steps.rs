@@ -68,6 +68,15 @@ fn command() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
         1 => ranges().prop_map(|list| {
             (vec![0x42, 0, 0, 0, 0, 0, 0, 0, list.len() as u8, 0], list)
         }),
+        2 => copies().prop_map(|list| {
+            let [high, low] = (list.len() as u16).to_be_bytes();
+            (vec![0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, high, low, 0, 0], list)
+        }),
+        // WRITE SAME (16) of few zeroes: its count has four bytes, of which most are too large.
+        1 => (0..9_u8, 1..9_u8, any::<bool>()).prop_map(|(lba, count, unmap)| {
+            let flags = 1 | u8::from(unmap) << 3;
+            (vec![0x93, flags, 0, 0, 0, 0, 0, 0, 0, lba, 0, 0, 0, count, 0, 0], Vec::new())
+        }),
         1 => modes().prop_map(|list| match list[3..8] {
             // The longer header is all zeroes, a page is not.
             [0, 0, 0, 0, 0] => (vec![0x55, 0x10, 0, 0, 0, 0, 0, 0, list.len() as u8, 0], list),
@@ -164,6 +173,34 @@ fn ranges() -> impl Strategy<Value = Vec<u8>> {
             list.extend(lba.to_be_bytes());
             list.extend(count.to_be_bytes());
             list.extend([0; 4]);
+        }
+        list
+    })
+}
+
+/// Of EXTENDED COPY: segments within the logical unit, mostly, or with CSCDs that there are not.
+fn copies() -> impl Strategy<Value = Vec<u8>> {
+    let lba = || prop_oneof![3 => 0..9_u64, 2 => BLOCKS - 9..BLOCKS + 2, 1 => any::<u64>()];
+    let count = prop_oneof![5 => 0..9_u16, 1 => any::<u16>()];
+    let cscd = || prop_oneof![9 => Just(0xffff_u16), 1 => any::<u16>()];
+    let segments = vec((cscd(), cscd(), count, lba(), lba()), 0..4);
+    let usage = prop_oneof![4 => Just(0_u8), 1 => Just(0x18), 1 => any::<u8>()];
+    (segments, 0..4_u8, usage, any::<[u8; 16]>()).prop_map(|(segments, name, usage, noise)| {
+        let mut list = vec![0; 16];
+        (list[0], list[1]) = (name, usage);
+        // One header in some is anything.
+        if noise[0] > 0xf0 {
+            list.copy_from_slice(&noise);
+        }
+        list[8..12].copy_from_slice(&(segments.len() as u32 * 28).to_be_bytes());
+        for (source, destination, count, from, to) in segments {
+            list.extend([0x02, 0, 0, 0x18]);
+            list.extend(
+                [source, destination, 0, count]
+                    .map(u16::to_be_bytes)
+                    .concat(),
+            );
+            list.extend([from, to].map(u64::to_be_bytes).concat());
         }
         list
     })

@@ -122,12 +122,24 @@ fn writes_to_locked_blocks_wait_and_nothing_else_does() {
             other.command(SECOND, &write_10(10, 1), &[9; 512], 0),
             good(0, 0)
         );
-        // Task management waits for what waits.
+        // Task management ends what waits, and nothing is done for it any more.
         hosts[0].ask(&Host::task(5, FIRST), 1);
         for _ in 0..3000 {
-            hosts[0].turn();
+            hosts.iter_mut().for_each(Host::turn);
         }
-        assert!(hosts[0].control.take_used().is_none(), "{cdb:02x?}");
+        let (head, used_len) = hosts[0].comes_back();
+        let reset = Reply {
+            residual: data.len() as u32,
+            ..refused(RESET)
+        };
+        assert_eq!((head, hosts[0].reply(head, used_len)), (sent, reset));
+        assert_eq!(hosts[0].answered().1[0], OK);
+        // A reset is told to everybody.
+        for host in &mut hosts {
+            assert_eq!(host.command(FIRST, &[0; 6], &[], 0), check(6, 0x29, 3, 0));
+        }
+        let sent = hosts[0].send(FIRST, cdb, data, 0);
+        stays_out(&mut hosts[0]);
         lock.release(STRANGER);
         // Of the other host a compare wants to know that it is quiet.
         for _ in 0..3000 {
@@ -135,11 +147,6 @@ fn writes_to_locked_blocks_wait_and_nothing_else_does() {
         }
         let (head, used_len) = hosts[0].comes_back();
         assert_eq!((head, hosts[0].reply(head, used_len)), (sent, good(0, 0)));
-        assert_eq!(hosts[0].answered().1[0], OK);
-        // A reset is told to everybody.
-        for host in &mut hosts {
-            assert_eq!(host.command(FIRST, &[0; 6], &[], 0), check(6, 0x29, 3, 0));
-        }
     }
     hosts.into_iter().for_each(Host::finish);
 }

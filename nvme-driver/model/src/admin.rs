@@ -13,7 +13,7 @@ use nvme_driver::spec::{
 };
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::io::copy_out;
+use crate::io::{self, copy_out};
 use crate::iommu::Dma;
 use crate::queue::{DeviceQueue, IoCounters, Slot};
 use crate::shared::Shared;
@@ -395,9 +395,8 @@ fn identify_controller(shared: &Shared) -> Box<IdentifyController> {
     id.sqes = 0x66;
     id.cqes = 0x44;
     id.nn = shared.max_namespaces().into();
-    let compare = if null { 0 } else { oncs::COMPARE };
-    id.oncs =
-        (compare | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES | oncs::SAVE_AND_SELECT).into();
+    let data = if null { 0 } else { oncs::COMPARE | oncs::COPY };
+    id.oncs = (data | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES | oncs::SAVE_AND_SELECT).into();
     id.vwc = 0b110 | u8::from(config.vwc); // Flush knows the broadcast NSID
     let uuid = shared
         .namespaces
@@ -434,6 +433,11 @@ fn identify_namespace(shared: &Shared, nsid: Nsid) -> Result<Box<IdentifyNamespa
         0b1001
     };
     id.nvmcap = (u128::from(namespace.blocks) << namespace.block_shift).to_le_bytes();
+    if shared.config.medium != Medium::Null {
+        id.mssrl = io::MAX_COPY_RANGE.into();
+        id.mcl = io::MAX_COPY.into();
+        id.msrc = io::MAX_COPY_RANGES - 1;
+    }
     id.nguid = namespace.nguid;
     id.eui64 = namespace.eui64;
     id.lbaf[0] = LbaFormat {

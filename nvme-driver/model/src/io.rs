@@ -1,4 +1,4 @@
-//! The NVM command set: Read, Write, Flush, Write Zeroes, Dataset Management, Compare. NVM Command Set 1.0.
+//! The NVM command set: Read, Write, Flush, Write Zeroes, Dataset Management, Compare, Copy. NVM Command Set 1.0.
 //!
 //! On memory, and where nothing is kept, a command is carried out inline by the core that services its queue; on an image
 //! file, and where memory is to be given back to the system, by a worker. What is checked is the same on all ways.
@@ -6,8 +6,8 @@
 use std::sync::atomic::Ordering;
 
 use nvme_driver::spec::{
-    CDW11_AD, CDW12_DEAC, CDW12_FUA, DsmRange, MAX_DSM_RANGES, Nsid, Status, SubmissionEntry,
-    io_opcode,
+    CDW11_AD, CDW12_DEAC, CDW12_FUA, CopyRange, DsmRange, MAX_DSM_RANGES, Nsid, Status,
+    SubmissionEntry, io_opcode,
 };
 use zerocopy::FromBytes;
 
@@ -17,6 +17,11 @@ use crate::shared::{NamespaceState, Shared, spin};
 
 /// Zeroing more memory than this is given to a worker: storing it would hold up the core for too long.
 const INLINE_ZEROES: u64 = 1 << 20;
+
+/// Blocks of one source range of Copy, of all of them, and how many there may be: those of QEMU's controller.
+pub(crate) const MAX_COPY_RANGE: u16 = 128;
+pub(crate) const MAX_COPY: u32 = 128;
+pub(crate) const MAX_COPY_RANGES: u8 = 128;
 
 const INVALID_FIELD: Status = Status::INVALID_FIELD.with_dnr();
 
@@ -173,6 +178,12 @@ fn execute_other(shared: &Shared, ram: &Ram, dma: &mut Dma<'_>, entry: &Submissi
                 compare(ours, ram.at(extent.offset + at as u64, len), len)
             })
         }),
+        io_opcode::COPY => parts(shared, dma, entry).map(|parts| {
+            for (from, to, len) in parts.iter() {
+                ram.copy(from, to, len);
+            }
+            note_change(shared, ram, entry, parts.destination);
+        }),
         io_opcode::WRITE_ZEROES => match target(shared, entry) {
             Ok(extent) if extent.len > INLINE_ZEROES => return Inline::NeedsWorker,
             Ok(extent) => {
@@ -266,6 +277,64 @@ fn ranges(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> Result
         }
     }
     Ok(ranges)
+}
+
+/// The checked parts of a Copy, one behind the other at its destination.
+struct Parts {
+    sources: [Extent; MAX_COPY_RANGES as usize],
+    count: usize,
+    destination: Extent,
+}
+
+impl Parts {
+    /// Source, destination and length of each, in bytes.
+    fn iter(&self) -> impl Iterator<Item = (u64, u64, usize)> {
+        let mut to = self.destination.offset;
+        self.sources[..self.count].iter().map(move |source| {
+            let at = to;
+            to += source.len;
+            // At most `MAX_COPY` blocks.
+            (source.offset, at, usize::try_from(source.len).unwrap_or(0))
+        })
+    }
+}
+
+/// CDW12: NR in bits 7:0, the descriptor format in 11:8.
+fn parts(shared: &Shared, dma: &mut Dma<'_>, entry: &SubmissionEntry) -> Result<Parts, Status> {
+    const LIMIT: Status = Status::COMMAND_SIZE_LIMIT_EXCEEDED.with_dnr();
+    check_flags(entry)?;
+    let namespace = shared.namespace(Nsid(entry.nsid.get()))?;
+    let cdw12 = entry.cdw12.get();
+    if cdw12 >> 8 & 0xf != 0 {
+        return Err(INVALID_FIELD);
+    }
+    let wanted = (cdw12 & 0xff) as usize + 1;
+    if wanted > usize::from(MAX_COPY_RANGES) {
+        return Err(LIMIT);
+    }
+    let mut bytes = [0; MAX_COPY_RANGES as usize * size_of::<CopyRange>()];
+    let len = wanted * size_of::<CopyRange>();
+    copy_in(dma, entry, &mut bytes[..len])?;
+    let none = Extent { offset: 0, len: 0 };
+    let mut sources = [none; MAX_COPY_RANGES as usize];
+    let mut blocks = 0;
+    for (wire, source) in bytes[..len]
+        .chunks_exact(size_of::<CopyRange>())
+        .zip(&mut sources)
+    {
+        let wire = CopyRange::read_from_bytes(wire).map_err(|_| Status::INTERNAL_ERROR)?;
+        let count = u32::from(wire.nlb.get()) + 1;
+        blocks += count;
+        if count > MAX_COPY_RANGE.into() || blocks > MAX_COPY {
+            return Err(LIMIT);
+        }
+        *source = extent(namespace, wire.slba.get(), count.into())?;
+    }
+    Ok(Parts {
+        sources,
+        count: wanted,
+        destination: extent(namespace, entry.lba_range().slba, blocks.into())?,
+    })
 }
 
 /// Copies a command's data out of the driver's memory.
@@ -384,6 +453,15 @@ fn execute_on_file(
             } else {
                 Err(Status::COMPARE_FAILURE.with_dnr())
             }
+        }
+        io_opcode::COPY => {
+            let parts = shared.with_dma(&mut scratch.hint, |dma| parts(shared, dma, entry))?;
+            for (from, to, len) in parts.iter() {
+                let data = sized(&mut scratch.data, len);
+                image.read(from, data).map_err(read_error)?;
+                image.write(to, data).map_err(write_fault)?;
+            }
+            sync(is_durable(shared, entry))
         }
         io_opcode::FLUSH => {
             flush_target(shared, entry)?;

@@ -119,6 +119,12 @@ impl Ram {
         };
     }
 
+    /// Copies bytes within; the two may overlap.
+    pub(crate) fn copy(&self, from: u64, to: u64, len: usize) {
+        // SAFETY: `at` checked both ranges.
+        unsafe { self.at(from, len).copy_to(self.at(to, len), len) };
+    }
+
     /// Zeroes by storing.
     pub(crate) fn zero(&self, offset: u64, len: usize) {
         // SAFETY: `at` checked the range.

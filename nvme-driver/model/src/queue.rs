@@ -150,6 +150,10 @@ pub struct IoCounters {
     pub compares: u64,
     /// 512-byte units that they read.
     pub units_compared: u64,
+    /// Copy commands.
+    pub copies: u64,
+    /// Commands that were ended by an Abort.
+    pub aborted: u64,
     /// Commands that ended with an error.
     pub errors: u64,
 }
@@ -167,6 +171,8 @@ impl IoCounters {
         self.deallocated_ranges += other.deallocated_ranges;
         self.compares += other.compares;
         self.units_compared += other.units_compared;
+        self.copies += other.copies;
+        self.aborted += other.aborted;
         self.errors += other.errors;
     }
 }
@@ -374,6 +380,7 @@ impl DeviceQueue {
             .retain(|Reverse(delayed)| delayed.entry.cid.get() != cid);
         let found = self.delayed.len() < before;
         if found {
+            self.counters.aborted += 1;
             self.complete(cid, Status::ABORT_REQUESTED, 0);
         }
         found
@@ -567,6 +574,7 @@ impl DeviceQueue {
             }
             io_opcode::FLUSH => counters.flushes += 1,
             io_opcode::WRITE_ZEROES => counters.write_zeroes += 1,
+            io_opcode::COPY => counters.copies += 1,
             io_opcode::COMPARE => {
                 counters.compares += 1;
                 counters.units_compared += units();

@@ -23,8 +23,8 @@ use zerocopy::little_endian::{U16, U64};
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
 use crate::mmio::{AtomicU64, fence};
 use crate::spec::{
-    Cid, DsmRange, LbaRange, MAX_BLOCKS, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId, Status,
-    SubmissionEntry, Transfer,
+    Cid, CopyRange, DsmRange, LbaRange, MAX_BLOCKS, MAX_DSM_RANGES, Nsid, PAGE_SIZE, QueueId,
+    Status, SubmissionEntry, Transfer,
 };
 use crate::transport::{Armed, Iova, QueuePort, Transport};
 use doorbells::Doorbells;
@@ -284,6 +284,27 @@ impl<T: Transport> QueuePair<T> {
         Ok(cid)
     }
 
+    /// Copy of `source` to the blocks from `slba` on; no doorbell yet. How much one may be says Identify Namespace (MSSRL, MCL).
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`].
+    pub fn submit_copy(
+        &mut self,
+        nsid: Nsid,
+        slba: u64,
+        source: LbaRange,
+        fua: bool,
+    ) -> Result<Cid, SubmitError> {
+        let cid = self.take_cid()?;
+        let offset = cid.index() * PAGE_SIZE;
+        self.lists
+            .write_bytes(offset, CopyRange::from(source).as_bytes());
+        let mut entry = SubmissionEntry::copy(nsid, slba, fua);
+        entry.prp1 = U64::new(self.lists.iova(offset).0);
+        self.push_entry(entry, cid);
+        Ok(cid)
+    }
+
     /// An identifier, with room for its entry.
     #[inline(always)]
     fn take_cid(&mut self) -> Result<Cid, SubmitError> {
@@ -328,7 +349,7 @@ impl<T: Transport> QueuePair<T> {
         // The controller may post as many completions as are outstanding; consumed entries that we did not report
         // yet take room as well. Only when both together could fill the queue does the head have to be told: the
         // sum grows with submissions alone, so it is enough to look here.
-        if self.unreported + self.slots.outstanding_count() >= self.cq.entries() {
+        if self.unreported + self.slots.taken_count() >= self.cq.entries() {
             self.report_head();
         }
         self.sq.publish();
@@ -526,6 +547,24 @@ impl<T: Transport> QueuePair<T> {
     pub fn sent(&self, cid: Cid) -> Option<SubmissionEntry> {
         let words = self.sent.get(cid.index())?;
         Some(zerocopy::transmute!(*words))
+    }
+
+    /// Whether a command with this identifier is outstanding.
+    #[must_use]
+    pub fn is_outstanding(&self, cid: Cid) -> bool {
+        self.slots.is_outstanding(cid)
+    }
+
+    /// No other command gets the identifier of the one that was polled last, until [`QueuePair::give_back`]: for those whose
+    /// Abort is still on its way. An Abort names nothing but the identifier, and would end the next command that has it.
+    /// `false` of any other.
+    pub fn keep(&mut self, cid: Cid) -> bool {
+        self.slots.keep(cid)
+    }
+
+    /// An identifier that was kept may be used again. `false` of any other.
+    pub fn give_back(&mut self, cid: Cid) -> bool {
+        self.slots.give_back(cid)
     }
 
     /// Gives an outstanding command up that nobody will complete: there is no device any more

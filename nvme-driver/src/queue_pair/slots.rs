@@ -10,6 +10,8 @@ pub(crate) struct Slots {
     /// The first of the free ones: a list, the most recently used one first, since it is the warmest in the cache.
     free: u16,
     free_count: u16,
+    /// How many are neither free nor outstanding: see [`Slots::keep`].
+    kept_count: u16,
     /// What a slot is that is taken now. Its era is the time, in units of whoever calls [`Slots::next_era`].
     fresh: Slot,
 }
@@ -21,6 +23,8 @@ struct Slot(u32);
 
 /// No slot: there are at most 1023.
 const NONE: u16 = u16::MAX;
+/// What stands behind one that is kept: no slot either.
+const KEPT: u16 = NONE - 1;
 const ATTEMPTS_SHIFT: u32 = 16;
 
 impl Slot {
@@ -51,6 +55,7 @@ impl Slots {
             slots: (1..count).chain([NONE]).map(Slot::free).collect(),
             free: 0,
             free_count: count,
+            kept_count: 0,
             fresh: Slot::outstanding(1, 0),
         }
     }
@@ -60,9 +65,45 @@ impl Slots {
         self.free_count
     }
 
-    pub(crate) fn outstanding_count(&self) -> u16 {
+    /// Identifiers that are not free.
+    #[inline]
+    pub(crate) fn taken_count(&self) -> u16 {
         // No more are ever free than there are: `release` checks occupancy.
         u16::try_from(self.slots.len()).unwrap_or(u16::MAX) - self.free_count
+    }
+
+    pub(crate) fn outstanding_count(&self) -> u16 {
+        // Those that are kept are not free.
+        self.taken_count() - self.kept_count
+    }
+
+    /// Whether a command has this identifier.
+    pub(crate) fn is_outstanding(&self, cid: Cid) -> bool {
+        let slot = self.slots.get(cid.index());
+        slot.is_some_and(|slot| slot.attempts() > 0)
+    }
+
+    /// No other command gets the identifier that was released last, until [`Slots::give_back`]. `false` of another one.
+    pub(crate) fn keep(&mut self, cid: Cid) -> bool {
+        if self.free != cid.0 || self.take().is_none() {
+            return false;
+        }
+        self.slots[cid.index()] = Slot::free(KEPT);
+        self.kept_count += 1;
+        true
+    }
+
+    /// An identifier that was kept is free again. `false` of any other.
+    pub(crate) fn give_back(&mut self, cid: Cid) -> bool {
+        let slot = self.slots.get_mut(cid.index());
+        let Some(slot) = slot.filter(|slot| slot.attempts() == 0 && slot.low() == KEPT) else {
+            return false;
+        };
+        *slot = Slot::free(self.free);
+        self.free = cid.0;
+        self.free_count += 1;
+        self.kept_count -= 1;
+        true
     }
 
     /// Takes a free identifier; [`Slots::release`] gives back one that was not used after all.
@@ -148,6 +189,24 @@ mod tests {
         assert!(slots.release(cid));
         assert!(!slots.release(cid), "a second completion of one command");
         assert_eq!(slots.free_count(), 2);
+    }
+
+    #[test]
+    fn kept_cid_is_neither_outstanding_nor_taken_again_before_it_is_given_back() {
+        let mut slots = Slots::new(2);
+        let (first, second) = (slots.take().unwrap(), slots.take().unwrap());
+        assert!(!slots.keep(first), "outstanding");
+        assert!(slots.release(first) && slots.release(second));
+        assert!(!slots.keep(first), "another one was released last");
+        assert!(slots.keep(second) && !slots.keep(second));
+        assert_eq!((slots.outstanding_count(), slots.free_count()), (0, 1));
+        assert!(!slots.is_outstanding(second) && !slots.release(second));
+        assert_eq!(slots.take(), Some(first));
+        assert_eq!(slots.take(), None);
+        assert!(!slots.give_back(first), "outstanding");
+        assert!(slots.give_back(second) && !slots.give_back(second));
+        assert_eq!(slots.take(), Some(second));
+        assert_eq!((slots.outstanding_count(), slots.free_count()), (2, 0));
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub mod io_opcode {
     pub const WRITE_ZEROES: u8 = 0x08;
     /// Dataset Management.
     pub const DATASET_MANAGEMENT: u8 = 0x09;
+    /// Copy.
+    pub const COPY: u8 = 0x19;
 }
 
 /// CDW12 bit 30 of Read, Write, Compare and Write Zeroes: Force Unit Access.
@@ -269,6 +271,15 @@ impl SubmissionEntry {
         }
     }
 
+    /// Copy to `slba` on, of one [`CopyRange`] (descriptor format 0) at the data pointer.
+    #[must_use]
+    pub fn copy(nsid: Nsid, slba: u64, fua: bool) -> SubmissionEntry {
+        // NR, zero-based, is where the other commands have their count.
+        let one = LbaRange { slba, blocks: 1 };
+        let control = if fua { CDW12_FUA } else { 0 };
+        SubmissionEntry::with_range(io_opcode::COPY, nsid, one, control)
+    }
+
     /// Identify with the given CNS; the 4096-byte answer goes to the data pointer.
     #[must_use]
     pub fn identify(cns: super::Cns, nsid: Nsid) -> SubmissionEntry {
@@ -400,3 +411,34 @@ pub struct DsmRange {
 }
 
 const _: () = assert!(size_of::<DsmRange>() == 16);
+
+/// One source range of Copy, 32 bytes. NVM Command Set 1.0, "Copy", source range entries of descriptor format 0.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct CopyRange {
+    reserved_0: [u8; 8],
+    /// Starting LBA.
+    pub slba: U64,
+    /// Number of logical blocks, zero-based.
+    pub nlb: U16,
+    reserved_18: [u8; 6],
+    /// Expected tags of protection information; not used.
+    tags: [u8; 8],
+}
+
+const _: () = assert!(size_of::<CopyRange>() == 32);
+const _: () = assert!(std::mem::offset_of!(CopyRange, slba) == 8);
+const _: () = assert!(std::mem::offset_of!(CopyRange, nlb) == 16);
+
+impl From<LbaRange> for CopyRange {
+    fn from(range: LbaRange) -> CopyRange {
+        debug_assert!((1..=MAX_BLOCKS).contains(&range.blocks));
+        CopyRange {
+            slba: range.slba.into(),
+            nlb: U16::new((range.blocks.wrapping_sub(1) & 0xffff) as u16),
+            ..CopyRange::default()
+        }
+    }
+}

@@ -174,6 +174,7 @@ status_codes! {
     FEATURE_NOT_NAMESPACE_SPECIFIC = (1, 0x0f, "Feature Not Namespace Specific");
     NAMESPACE_NOT_ATTACHED = (1, 0x1a, "Namespace Not Attached");
     CONFLICTING_ATTRIBUTES = (1, 0x80, "Conflicting Attributes");
+    COMMAND_SIZE_LIMIT_EXCEEDED = (1, 0x83, "Command Size Limit Exceeded");
     WRITE_TO_READ_ONLY_RANGE = (1, 0x82, "Attempted Write to Read Only Range");
     WRITE_FAULT = (2, 0x80, "Write Fault");
     UNRECOVERED_READ_ERROR = (2, 0x81, "Unrecovered Read Error");

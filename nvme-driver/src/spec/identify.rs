@@ -144,6 +144,8 @@ pub mod oncs {
     pub const WRITE_ZEROES: u16 = 1 << 3;
     /// The Save field of Set Features and the Select field of Get Features.
     pub const SAVE_AND_SELECT: u16 = 1 << 4;
+    /// Copy.
+    pub const COPY: u16 = 1 << 8;
 }
 
 impl IdentifyController {
@@ -234,7 +236,14 @@ pub struct IdentifyNamespace {
     reserved_34: [u8; 14],
     /// NVM capacity in bytes, 128 bits.
     pub nvmcap: [u8; 16],
-    reserved_64: [u8; 35],
+    reserved_64: [u8; 10],
+    /// Maximum single source range length of Copy, in logical blocks.
+    pub mssrl: U16,
+    /// Maximum copy length, in logical blocks.
+    pub mcl: U32,
+    /// Maximum source range count of Copy, zero-based.
+    pub msrc: u8,
+    reserved_81: [u8; 18],
     /// Namespace attributes: bit 0 write protected.
     pub nsattr: u8,
     reserved_100: [u8; 4],
@@ -249,6 +258,9 @@ pub struct IdentifyNamespace {
 
 const _: () = assert!(size_of::<IdentifyNamespace>() == 4096);
 const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, dlfeat) == 33);
+const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, mssrl) == 74);
+const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, mcl) == 76);
+const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, msrc) == 80);
 const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, nsattr) == 99);
 const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, nguid) == 104);
 const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, eui64) == 120);

@@ -68,6 +68,23 @@ fn other_io_commands_match_the_specification() {
     assert_eq!((d[0], d[10], d[12]), (0x08, 16, 0x4200_0000)); // FUA bit 30, DEAC bit 25
     let d = dwords(&SubmissionEntry::deallocate(Nsid(1), 256));
     assert_eq!((d[0], d[10], d[11]), (0x09, 255, 4)); // NR zero-based; AD is bit 2
+    let d = dwords(&SubmissionEntry::copy(Nsid(1), 0x1_0000_0010, true));
+    // SDLBA; NR zero-based, descriptor format 0; FUA bit 30.
+    assert_eq!(
+        (d[0], d[1], d[10], d[11], d[12]),
+        (0x19, 1, 0x10, 1, 0x4000_0000)
+    );
+    let source = CopyRange::from(LbaRange {
+        slba: 0x0102_0304_0506,
+        blocks: 0x300,
+    });
+    assert_eq!(
+        source.as_bytes(),
+        [
+            0, 0, 0, 0, 0, 0, 0, 0, 6, 5, 4, 3, 2, 1, 0, 0, // SLBA
+            0xff, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // NLB zero-based
+        ]
+    );
     let range = DsmRange {
         blocks: 0x10.into(),
         slba: 0x2000.into(),

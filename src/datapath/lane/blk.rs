@@ -338,6 +338,7 @@ impl RequestLane<Blk> {
             | BlockOp::Verify { .. }
             | BlockOp::WriteAndVerify { .. }
             | BlockOp::CompareAndWrite(_)
+            | BlockOp::Copy { .. }
             | BlockOp::DrainAndFlush => None,
         };
         match step {

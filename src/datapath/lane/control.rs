@@ -1,21 +1,21 @@
 //! The control queue of a SCSI host: task management, and how it waits for the lanes whose commands it is about.
 //!
-//! A function that aborts or resets ends only when every command that the guest had sent before it has ended: none of them
-//! can touch the guest's memory any more, and their answers are in the used rings. Other cores poll those rings, so they
-//! are asked through a [`Barrier`]. A lane that sees that it is behind takes what its ring held, lets it all end, and says
-//! so; then it goes on.
+//! A function that aborts or resets ends only when every command that it is about has ended: none of them can touch the
+//! guest's memory any more, and their answers are in the used rings. Other cores poll those rings, so they are told through
+//! a [`Barrier`]. A lane that finds an [`Order`] takes what its ring held, asks for the end of the commands that are meant,
+//! those at the device by NVMe's Abort, and says so when they have ended. It goes on meanwhile.
 
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::scsi;
 use super::side::{SideConfig, SideRing};
-use crate::scsi::{Address, Nexus, Tasks};
+use crate::scsi::{Address, LogicalUnit, Nexus, Tasks};
 use crate::virtio::scsi::{Control, ResponsePlace, finish_control, parse_control, response, task};
 use crate::virtio::virtqueue::HeadIndex;
 
@@ -25,13 +25,15 @@ const FETCH_BUDGET: u16 = 8;
 /// Where the lanes of all hosts of a device are waited for: by control queues, each for the lanes of its host, and by lanes,
 /// for those that have a logical unit.
 ///
-/// Whoever waits takes a number and tells it to the lanes. A lane says two things: up to which number all commands have
-/// ended, and up to which none is at the device. They differ while it has a command that itself waits for others: task
-/// management has to wait for that one, and those others must not.
+/// Whoever waits takes a number and tells it to the lanes. A lane says up to which number it has carried out the orders of
+/// task management; up to which all commands have ended; and up to which none is at the device. The last two differ while it
+/// has a command that itself waits for others, which must not wait for it.
 #[derive(Debug)]
 pub struct Barrier {
     numbers: AtomicU64,
     lanes: Box<[Stand]>,
+    /// What control queues want done, by the first lane of their host.
+    orders: Box<[OrderPlace]>,
     /// For a lane that the barrier does not know.
     nobody: OwnedFd,
 }
@@ -42,6 +44,10 @@ pub struct Barrier {
 struct Stand {
     /// The last number that it was told.
     wanted: AtomicU64,
+    /// The same, of an order.
+    ordered: AtomicU64,
+    /// All orders up to this number are carried out; the highest where there is no lane.
+    obeyed: AtomicU64,
     /// All commands from before this number have ended; the highest where there is no lane.
     ended: AtomicU64,
     /// The same, of all but the commands that wait for the clerk.
@@ -62,6 +68,8 @@ impl Barrier {
         let stand = || {
             Ok(Stand {
                 wanted: AtomicU64::new(0),
+                ordered: AtomicU64::new(0),
+                obeyed: AtomicU64::new(u64::MAX),
                 ended: AtomicU64::new(u64::MAX),
                 swept: AtomicU64::new(u64::MAX),
                 quiet: AtomicU64::new(u64::MAX),
@@ -71,6 +79,7 @@ impl Barrier {
         Ok(Barrier {
             numbers: AtomicU64::new(0),
             lanes: (0..lanes).map(|_| stand()).collect::<io::Result<_>>()?,
+            orders: (0..lanes).map(|_| OrderPlace::default()).collect(),
             nobody: waker()?,
         })
     }
@@ -96,23 +105,42 @@ impl Barrier {
             .map_or(0, |stand| stand.wanted.load(Ordering::Acquire))
     }
 
-    /// A lane begins, with nothing in flight. It is known by now to those who ask lanes that it may be one of.
-    pub(super) fn enter(&self, lane: usize) -> u64 {
-        let wanted = self.wanted(lane);
+    /// The number of the last order that it was told of.
+    #[inline(always)]
+    pub(super) fn ordered(&self, lane: usize) -> u64 {
+        // Pairs with the release in `order`, as in `wanted`.
+        self.lanes
+            .get(lane)
+            .map_or(0, |stand| stand.ordered.load(Ordering::Acquire))
+    }
+
+    /// A lane begins, with nothing in flight. It is known by now to those who ask lanes that it may be one of. What it was
+    /// told and ordered by then.
+    pub(super) fn enter(&self, lane: usize) -> (u64, u64) {
+        let (wanted, ordered) = (self.wanted(lane), self.ordered(lane));
         // Whoever has taken a number and not found this lane yet does not wait for it: pairs with `ask`.
         let begun = self.numbers.load(Ordering::SeqCst);
-        self.stand_at(lane, wanted.max(begun));
+        self.stand_at(lane, wanted.max(ordered).max(begun));
         // Who asks from now on sees that the lane is there, or the lane sees that it is asked, and by then what was changed
         // before. Pairs with the fence in `ask`.
         fence(Ordering::SeqCst);
-        wanted
+        (wanted, ordered)
     }
 
     fn stand_at(&self, lane: usize, number: u64) {
         if let Some(stand) = self.lanes.get(lane) {
-            for word in [&stand.ended, &stand.swept, &stand.quiet] {
+            for word in [&stand.obeyed, &stand.ended, &stand.swept, &stand.quiet] {
                 word.store(number, Ordering::Release);
             }
+        }
+    }
+
+    /// A lane has carried out its orders: the commands that they were about have ended, and its guest can see that. It may be
+    /// further already: a lane that has come later need not obey orders from before, though it may be told of one.
+    pub(super) fn obey(&self, lane: usize, number: u64) {
+        if let Some(stand) = self.lanes.get(lane) {
+            // Pairs with the acquire in `are_past`: the used ring first, then this, then the control queue's used ring.
+            stand.obeyed.fetch_max(number, Ordering::Release);
         }
     }
 
@@ -169,6 +197,46 @@ impl Barrier {
         number
     }
 
+    /// Gives an order to `lanes`; `lanes` is asked for after its number was taken. The one before from the same host must
+    /// have been carried out.
+    fn order<I: Iterator<Item = usize>>(&self, order: &Order, lanes: impl FnOnce() -> I) -> u64 {
+        let number = self.numbers.fetch_add(1, Ordering::SeqCst) + 1;
+        if let Some(place) = self.orders.get(order.host.start) {
+            place.set(number, order);
+        }
+        // As in `ask`.
+        fence(Ordering::SeqCst);
+        for lane in lanes() {
+            if let Some(stand) = self.lanes.get(lane) {
+                stand.ordered.fetch_max(number, Ordering::Release);
+                self.wake(lane);
+            }
+        }
+        number
+    }
+
+    /// The orders for a lane with numbers behind `after` and up to `last`; with each, where to say that a command that it
+    /// asks for was found.
+    pub(super) fn orders(
+        &self,
+        lane: usize,
+        after: u64,
+        last: u64,
+    ) -> impl Iterator<Item = (Order, &AtomicBool)> {
+        let orders = self.orders.iter().filter_map(move |place| {
+            let (number, order) = place.get()?;
+            (number > after && number <= last).then_some((order, &place.found))
+        });
+        orders.filter(move |(order, _)| order.is_shared() || order.host.contains(&lane))
+    }
+
+    /// Whether a lane has found the command that the last order of a host asks for.
+    fn has_found(&self, host: usize) -> bool {
+        let place = self.orders.get(host);
+        // Relaxed: what the lane did before it obeyed was acquired there.
+        place.is_some_and(|place| place.found.load(Ordering::Relaxed))
+    }
+
     fn are_past(
         &self,
         mut lanes: impl Iterator<Item = usize>,
@@ -190,6 +258,113 @@ impl Barrier {
     /// No command of `lanes` from before a number is at the device.
     pub(super) fn are_quiet(&self, lanes: impl Iterator<Item = usize>, number: u64) -> bool {
         self.are_past(lanes, number, |stand| &stand.quiet)
+    }
+}
+
+/// What a control queue wants of commands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Order {
+    /// [`task`]'s.
+    pub(super) function: u32,
+    /// The logical unit: see [`LogicalUnit::identity`].
+    pub(super) unit: usize,
+    /// The target, of [`task::I_T_NEXUS_RESET`].
+    pub(super) target: u8,
+    /// The tag, of functions that are about one command.
+    pub(super) id: u64,
+    /// The lanes of the host.
+    pub(super) host: Range<usize>,
+}
+
+impl Order {
+    /// Whether it is about the commands of all hosts that have the logical unit.
+    fn is_shared(&self) -> bool {
+        matches!(
+            self.function,
+            task::LOGICAL_UNIT_RESET | task::CLEAR_TASK_SET
+        )
+    }
+
+    /// Whether it only asks.
+    pub(super) fn is_query(&self) -> bool {
+        matches!(self.function, task::QUERY_TASK | task::QUERY_TASK_SET)
+    }
+
+    /// Whether a command for `unit`, which is at `target`, is meant.
+    pub(super) fn means(
+        &self,
+        unit: &LogicalUnit,
+        target: impl FnOnce() -> Option<u8>,
+        id: u64,
+    ) -> bool {
+        match self.function {
+            task::I_T_NEXUS_RESET => target() == Some(self.target),
+            task::ABORT_TASK | task::QUERY_TASK => unit.identity() == self.unit && id == self.id,
+            _ => unit.identity() == self.unit,
+        }
+    }
+
+    /// Whether the initiator of `lane` is to be told that somebody else has ended its commands.
+    pub(super) fn clears_others(&self, lane: usize) -> bool {
+        self.function == task::CLEAR_TASK_SET && !self.host.contains(&lane)
+    }
+
+    /// How such a command is answered that ends because of it. A driver sends again what was reset.
+    pub(super) fn response(&self, lane: usize) -> u8 {
+        match self.function {
+            task::I_T_NEXUS_RESET | task::LOGICAL_UNIT_RESET => response::RESET,
+            _ if self.host.contains(&lane) => response::ABORTED,
+            // It is not its own initiator that wanted it.
+            _ => response::RESET,
+        }
+    }
+}
+
+/// An [`Order`], for lanes on other cores. Lanes that it is for read it while it stays as it is: the control queue waits for
+/// them. Others, which may find it half written, see that it has changed.
+#[derive(Debug, Default)]
+struct OrderPlace {
+    /// 0 while it is written.
+    number: AtomicU64,
+    function_and_target: AtomicU64,
+    unit: AtomicUsize,
+    id: AtomicU64,
+    host: [AtomicUsize; 2],
+    found: AtomicBool,
+}
+
+impl OrderPlace {
+    fn set(&self, number: u64, order: &Order) {
+        self.number.store(0, Ordering::Relaxed);
+        // Pairs with the fence in `get`: who sees anything of what follows sees the 0, or the number below.
+        fence(Ordering::Release);
+        let target = u64::from(order.target) << 32;
+        let function = u64::from(order.function) | target;
+        self.function_and_target.store(function, Ordering::Relaxed);
+        self.unit.store(order.unit, Ordering::Relaxed);
+        self.id.store(order.id, Ordering::Relaxed);
+        self.host[0].store(order.host.start, Ordering::Relaxed);
+        self.host[1].store(order.host.end, Ordering::Relaxed);
+        self.found.store(false, Ordering::Relaxed);
+        self.number.store(number, Ordering::Release);
+    }
+
+    fn get(&self) -> Option<(u64, Order)> {
+        let number = self.number.load(Ordering::Acquire);
+        let [function, _, _, _, target, ..] = self
+            .function_and_target
+            .load(Ordering::Relaxed)
+            .to_le_bytes();
+        let order = Order {
+            function: function.into(),
+            unit: self.unit.load(Ordering::Relaxed),
+            target,
+            id: self.id.load(Ordering::Relaxed),
+            host: self.host[0].load(Ordering::Relaxed)..self.host[1].load(Ordering::Relaxed),
+        };
+        fence(Ordering::Acquire);
+        let same = self.number.load(Ordering::Relaxed) == number;
+        (number != 0 && same).then_some((number, order))
     }
 }
 
@@ -248,6 +423,14 @@ struct Waiting {
     function: u32,
 }
 
+/// The target that an address is about.
+fn target_of(address: Address) -> u8 {
+    match address {
+        Address::Unit { target, .. } | Address::WellKnown { target } => target,
+        Address::Controller => 0,
+    }
+}
+
 impl TaskManager {
     pub(super) fn new(nexus: Arc<Nexus>, barrier: Arc<Barrier>, lanes: Range<usize>) -> Self {
         TaskManager {
@@ -288,17 +471,64 @@ impl TaskManager {
     /// Ends the function that waits, if it need not any longer. Whether none waits.
     fn go_on(&mut self, ring: &mut SideRing) -> bool {
         match self.waiting.take() {
-            Some(waiting)
-                if self.barrier.have_ended(self.lanes.clone(), waiting.number)
-                    && self.attend(&waiting) =>
-            {
-                answer(ring, waiting.head, &waiting.place, response::OK);
+            Some(waiting) if self.have_obeyed(&waiting) && self.attend(&waiting) => {
+                let found = match waiting.function {
+                    task::QUERY_TASK | task::QUERY_TASK_SET => {
+                        self.barrier.has_found(self.lanes.start)
+                    }
+                    _ => false,
+                };
+                let response = match found {
+                    true => response::FUNCTION_SUCCEEDED,
+                    false => response::OK,
+                };
+                answer(ring, waiting.head, &waiting.place, response);
                 true
             }
             waiting => {
                 self.waiting = waiting;
                 self.waiting.is_none()
             }
+        }
+    }
+
+    /// Whether the lanes of a function have carried it out.
+    fn have_obeyed(&self, waiting: &Waiting) -> bool {
+        let barrier = &self.barrier;
+        let are_past = |lanes: &mut dyn Iterator<Item = usize>| {
+            barrier.are_past(lanes, waiting.number, |stand| &stand.obeyed)
+        };
+        match self.shared_unit(waiting.function, waiting.address) {
+            Some(unit) => are_past(&mut unit.lock().taken()),
+            None => are_past(&mut self.lanes.clone()),
+        }
+    }
+
+    /// The logical unit that a function is about whoever's the commands are: other hosts may have it too.
+    fn shared_unit(&self, function: u32, address: Address) -> Option<&LogicalUnit> {
+        let shared = matches!(function, task::LOGICAL_UNIT_RESET | task::CLEAR_TASK_SET);
+        self.unit_at(address).filter(|_| shared)
+    }
+
+    fn unit_at(&self, address: Address) -> Option<&LogicalUnit> {
+        let nexus = &self.nexus;
+        nexus.target().units().get(nexus.find(address)?)
+    }
+
+    /// Has the lanes carry a function out; the number of the order.
+    fn order(&self, function: u32, address: Address, id: u64) -> u64 {
+        let barrier = &self.barrier;
+        let order = Order {
+            function,
+            // A well-known logical unit has no commands that take any time.
+            unit: self.unit_at(address).map_or(0, LogicalUnit::identity),
+            target: target_of(address),
+            id,
+            host: self.lanes.clone(),
+        };
+        match self.shared_unit(function, address) {
+            Some(unit) => barrier.order(&order, || unit.lock().taken()),
+            None => barrier.order(&order, || self.lanes.clone()),
         }
     }
 
@@ -319,9 +549,9 @@ impl TaskManager {
         let Some((control, place)) = parse_control(&mut ring.chain) else {
             return ring.give_back_malformed(head);
         };
-        let (function, lun) = match control {
-            Control::Task { function, lun } => (Some(function), lun),
-            Control::Notification { lun } => (None, lun),
+        let (function, lun, id) = match control {
+            Control::Task { function, lun, id } => (Some(function), lun, id),
+            Control::Notification { lun } => (None, lun, 0),
         };
         let nexus = &self.nexus;
         let address = scsi::address(lun).filter(|address| nexus.has_target(*address));
@@ -329,9 +559,13 @@ impl TaskManager {
             return answer(ring, head, &place, response::BAD_TARGET);
         };
         let absent = matches!(address, Address::Unit { .. }) && nexus.find(address).is_none();
-        // The reset of a nexus is about a target, whatever the LUN.
-        if absent && function != Some(task::I_T_NEXUS_RESET) {
-            return answer(ring, head, &place, response::INCORRECT_LUN);
+        match function {
+            // The reset of a nexus is about a target, whatever the LUN.
+            Some(task::I_T_NEXUS_RESET) => {}
+            Some(_) if absent => return answer(ring, head, &place, response::INCORRECT_LUN),
+            // Its answers have no code of their own (virtio 1.2, 5.6.6.2): there is nobody at that address.
+            None if absent => return answer(ring, head, &place, response::BAD_TARGET),
+            _ => {}
         }
         match function {
             Some(
@@ -340,7 +574,6 @@ impl TaskManager {
                 | task::CLEAR_TASK_SET
                 | task::I_T_NEXUS_RESET
                 | task::LOGICAL_UNIT_RESET
-                // When they have waited, no command is there: FUNCTION COMPLETE.
                 | task::QUERY_TASK
                 | task::QUERY_TASK_SET),
             ) => {
@@ -348,7 +581,7 @@ impl TaskManager {
                 self.waiting = Some(Waiting {
                     head,
                     place,
-                    number: self.barrier.ask(|| self.lanes.clone()),
+                    number: self.order(function, address, id),
                     address,
                     function,
                 });

@@ -7,9 +7,10 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nvme_driver::DataSegment;
-use nvme_driver::spec::{LbaRange, Nsid, Status, SubmissionEntry, Transfer};
+use nvme_driver::spec::{Cid, LbaRange, Nsid, Status, SubmissionEntry, Transfer};
 use nvme_driver::transport::{Iova, Transport};
 
 use super::control::Barrier;
@@ -22,7 +23,7 @@ use crate::datapath::errand::{Desk, PLACES};
 use crate::datapath::signal::Signal;
 use crate::scsi::sense::key;
 use crate::scsi::{
-    Action, Address, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
+    Action, Address, Attention, Carry, Cdb, DataIn, Exchange, LogicalUnit, MAX_PARAMETER_BYTES,
     MAX_SENSE_BYTES, MAX_UNITS, Nexus, PlainUnit, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
@@ -78,6 +79,8 @@ pub(in crate::datapath) struct Scsi {
     known: Known,
     /// By head, of a request that has failed: see [`Failure`].
     information: Box<[Option<u64>]>,
+    /// By head, of a request that went the short way: the guest's name for it.
+    ids: Box<[u64]>,
     /// A command's parameter list.
     parameters: Box<[u8]>,
     /// A command's answer.
@@ -141,7 +144,7 @@ impl Known {
 struct Gate {
     barrier: Arc<Barrier>,
     number: usize,
-    /// The last task management that this lane has let pass: all commands from before it have ended.
+    /// The last number that this lane has let pass: all commands from before it have ended.
     passed: u64,
     /// The one that is to pass next.
     wanted: u64,
@@ -149,6 +152,36 @@ struct Gate {
     left: u16,
     /// None is left: nothing is fetched until all have ended.
     closed: bool,
+    /// The last order of task management that was carried out.
+    obeyed: u64,
+    /// The one that is next.
+    ordered: u64,
+    /// Requests that may still be older than that.
+    older: u16,
+    /// None is left, and those that the order means are known.
+    all_known: bool,
+    /// Commands are to be looked at: whether an order means them.
+    unmarked: bool,
+    /// How many of those have not ended.
+    ending: u16,
+}
+
+impl Gate {
+    /// The last number that it was told, and that of an order.
+    #[inline(always)]
+    fn asked(&self) -> (u64, u64) {
+        (
+            self.barrier.wanted(self.number),
+            self.barrier.ordered(self.number),
+        )
+    }
+
+    /// So many requests were taken from the ring.
+    #[inline(always)]
+    fn count(&mut self, taken: u16) {
+        self.left = self.left.saturating_sub(taken);
+        self.older = self.older.saturating_sub(taken);
+    }
 }
 
 /// Where an answer goes, and what it says beside the status.
@@ -160,6 +193,12 @@ pub(in crate::datapath) struct Place {
     residual_failed: u32,
     /// The logical unit.
     unit: u16,
+    /// The guest's name for the command.
+    id: u64,
+    /// Task management wants its end: the response then, or 0.
+    ended: u8,
+    /// It is a copy, and has perhaps a name.
+    copy: Option<Option<u8>>,
 }
 
 /// The first 8 bytes of a request (virtio 1.2, 5.6.6.1): the REPORT LUNS well-known logical unit, or a target and a LUN.
@@ -291,6 +330,7 @@ fn whole_response(answer: StatusByte) -> ShortResponse {
 /// Sends a read or write that one command carries out at once.
 struct StartShort<'a, T: Transport> {
     known: &'a Known,
+    ids: &'a mut [u64],
     lane: u16,
     pair: &'a mut Pair<T>,
 }
@@ -301,7 +341,7 @@ impl<T: Transport> AcceptExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES> for
 
     #[inline(always)]
     fn accept<const WRITE: bool>(self, exchange: ShortExchange) -> Option<(bool, u32)> {
-        let (lun, cdb) = scsi::parse_short(&exchange);
+        let (lun, id, cdb) = scsi::parse_short(&exchange);
         let known = self.known.find(lun)?;
         let range = known.unit.transfer(cdb, WRITE)?;
         let (blocks, len) = (range.count.get(), exchange.len);
@@ -326,6 +366,10 @@ impl<T: Transport> AcceptExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES> for
             data_in: if WRITE { 0 } else { len },
             answer: exchange.answer.first(),
         };
+        // Heads are those of the ring.
+        if let Some(own) = self.ids.get_mut(usize::from(exchange.head.get())) {
+            *own = id;
+        }
         Some((WRITE, len))
     }
 }
@@ -355,8 +399,22 @@ impl Front for Scsi {
             return false;
         }
         let gate = &lane.front.gate;
-        let wanted = gate.barrier.wanted(gate.number);
-        wanted == gate.passed || lane.approach(wanted)
+        let (wanted, ordered) = gate.asked();
+        (wanted == gate.passed && ordered == gate.obeyed) || lane.attend_to(wanted, ordered)
+    }
+
+    #[cold]
+    fn held_up<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>) {
+        if lane.front.gate.unmarked {
+            lane.take_the_long_way(pair);
+            lane.mark();
+            let requests = &lane.requests;
+            pair.abort(lane.slot, |head| {
+                let place = requests.get(usize::from(head.get()));
+                let place = place.and_then(|request| request.place.as_ref());
+                place.is_some_and(|place| place.ended != 0)
+            });
+        }
     }
 
     /// While the gate is closed, completions are waited for, and they tell of themselves. Other lanes do not.
@@ -367,9 +425,12 @@ impl Front for Scsi {
         if front.errand_count > 0 && (0..PLACES).any(|at| front.desk.is_settled(at)) {
             return true;
         }
-        let wanted = gate.barrier.wanted(gate.number);
-        let waits = gate.closed && gate.wanted == wanted && lane.queue.in_flight() > 0;
+        let (wanted, ordered) = gate.asked();
+        let busy = lane.queue.in_flight() > 0;
+        let waits = gate.closed && gate.wanted == wanted && busy;
+        let obeys = gate.all_known && !gate.unmarked && gate.ordered == ordered && busy;
         (wanted != gate.passed && !waits)
+            || (ordered != gate.obeyed && !obeys)
             || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
     }
 
@@ -386,7 +447,7 @@ impl Front for Scsi {
             if !lane.pop_cold() {
                 break;
             }
-            lane.front.gate.left = lane.front.gate.left.saturating_sub(1);
+            lane.front.gate.count(1);
             lane.counters.errors += 1;
             let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
                 let outcome = translate(Status::INTERNAL_ERROR, None);
@@ -406,7 +467,23 @@ impl Front for Scsi {
         data_in: u32,
         failure: Option<Status>,
     ) -> u32 {
+        if place.ended != 0 {
+            self.gate.ending = self.gate.ending.saturating_sub(1);
+        }
+        if let Some(name) = place.copy {
+            self.nexus.copy_ended(name, failure.is_none());
+        }
         match failure {
+            Some(failure) if place.ended != 0 && failure.is(Status::ABORT_REQUESTED) => {
+                let ending = Ending {
+                    response: place.ended,
+                    status: status::GOOD,
+                    sense: &[],
+                    residual: place.residual_failed,
+                    data_in: 0,
+                };
+                scsi::finish(&place.response, &ending)
+            }
             None => finish(
                 &place.response,
                 None,
@@ -416,11 +493,20 @@ impl Front for Scsi {
             ),
             Some(failure) => {
                 let information = self.information[usize::from(head.get())];
-                let outcome = translate(failure, information);
+                let outcome = match place.copy {
+                    None => translate(failure, information),
+                    Some(_) => (status::CHECK_CONDITION, Sense::COPY_FAILED),
+                };
                 let unit = self.unit_of(&place);
                 finish(&place.response, unit, outcome, place.residual_failed, 0)
             }
         }
+    }
+
+    /// A comparison that finds a difference has not, nor has what the guest itself wanted to end.
+    fn is_error(place: &Place, status: Status) -> bool {
+        let wanted = place.ended != 0 && status.is(Status::ABORT_REQUESTED);
+        !wanted && !status.is(Status::COMPARE_FAILURE)
     }
 
     /// Of several commands that say where it was the first place counts.
@@ -453,7 +539,8 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn published(lane: &mut RequestLane<Scsi>) {
-        if lane.front.gate.closed {
+        let gate = &lane.front.gate;
+        if gate.closed || gate.ordered != gate.obeyed {
             lane.pass();
         }
     }
@@ -494,13 +581,14 @@ impl RequestLane<Scsi> {
         for unit in target.units() {
             unit.lock().enter(config.number);
         }
-        let passed = config.barrier.enter(config.number);
+        let (passed, obeyed) = config.barrier.enter(config.number);
         let front = Scsi {
             sizes: config.sizes,
             cache_lost: vec![false; target.units().len().max(MAX_UNITS)].into(),
             main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
             known: Known::new(),
             information: vec![None; config.queue.size().into()].into(),
+            ids: vec![0; config.queue.size().into()].into(),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
@@ -514,6 +602,12 @@ impl RequestLane<Scsi> {
                 wanted: passed,
                 left: 0,
                 closed: false,
+                obeyed,
+                ordered: obeyed,
+                older: 0,
+                all_known: false,
+                unmarked: false,
+                ending: 0,
             },
             locks: None,
         };
@@ -541,6 +635,7 @@ impl RequestLane<Scsi> {
             let short = main.as_ref().and_then(|main| {
                 let start = StartShort {
                     known: &self.front.known,
+                    ids: &mut self.front.ids,
                     lane: self.slot,
                     pair,
                 };
@@ -554,8 +649,7 @@ impl RequestLane<Scsi> {
             }
             taken = taken.wrapping_add(1);
         }
-        let gate = &mut self.front.gate;
-        gate.left = gate.left.saturating_sub(taken);
+        self.front.gate.count(taken);
         self.count_doorbell(commands);
     }
 
@@ -596,16 +690,24 @@ impl RequestLane<Scsi> {
         sent: Option<SubmissionEntry>,
         failure: Failure,
     ) {
-        let front = &self.front;
-        let (Some(sent), Some(response)) = (
-            sent,
-            front
-                .main
-                .and_then(|main| main.bytes_of(whole_response(answer))),
-        ) else {
+        let place = sent.and_then(|sent| self.place_of(head, answer, &sent));
+        let Some(place) = place else {
             // Cannot be: it was sent, and taken from there.
             return self.answer(head, 0);
         };
+        self.remember(head, place, 0);
+        self.command_done(head, Some(failure));
+    }
+
+    /// The place of a request that went the short way.
+    fn place_of(
+        &self,
+        head: HeadIndex,
+        answer: StatusByte,
+        sent: &SubmissionEntry,
+    ) -> Option<Place> {
+        let front = &self.front;
+        let response = front.main?.bytes_of(whole_response(answer))?;
         // A namespace is behind one logical unit of a host.
         let units = front.nexus.target().units();
         let unit = units
@@ -614,16 +716,44 @@ impl RequestLane<Scsi> {
         let shift = unit
             .and_then(|unit| units.get(unit))
             .map_or(0, |unit| unit.geometry().block_shift());
-        let place = Place {
+        Some(Place {
             response: ResponsePlace::whole(response),
             residual: 0,
             residual_failed: sent.lba_range().blocks << shift,
             unit: unit
                 .and_then(|unit| u16::try_from(unit).ok())
                 .unwrap_or(u16::MAX),
-        };
-        self.remember(head, place, 0);
-        self.command_done(head, Some(failure));
+            id: front.ids.get(usize::from(head.get())).copied()?,
+            ended: 0,
+            copy: None,
+        })
+    }
+
+    /// Requests that went the short way and have not ended go on by the long one, which remembers them.
+    fn take_the_long_way<T: Transport>(&mut self, pair: &mut Pair<T>) {
+        for cid in (0..pair.queue.depth()).map(Cid) {
+            let CommandContext::Whole {
+                lane,
+                head,
+                data_in,
+                answer,
+            } = *pair.context(cid)
+            else {
+                continue;
+            };
+            if lane != self.slot || !pair.queue.is_outstanding(cid) {
+                continue;
+            }
+            let sent = pair.queue.sent(cid);
+            if let Some(place) = sent.and_then(|sent| self.place_of(head, answer, &sent)) {
+                self.remember(head, place, data_in);
+                *pair.context(cid) = CommandContext::Part {
+                    lane,
+                    head,
+                    bounce: None,
+                };
+            }
+        }
     }
 
     /// The host shows other logical units than it did. From the next command on the guest meets those; what is in flight
@@ -654,9 +784,101 @@ impl RequestLane<Scsi> {
         }
     }
 
-    /// Task management waits for the commands that were there before it. Whether there may be any more in the ring, or
-    /// work to go on with.
+    /// Whether requests may be taken, or work gone on with.
     #[cold]
+    fn attend_to(&mut self, wanted: u64, ordered: u64) -> bool {
+        let goes_on = ordered == self.front.gate.obeyed || self.obey(ordered);
+        goes_on && (wanted == self.front.gate.passed || self.approach(wanted))
+    }
+
+    /// Task management wants some of the commands to end that were there before it. Those are marked when it is heard of,
+    /// so that none holds up the others; and again when all are known, which the ring had then. `false` when they are to be
+    /// marked, which those at the device may need, or when there is something to be told.
+    fn obey(&mut self, ordered: u64) -> bool {
+        let gate = &mut self.front.gate;
+        let fresh = gate.ordered != ordered;
+        if fresh {
+            gate.ordered = ordered;
+            gate.older = self.queue.size();
+            gate.all_known = false;
+        }
+        if gate.all_known {
+            // If so, that is something to be told.
+            return !self.has_obeyed();
+        }
+        let more = self.state == State::Running && gate.older > 0 && self.queue.has_request();
+        gate.all_known = !more;
+        // What is taken from the ring meanwhile may become work, which nothing is taken behind.
+        if !fresh && more && self.work.is_none() {
+            return true;
+        }
+        self.front.gate.unmarked = true;
+        // Without anything at the device there is nothing to be done there.
+        if self.queue.heads_in_flight() <= self.front.errand_count.into() {
+            self.mark();
+        }
+        false
+    }
+
+    /// All commands that orders mean have ended, but for the guest to see it.
+    fn has_obeyed(&self) -> bool {
+        let gate = &self.front.gate;
+        gate.all_known && !gate.unmarked && gate.ending == 0
+    }
+
+    /// Marks the commands that orders mean.
+    fn mark(&mut self) {
+        let Scsi {
+            gate,
+            nexus,
+            errands,
+            ..
+        } = &mut self.front;
+        let barrier = Arc::clone(&gate.barrier);
+        gate.unmarked = false;
+        let target = nexus.target();
+        for (order, found) in barrier.orders(gate.number, gate.obeyed, gate.ordered) {
+            let requests = self.requests.iter_mut();
+            let places = requests.filter_map(|request| request.place.as_mut());
+            let errands = errands.iter_mut().flatten().map(|(_, place)| place);
+            for place in places.chain(errands) {
+                let index = usize::from(place.unit);
+                let Some(unit) = target.units().get(index) else {
+                    continue;
+                };
+                if !order.means(unit, || target.id_of(index), place.id) {
+                    continue;
+                }
+                found.store(true, Ordering::Relaxed);
+                if order.is_query() || place.ended != 0 {
+                    continue;
+                }
+                place.ended = order.response(gate.number);
+                gate.ending += 1;
+                if order.clears_others(gate.number) {
+                    nexus.attend(index, Attention::CommandsCleared);
+                }
+            }
+        }
+        self.cut_work();
+    }
+
+    /// Work whose end is wanted goes no further.
+    fn cut_work(&mut self) {
+        let Some(work) = &mut self.work else {
+            return;
+        };
+        let head = work.head;
+        let place = &self.requests[usize::from(head.get())].place;
+        let ended = place.as_ref().is_some_and(|place| place.ended != 0);
+        if ended && !matches!(work.step, Step::Done) {
+            work.step = Step::Done;
+            self.fail_request(head, Status::ABORT_REQUESTED);
+        }
+    }
+
+    /// Others wait for the commands that were there before. Whether there may be any more in the ring, or work to go on
+    /// with.
     fn approach(&mut self, wanted: u64) -> bool {
         let gate = &mut self.front.gate;
         if gate.wanted != wanted {
@@ -673,9 +895,22 @@ impl RequestLane<Scsi> {
         false
     }
 
-    /// If everything that was fetched has ended, and the guest can see it.
+    /// What was wanted of this lane is done, and the guest can see it: says so, if that is so.
     #[cold]
     fn pass(&mut self) {
+        let has_obeyed = self.has_obeyed();
+        let gate = &mut self.front.gate;
+        if gate.ordered != gate.obeyed && has_obeyed {
+            gate.obeyed = gate.ordered;
+            gate.barrier.obey(gate.number, gate.obeyed);
+        }
+        if gate.closed {
+            self.let_pass();
+        }
+    }
+
+    /// If everything that was fetched has ended.
+    fn let_pass(&mut self) {
         if self.work.is_some() || self.queue.heads_in_flight() > self.front.errand_count.into() {
             return;
         }
@@ -753,6 +988,12 @@ impl RequestLane<Scsi> {
                 .as_slice()
                 .iter()
                 .any(|range| lock.holds(range.lba.get(), range.count.get())),
+            // Sources and destinations.
+            Step::Copy { .. } => self
+                .ranges
+                .as_slice()
+                .chunks_exact(2)
+                .any(|pair| lock.holds(pair[1].lba.get(), pair[1].count.get())),
             _ => false,
         }
     }
@@ -849,6 +1090,9 @@ impl RequestLane<Scsi> {
                     unit: unit
                         .and_then(|unit| u16::try_from(unit).ok())
                         .unwrap_or(u16::MAX),
+                    id: request.id,
+                    ended: 0,
+                    copy: None,
                 };
                 self.defer(head, place, unit, &cdb, wanted);
             }
@@ -863,6 +1107,12 @@ impl RequestLane<Scsi> {
                     residual_failed: residual,
                     // LUNs have 14 bits.
                     unit: u16::try_from(carry.unit).unwrap_or(u16::MAX),
+                    id: request.id,
+                    ended: 0,
+                    copy: match carry.op {
+                        BlockOp::Copy { name } => Some(name),
+                        _ => None,
+                    },
                 };
                 self.carry(pair, head, place, &carry, &nexus);
             }
@@ -909,6 +1159,10 @@ impl RequestLane<Scsi> {
             };
             self.front.errands[at] = None;
             self.front.errand_count -= 1;
+            if place.ended != 0 {
+                // It had begun and could not be stopped: its answer is as ever.
+                self.front.gate.ending = self.front.gate.ending.saturating_sub(1);
+            }
             let (residual, sense) = match action {
                 Action::Good => {
                     self.counters.immediate += 1;
@@ -1030,6 +1284,11 @@ impl RequestLane<Scsi> {
                     offset: 0,
                 })
             }
+            BlockOp::Copy { .. } => Some(Step::Copy {
+                range: 0,
+                done: 0,
+                most: unit.copy_blocks(),
+            }),
             // No command asks for it.
             BlockOp::DeviceId => None,
         };
