@@ -604,6 +604,8 @@ fn namespace_with_commands_from_before_its_removal_is_given_to_nobody_until_they
     a.lun = at(0, 1);
     a.is_told(0x29, 0x00);
     let head = a.send(&READ, &[]);
+    // It was taken from the ring before this one.
+    a.says(&INQUIRY, 1);
     let answer = place.change("lun-remove", "a", "0:1");
     let done = answer["done"].as_str().unwrap();
     assert!(done.contains("at the device after 10s"), "{done}");
