@@ -5,7 +5,7 @@
 //!                                      --> Events --> the guest's event queue
 //! ```
 //! A line is a request, and has one line for an answer ([`AdminRequest`], [`AdminAnswer`]). Who may connect may take disks
-//! away, so that only the server's user and root may. Clients share [`MAX_CLIENTS`] threads; requests are carried out one
+//! away, so that only the server's user and root may. Clients share `MAX_CLIENTS` threads; requests are carried out one
 //! after the other.
 
 use std::fmt::Write as _;
