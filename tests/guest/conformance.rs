@@ -16,11 +16,14 @@ enum Outcome {
 }
 
 /// What fails on any logical unit that has what the test needs: the suite puts 256 blocks into a field of 8 bits, and reads
-/// more with one command than Linux lets it.
-const EXCUSED: [&str; 3] = [
+/// more with one command than Linux lets it. And it asks of a copy that it takes for unknown, which an earlier test of its
+/// own has made.
+const EXCUSED: [&str; 5] = [
     "CompareAndWrite.Simple",
     "CompareAndWrite.Miscompare",
     "WriteSame16.Unmap",
+    "ExtendedCopy.Simple",
+    "ReceiveCopyResults.CopyStatus",
 ];
 
 /// Lines of name and outcome.

@@ -123,7 +123,9 @@ fn lists_that_say_something_else_are_refused_and_nothing_is_copied() {
     let mut host = Host::new();
     let bytes = pattern(4);
     host.command(FIRST, &write_10(0, 4), &bytes, 0);
-    let fine = list(1, &[cscd()], &[segment((0, 0), 4, 0, 100)]);
+    let mut fine = list(1, &[cscd()], &[segment((0, 0), 4, 0, 100)]);
+    // LU ID TYPE is ignored.
+    fine[17] = 0x80;
     let with = |at: usize, byte: u8| {
         let mut list = fine.clone();
         list[at] = byte;
@@ -151,12 +153,14 @@ fn lists_that_say_something_else_are_refused_and_nothing_is_copied() {
         (with(5, 1), (5, 0x26, 0)),
         (with(15, 1), (5, 0x26, 0x0b)),
         (with(3, 31), (5, 0x26, 0)),
+        // More than the longest list, too many CSCDs, too many segments.
+        (longer(9, 65), (5, 0x1a, 0)),
         (longer(9, 1), (5, 0x26, 0x06)),
         (longer(1, 65), (5, 0x26, 0x08)),
         // A CSCD of another type, that is null, no disk, has no designator, or too long a one; of a port; of nobody here;
         // with other blocks.
         (with(16, 0xe0), (5, 0x26, 0x07)),
-        (with(17, 0x20), (5, 0x26, 0)),
+        (with(17, 0x20), (0x0a, 0x0d, 0x02)),
         (with(17, 0x01), (5, 0x26, 0)),
         (with(23, 0), (5, 0x26, 0)),
         (with(23, 21), (5, 0x26, 0)),
@@ -167,12 +171,12 @@ fn lists_that_say_something_else_are_refused_and_nothing_is_copied() {
         (with(48, 0x00), (5, 0x26, 0x09)),
         (with(49, 0x04), (5, 0x26, 0)),
         (with(51, 0x14), (5, 0x26, 0)),
-        (with(53, 1), (5, 0x26, 0)),
-        (with(55, 1), (5, 0x26, 0)),
+        (with(53, 1), (0x0a, 0x0d, 0x02)),
+        (with(55, 1), (0x0a, 0x0d, 0x02)),
         (with(56, 1), (5, 0x26, 0)),
         // Blocks that there are not.
-        (with(60, 1), (5, 0x21, 0)),
-        (with(68, 1), (5, 0x21, 0)),
+        (with(60, 1), (0x0a, 0, 0)),
+        (with(68, 1), (0x0a, 0, 0)),
     ];
     for (list, (key, asc, ascq)) in cases {
         let reply = host.copy(FIRST, &list);
