@@ -628,8 +628,7 @@ impl Kind {
     fn wants_for_host(&self) -> bool {
         match self {
             Kind::Blk(_) => false,
-            // Others may ask it to end what it has, or the clerk has answered.
-            Kind::Scsi(lane) => lane.wants() || Scsi::is_wanted(lane),
+            Kind::Scsi(lane) => lane.wants(),
             Kind::Side(lane) => lane.wants(),
         }
     }
@@ -764,7 +763,7 @@ impl<F: Front> RequestLane<F> {
         match self.attention {
             Attention::Ring => self.queue.has_request() || F::is_wanted(self),
             Attention::Signal | Attention::Work => true,
-            Attention::Nothing => false,
+            Attention::Nothing => F::is_wanted(self),
         }
     }
 

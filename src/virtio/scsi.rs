@@ -212,17 +212,23 @@ pub type ShortExchange = SoleExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES>
 /// Its place of an answer.
 pub type ShortResponse = AnswerPlace<SHORT_RESPONSE_BYTES>;
 
-/// [`parse`] of it: what addresses a logical unit, the id, and the first 16 bytes of the CDB.
+/// [`parse`] of it: what addresses a logical unit, and the first 16 bytes of the CDB. Once (I6).
 #[inline(always)]
 #[must_use]
-pub fn parse_short(exchange: &ShortExchange) -> ([u8; 8], u64, [[u8; 8]; 2]) {
+pub fn parse_short(exchange: &ShortExchange) -> ([u8; 8], [[u8; 8]; 2]) {
     let header = &exchange.header;
     let cdb = [
         header.read::<HEADER_BYTES>(),
         header.read::<{ HEADER_BYTES + 8 }>(),
     ];
-    let id = u64::from_le_bytes(header.read::<8>());
-    (header.read::<0>(), id, cdb)
+    (header.read::<0>(), cdb)
+}
+
+/// The guest's name for it. Once, too.
+#[inline(always)]
+#[must_use]
+pub fn id_of_short(exchange: &ShortExchange) -> u64 {
+    u64::from_le_bytes(exchange.header.read::<8>())
 }
 
 /// How a command ended.

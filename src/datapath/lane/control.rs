@@ -95,29 +95,21 @@ impl Barrier {
         stand.map_or(&self.nobody, |stand| &stand.waker).as_fd()
     }
 
-    /// The last number that a lane was told.
+    /// The last number that a lane was told, and that of the last order.
     #[inline(always)]
-    pub(super) fn wanted(&self, lane: usize) -> u64 {
-        // Pairs with the release in `ask`: what the guest had put into any ring before its function is there to be seen,
-        // and what a lane did before it asked.
-        self.lanes
-            .get(lane)
-            .map_or(0, |stand| stand.wanted.load(Ordering::Acquire))
-    }
-
-    /// The number of the last order that it was told of.
-    #[inline(always)]
-    pub(super) fn ordered(&self, lane: usize) -> u64 {
-        // Pairs with the release in `order`, as in `wanted`.
-        self.lanes
-            .get(lane)
-            .map_or(0, |stand| stand.ordered.load(Ordering::Acquire))
+    pub(super) fn asked(&self, lane: usize) -> (u64, u64) {
+        // Pairs with the release in `ask` and in `order`: what the guest had put into any ring before its function is there
+        // to be seen, and what a lane did before it asked.
+        self.lanes.get(lane).map_or((0, 0), |stand| {
+            let wanted = stand.wanted.load(Ordering::Acquire);
+            (wanted, stand.ordered.load(Ordering::Acquire))
+        })
     }
 
     /// A lane begins, with nothing in flight. It is known by now to those who ask lanes that it may be one of. What it was
     /// told and ordered by then.
     pub(super) fn enter(&self, lane: usize) -> (u64, u64) {
-        let (wanted, ordered) = (self.wanted(lane), self.ordered(lane));
+        let (wanted, ordered) = self.asked(lane);
         // Whoever has taken a number and not found this lane yet does not wait for it: pairs with `ask`.
         let begun = self.numbers.load(Ordering::SeqCst);
         self.stand_at(lane, wanted.max(ordered).max(begun));
@@ -164,7 +156,7 @@ impl Barrier {
 
     /// A lane has nothing at the device, but commands that wait.
     pub(super) fn be_quiet(&self, lane: usize) {
-        let wanted = self.wanted(lane);
+        let (wanted, _) = self.asked(lane);
         if let Some(stand) = self.lanes.get(lane) {
             stand.quiet.fetch_max(wanted, Ordering::Release);
         }

@@ -33,7 +33,7 @@ use crate::virtio::scsi::{
     self, Ending, ResponsePlace, SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES, ShortExchange,
     ShortResponse, Sizes, response,
 };
-use crate::virtio::virtqueue::{HeadIndex, RingLayout, Virtqueue};
+use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE, RingLayout, Virtqueue};
 
 /// What a lane of a SCSI host is made of.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ pub(in crate::datapath) struct Scsi {
     /// By head, of a request that has failed: see [`Failure`].
     information: Box<[Option<u64>]>,
     /// By head, of a request that went the short way: the guest's name for it.
-    ids: Box<[u64]>,
+    ids: Box<Ids>,
     /// A command's parameter list.
     parameters: Box<[u8]>,
     /// A command's answer.
@@ -93,6 +93,27 @@ pub(in crate::datapath) struct Scsi {
     errands: [Option<(HeadIndex, Place)>; PLACES],
     /// How many.
     errand_count: u16,
+}
+
+/// What a guest calls its requests, by head.
+#[derive(Debug)]
+struct Ids([u64; MAX_QUEUE_SIZE as usize]);
+
+impl Ids {
+    #[inline(always)]
+    fn place(head: HeadIndex) -> usize {
+        // The modulo changes nothing (heads are less than the queue size) and spares a bounds check.
+        usize::from(head.get()) % usize::from(MAX_QUEUE_SIZE)
+    }
+
+    fn of(&self, head: HeadIndex) -> u64 {
+        self.0[Ids::place(head)]
+    }
+
+    #[inline(always)]
+    fn note(&mut self, head: HeadIndex, id: u64) {
+        self.0[Ids::place(head)] = id;
+    }
 }
 
 /// Logical units by how a guest addresses them: those that it has asked for lately.
@@ -170,10 +191,7 @@ impl Gate {
     /// The last number that it was told, and that of an order.
     #[inline(always)]
     fn asked(&self) -> (u64, u64) {
-        (
-            self.barrier.wanted(self.number),
-            self.barrier.ordered(self.number),
-        )
+        self.barrier.asked(self.number)
     }
 
     /// So many requests were taken from the ring.
@@ -330,7 +348,7 @@ fn whole_response(answer: StatusByte) -> ShortResponse {
 /// Sends a read or write that one command carries out at once.
 struct StartShort<'a, T: Transport> {
     known: &'a Known,
-    ids: &'a mut [u64],
+    ids: &'a mut Ids,
     lane: u16,
     pair: &'a mut Pair<T>,
 }
@@ -341,7 +359,7 @@ impl<T: Transport> AcceptExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES> for
 
     #[inline(always)]
     fn accept<const WRITE: bool>(self, exchange: ShortExchange) -> Option<(bool, u32)> {
-        let (lun, id, cdb) = scsi::parse_short(&exchange);
+        let (lun, cdb) = scsi::parse_short(&exchange);
         let known = self.known.find(lun)?;
         let range = known.unit.transfer(cdb, WRITE)?;
         let (blocks, len) = (range.count.get(), exchange.len);
@@ -366,10 +384,7 @@ impl<T: Transport> AcceptExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES> for
             data_in: if WRITE { 0 } else { len },
             answer: exchange.answer.first(),
         };
-        // Heads are those of the ring.
-        if let Some(own) = self.ids.get_mut(usize::from(exchange.head.get())) {
-            *own = id;
-        }
+        self.ids.note(exchange.head, scsi::id_of_short(&exchange));
         Some((WRITE, len))
     }
 }
@@ -425,13 +440,17 @@ impl Front for Scsi {
         if front.errand_count > 0 && (0..PLACES).any(|at| front.desk.is_settled(at)) {
             return true;
         }
+        if matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_))) {
+            return true;
+        }
         let (wanted, ordered) = gate.asked();
+        if wanted == gate.passed && ordered == gate.obeyed {
+            return false;
+        }
         let busy = lane.queue.in_flight() > 0;
         let waits = gate.closed && gate.wanted == wanted && busy;
         let obeys = gate.all_known && !gate.unmarked && gate.ordered == ordered && busy;
-        (wanted != gate.passed && !waits)
-            || (ordered != gate.obeyed && !obeys)
-            || matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_)))
+        (wanted != gate.passed && !waits) || (ordered != gate.obeyed && !obeys)
     }
 
     #[inline(always)]
@@ -588,7 +607,7 @@ impl RequestLane<Scsi> {
             main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
             known: Known::new(),
             information: vec![None; config.queue.size().into()].into(),
-            ids: vec![0; config.queue.size().into()].into(),
+            ids: Box::new(Ids([0; MAX_QUEUE_SIZE as usize])),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
             nexus: config.nexus,
@@ -723,7 +742,7 @@ impl RequestLane<Scsi> {
             unit: unit
                 .and_then(|unit| u16::try_from(unit).ok())
                 .unwrap_or(u16::MAX),
-            id: front.ids.get(usize::from(head.get())).copied()?,
+            id: front.ids.of(head),
             ended: 0,
             copy: None,
         })
