@@ -20,7 +20,6 @@ use super::abort::{AbortList, Aborts};
 use super::bounce::BouncePool;
 use super::lane::{CommandContext, Failure, Kind, Lane, LaneId, Pair, max_segments};
 use crate::stats::Stage;
-use crate::virtio::memory::StatusByte;
 use crate::virtio::virtqueue::{HeadIndex, MAX_QUEUE_SIZE};
 
 /// Completions that one turn takes from the completion queue.
@@ -524,112 +523,108 @@ impl<T: Transport> Poller<T> {
         left < POLL_BUDGET
     }
 
-    /// A command that was a part of a request has failed, or what it read is not what it should be.
-    #[cold]
-    fn part_failed(
-        &mut self,
-        lane: u16,
-        head: HeadIndex,
-        completion: Completion,
-        differs: Option<u64>,
-    ) {
-        let failure = match differs {
-            Some(_) => Failure {
-                status: Status::COMPARE_FAILURE,
-                information: differs,
-            },
-            // The device does not say which block it was: known if there is one only.
-            None => Failure {
-                status: completion.status,
-                information: self
-                    .pair
-                    .queue
-                    .sent(completion.cid)
-                    .as_ref()
-                    .and_then(only_block),
-            },
-        };
-        if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
-            lane.command_done(head, Some(failure));
-        }
-    }
-
-    /// A command that was all of a SCSI request has completed.
-    // Apart, as all that is for SCSI hosts (see `Kind`), and with what is at hand.
-    #[inline(never)]
-    fn exchange_done(&mut self, completion: Completion) {
-        let CommandContext::Whole {
-            lane,
-            head,
-            data_in,
-            answer,
-        } = *self.pair.context(completion.cid)
-        else {
-            return;
-        };
-        match self.lanes.get_mut(usize::from(lane)) {
-            Some(Some(Lane(Kind::Scsi(lane)))) if completion.status.is_success() => {
-                lane.request_done(head, answer, data_in);
-            }
-            _ => self.exchange_failed(lane, head, answer, completion),
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn exchange_failed(
-        &mut self,
-        lane: u16,
-        head: HeadIndex,
-        answer: StatusByte,
-        completion: Completion,
-    ) {
-        let sent = self.pair.queue.sent(completion.cid);
-        let failure = Failure {
-            status: completion.status,
-            information: sent.as_ref().and_then(only_block),
-        };
-        if let Some(Some(Lane(Kind::Scsi(lane)))) = self.lanes.get_mut(usize::from(lane)) {
-            lane.request_failed(head, answer, sent, failure);
-        }
-    }
-
-    // Always: a second caller, however cold, would cost each request a call.
+    // Always: a second caller, however cold, would cost each request a call. And how it ended is asked where the queue pair
+    // knows, so that it is asked once.
     #[inline(always)]
     fn complete(&mut self, completion: Completion) {
-        let context = *self.pair.context(completion.cid);
-        let success = completion.status.is_success();
-        // The lane is here: it does not leave before its last command has completed.
-        match context {
+        if completion.status.is_success() {
+            self.succeed(completion.cid);
+        } else {
+            self.fail(completion);
+        }
+    }
+
+    /// A command has completed well. Its lane is here: it does not leave before its last command has completed.
+    #[inline(always)]
+    fn succeed(&mut self, cid: Cid) {
+        match *self.pair.context(cid) {
             CommandContext::Whole {
                 lane,
                 head,
                 data_in,
                 answer,
             } => match self.lanes.get_mut(usize::from(lane)) {
-                Some(Some(Lane(Kind::Blk(lane)))) => {
-                    lane.request_done(head, answer, data_in, success);
-                }
-                _ => self.exchange_done(completion),
+                Some(Some(Lane(Kind::Blk(lane)))) => lane.request_done(head, answer, data_in),
+                _ => self.exchange_done(cid),
             },
-            CommandContext::Part { lane, head, bounce } => {
-                if self.pair.aborts.any() {
-                    self.pair.was_to_be_aborted(completion.cid);
-                }
-                let mut differs = None;
-                if let Some(chunk) = bounce {
-                    if success {
-                        differs = self.pair.bounce.settle(chunk);
-                    }
-                    self.pair.bounce.release(chunk);
-                }
-                if !success || differs.is_some() {
-                    return self.part_failed(lane, head, completion, differs);
-                }
-                if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
-                    lane.command_done(head, None);
-                }
+            CommandContext::Part { .. } => self.part_done(cid),
+        }
+    }
+
+    /// A command that was all of a SCSI request has completed.
+    // Apart, as all that is for SCSI hosts (see `Kind`), and with what is at hand.
+    #[inline(never)]
+    fn exchange_done(&mut self, cid: Cid) {
+        if let CommandContext::Whole {
+            lane,
+            head,
+            data_in,
+            answer,
+        } = *self.pair.context(cid)
+            && let Some(Some(Lane(Kind::Scsi(lane)))) = self.lanes.get_mut(usize::from(lane))
+        {
+            lane.request_done(head, answer, data_in);
+        }
+    }
+
+    /// A command that was a part of a request has completed.
+    #[inline(never)]
+    fn part_done(&mut self, cid: Cid) {
+        let CommandContext::Part { lane, head, bounce } = *self.pair.context(cid) else {
+            return;
+        };
+        if self.pair.aborts.any() {
+            self.pair.was_to_be_aborted(cid);
+        }
+        let differs = bounce.and_then(|chunk| {
+            let differs = self.pair.bounce.settle(chunk);
+            self.pair.bounce.release(chunk);
+            differs
+        });
+        let failure = differs.map(|_| Failure {
+            status: Status::COMPARE_FAILURE,
+            information: differs,
+        });
+        if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
+            lane.command_done(head, failure);
+        }
+    }
+
+    /// A command has failed.
+    #[cold]
+    #[inline(never)]
+    fn fail(&mut self, Completion { cid, status }: Completion) {
+        let sent = self.pair.queue.sent(cid);
+        // The device does not say which block it was: known if there is one only.
+        let failure = Failure {
+            status,
+            information: sent.as_ref().and_then(only_block),
+        };
+        let context = *self.pair.context(cid);
+        if let CommandContext::Part { bounce, .. } = context {
+            if self.pair.aborts.any() {
+                self.pair.was_to_be_aborted(cid);
             }
+            if let Some(chunk) = bounce {
+                self.pair.bounce.release(chunk);
+            }
+        }
+        let (CommandContext::Whole { lane, head, .. } | CommandContext::Part { lane, head, .. }) =
+            context;
+        let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) else {
+            return;
+        };
+        match (context, lane) {
+            (
+                CommandContext::Whole {
+                    answer, data_in, ..
+                },
+                Lane(Kind::Blk(lane)),
+            ) => lane.request_failed(head, answer, data_in),
+            (CommandContext::Whole { answer, .. }, Lane(Kind::Scsi(lane))) => {
+                lane.request_failed(head, answer, sent, failure);
+            }
+            (_, lane) => lane.command_done(head, Some(failure)),
         }
     }
 }

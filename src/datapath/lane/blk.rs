@@ -347,23 +347,28 @@ impl RequestLane<Blk> {
         }
     }
 
-    /// The command that was all of the request at `head` has completed.
+    /// The command that was all of the request at `head` has completed, and well.
     #[inline(always)]
     pub(in crate::datapath) fn request_done(
         &mut self,
         head: HeadIndex,
         status: StatusByte,
         data_in: u32,
-        success: bool,
     ) {
-        let answer = if success {
-            BlockStatus::Ok
-        } else {
-            self.counters.errors += 1;
-            BlockStatus::IoError
-        };
         self.queue
-            .push_used(head, blk::finish(status, answer, data_in));
+            .push_used(head, blk::finish(status, BlockStatus::Ok, data_in));
+    }
+
+    /// It has failed.
+    #[cold]
+    pub(in crate::datapath) fn request_failed(
+        &mut self,
+        head: HeadIndex,
+        status: StatusByte,
+        data_in: u32,
+    ) {
+        self.counters.errors += 1;
+        self.answer(head, blk::finish(status, BlockStatus::IoError, data_in));
     }
 
     /// A request that never becomes a command.
