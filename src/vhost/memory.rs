@@ -181,13 +181,8 @@ impl MemoryTable {
         }
         let (gpa_end, user_end, file_end) =
             (end(info.gpa)?, end(info.user_addr)?, end(info.mmap_offset)?);
-        if !info.size.is_multiple_of(PAGE)
-            || !info.mmap_offset.is_multiple_of(PAGE)
-            || !info.gpa.is_multiple_of(PAGE)
-        {
-            return Err(refuse(
-                "address, size and file offset must be multiples of 4096",
-            ));
+        if !info.mmap_offset.is_multiple_of(PAGE) || !info.gpa.is_multiple_of(PAGE) {
+            return Err(refuse("address and file offset must be multiples of 4096"));
         }
         if self.regions.len() >= MAX_REGIONS {
             return Err(refuse(&format!(
@@ -242,13 +237,16 @@ impl MemoryTable {
         let hva = NonNull::new(mapping.as_ptr()).ok_or_else(|| refuse("mapped at address 0"))?;
         let guard = FaultGuard::register(hva, size, &self.poisoned, Lost::Zeroes)
             .ok_or_else(|| refuse("too many guest regions are mapped in this process"))?;
+        // A front-end's last page may be one in part: all of it is mapped here, and for the device, which is told of no
+        // address behind `size`.
+        let whole_pages = info.size.next_multiple_of(PAGE);
         // SAFETY: `mapping` keeps the pages mapped and is owned by the DMA mapping; guest memory is never lent as a
         // Rust reference (I1).
         let dma = unsafe {
             DmaMapping::new(
                 &self.space,
                 hva,
-                info.size,
+                whole_pages,
                 DmaAccess::Both,
                 Box::new(mapping),
             )
