@@ -946,3 +946,25 @@ fn commands_without_a_device_fail_and_task_management_still_ends() {
     }
     assert_eq!(poller.lanes(), 0, "a lane did not drain");
 }
+
+#[test]
+fn region_that_ends_within_a_page_has_no_byte_behind_its_end() {
+    const BYTES: u64 = 0x1770;
+    let storage = Storage::new(ModelConfig::default());
+    let mut table = MemoryTable::new(Arc::clone(&storage.device.space));
+    let file =
+        File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(BYTES).unwrap();
+    let info = RegionInfo {
+        gpa: BASE,
+        size: BYTES,
+        user_addr: 0x7000_0000_0000,
+        mmap_offset: 0,
+    };
+    table.add(info, file).unwrap();
+    let memory = table.snapshot().unwrap();
+    let last = Gpa(BASE + BYTES - 16);
+    assert!(memory.contiguous(last, 16).is_some());
+    assert!(memory.contiguous(last, 17).is_none());
+    assert!(memory.contiguous(Gpa(BASE + BYTES), 1).is_none());
+}

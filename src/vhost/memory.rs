@@ -107,7 +107,7 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// What the data path sees: a region for each piece that is contiguous for the device.
+    /// What the data path sees: a region for each piece that is contiguous for the device, up to where the region ends.
     fn runs(&self) -> impl Iterator<Item = GuestRegion> {
         let mut offset = 0;
         self.dma.runs().iter().map(move |run| {
@@ -116,7 +116,8 @@ impl Region {
             GuestRegion {
                 // Does not wrap: the region's end was checked.
                 gpa: Gpa(self.info.gpa + at),
-                len: run.len,
+                // The last page may be the region's in part; the run begins before its end.
+                len: run.len.min(self.info.size.saturating_sub(at)),
                 // SAFETY: the runs are together as long as the region's mapping, so this lies within it.
                 hva: unsafe { self.hva.add(usize::try_from(at).unwrap_or(0)) },
                 dma: run.iova.0,
