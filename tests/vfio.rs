@@ -616,8 +616,6 @@ fn two_clients_with_the_same_addresses_never_see_each_other_nor_the_one_before()
 
 #[test]
 fn server_killed_under_load_leaves_what_was_flushed_and_the_next_one_starts() {
-    let lab = Lab::new("killed");
-    medium(&lab, "a.img", 64);
     let job = "
         . /machine.sh
         step bind bind 0000:00:05.0
@@ -637,14 +635,20 @@ fn server_killed_under_load_leaves_what_was_flushed_and_the_next_one_starts() {
         step finish finish b
         tells report /tmp/b.out
         step 'no faults' no_faults";
-    let facts = machine(&lab, &["--ssd", "a.img"], job);
-    let number = |key: &str| facts[key].parse::<u64>().unwrap();
-    assert!(
-        number("survive.flushes") > 8
-            && number("survive.durable") > 64
-            && number("survive.in-flight") > 0,
-        "{facts:?}"
-    );
+    let number = |facts: &Facts, key: &str| facts[key].parse::<u64>().unwrap();
+    let attempt = || {
+        let lab = Lab::new("killed");
+        medium(&lab, "a.img", 64);
+        let facts = machine(&lab, &["--ssd", "a.img"], job);
+        let [flushes, durable] =
+            ["flushes", "durable"].map(|key| number(&facts, &format!("survive.{key}")));
+        assert!(flushes > 8 && durable > 64, "{facts:?}");
+        facts
+    };
+    // A server may die in a moment when it has nothing to do.
+    let mut attempts = (0..4).map(|_| attempt());
+    let facts = attempts.find(|facts| number(facts, "survive.in-flight") > 0);
+    let facts = facts.expect("no server had anything in flight when it was killed");
     report_of(&facts, "report");
 }
 
