@@ -108,6 +108,22 @@ impl Storage {
     }
 }
 
+/// One region of a guest's, from [`BASE`] on.
+fn memory_of(device: &Device, bytes: u64) -> MemoryTable {
+    let mut table = MemoryTable::new(Arc::clone(&device.space));
+    let file =
+        File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(bytes).unwrap();
+    let info = RegionInfo {
+        gpa: BASE,
+        size: bytes,
+        user_addr: 0x7000_0000_0000,
+        mmap_offset: 0,
+    };
+    table.add(info, file).unwrap();
+    table
+}
+
 struct Host {
     device: Arc<Device>,
     model: ModelHandle,
@@ -180,17 +196,7 @@ impl Host {
             barrier,
             layout,
         } = storage.clone();
-        let mut table = MemoryTable::new(Arc::clone(&device.space));
-        let file =
-            File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(MEMORY).unwrap();
-        let info = RegionInfo {
-            gpa: BASE,
-            size: MEMORY,
-            user_addr: 0x7000_0000_0000,
-            mmap_offset: 0,
-        };
-        table.add(info, file).unwrap();
+        let table = memory_of(&device, MEMORY);
         let memory = table.snapshot().unwrap();
         let ring = |base, layout| SimGuestConfig {
             layout,
@@ -951,17 +957,7 @@ fn commands_without_a_device_fail_and_task_management_still_ends() {
 fn region_that_ends_within_a_page_has_no_byte_behind_its_end() {
     const BYTES: u64 = 0x1770;
     let storage = Storage::new(ModelConfig::default());
-    let mut table = MemoryTable::new(Arc::clone(&storage.device.space));
-    let file =
-        File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(BYTES).unwrap();
-    let info = RegionInfo {
-        gpa: BASE,
-        size: BYTES,
-        user_addr: 0x7000_0000_0000,
-        mmap_offset: 0,
-    };
-    table.add(info, file).unwrap();
+    let table = memory_of(&storage.device, BYTES);
     let memory = table.snapshot().unwrap();
     let last = Gpa(BASE + BYTES - 16);
     assert!(memory.contiguous(last, 16).is_some());

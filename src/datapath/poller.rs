@@ -523,8 +523,7 @@ impl<T: Transport> Poller<T> {
         left < POLL_BUDGET
     }
 
-    // Always: a second caller, however cold, would cost each request a call. And how it ended is asked where the queue pair
-    // knows, so that it is asked once.
+    // Always: a second caller, however cold, would cost each request a call.
     #[inline(always)]
     fn complete(&mut self, completion: Completion) {
         if completion.status.is_success() {
