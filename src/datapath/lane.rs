@@ -94,15 +94,18 @@ struct Request<P> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Failure {
     pub(super) status: Status,
-    /// What SCSI says of it in the information field of sense data: the block, or for a comparison which byte differs.
-    pub(super) information: Option<u64>,
+    /// Of a comparison: which byte of the request's data is not the same.
+    pub(super) differs: Option<u64>,
+    /// The blocks among which the one at fault is.
+    pub(super) blocks: Option<LbaRange>,
 }
 
 impl From<Status> for Failure {
     fn from(status: Status) -> Failure {
         Failure {
             status,
-            information: None,
+            differs: None,
+            blocks: None,
         }
     }
 }
@@ -173,6 +176,11 @@ enum Step {
         against: Against,
         /// From the medium: what a cache holds may be fine, and the medium not.
         fua: bool,
+    },
+    /// `left` blocks from `lba` are read, each by itself, until one cannot be; see [`Front::investigate`].
+    Probe {
+        lba: u64,
+        left: u32,
     },
     /// `done` blocks of the ranges that begin at `range` are copied; at most `most` at a time, one after the other.
     Copy {
@@ -327,6 +335,17 @@ pub(super) trait Front: fmt::Debug + Sized {
 
     /// The request at `head` fails, and this is why; of several commands that failed the `first` one, or another.
     fn explain(&mut self, _head: HeadIndex, _failure: Failure, _first: bool) {}
+
+    /// All commands of the request at `head` have ended, and one has failed. `true` when it became work again, which finds out
+    /// more: it is not over then.
+    fn investigate(_lane: &mut RequestLane<Self>, _head: HeadIndex) -> bool {
+        false
+    }
+
+    /// Whether the block at fault is known.
+    fn is_explained(&self, _head: HeadIndex) -> bool {
+        true
+    }
 
     /// Goes on with a request that waits, if it need not any longer.
     fn wait(_lane: &mut RequestLane<Self>, _work: &mut Work) -> Progress {
@@ -928,6 +947,7 @@ impl<F: Front> RequestLane<F> {
                 Step::Discard { .. } => self.issue_discard(pair, &mut work),
                 Step::Same { .. } => self.issue_same(pair, &mut work),
                 Step::Verify { .. } => self.issue_verify(pair, &mut work),
+                Step::Probe { .. } => self.issue_probe(pair, &mut work),
                 Step::Copy { .. } => self.issue_copy(pair, &mut work),
                 Step::Flush => self.issue_flush(pair, &mut work),
                 Step::Wait(_) => F::wait(self, &mut work),
@@ -1239,6 +1259,33 @@ impl<F: Front> RequestLane<F> {
         progress
     }
 
+    /// Through bounce buffers: what they read is nobody's.
+    fn issue_probe<T: Transport>(&mut self, pair: &mut Pair<T>, work: &mut Work) -> Progress {
+        let Step::Probe { lba, left } = work.step else {
+            return Progress::Failed;
+        };
+        // Those before one that has failed were sent before it.
+        if left == 0 || self.front.is_explained(work.head) {
+            return Progress::Finished;
+        }
+        if pair.queue.room() == 0 {
+            return Progress::Blocked;
+        }
+        let Some(chunk) = pair.bounce.take() else {
+            return Progress::Blocked;
+        };
+        let entry = work.medium.transfer(false, lba, 1);
+        let bytes = 1 << work.medium.block_shift;
+        let progress = self.submit_chunk(pair, work.head, entry, (chunk, bytes));
+        if matches!(progress, Progress::Issued) {
+            work.step = Step::Probe {
+                lba: lba + 1,
+                left: left - 1,
+            };
+        }
+        progress
+    }
+
     /// A step was issued. The one that follows, if any, begins when all commands so far have ended, and ended well.
     fn next_step(&mut self, work: &mut Work) -> Progress {
         let request = &self.requests[usize::from(work.head.get())];
@@ -1366,6 +1413,10 @@ impl<F: Front> RequestLane<F> {
         if request.pending > 0 {
             return;
         }
+        if request.failure.is_some() && F::investigate(self, head) {
+            return;
+        }
+        let request = &mut self.requests[usize::from(head.get())];
         let (data_in, failure) = (request.data_in, request.failure);
         if let Some(place) = request.place.take() {
             if failure.is_some_and(|status| F::is_error(&place, status)) {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::MAX_ENTRIES;
 use nvme_driver::dma::{DmaError, DmaSpace};
-use nvme_driver::spec::{Cid, Status, SubmissionEntry, io_opcode};
+use nvme_driver::spec::{Cid, LbaRange, Status, SubmissionEntry, io_opcode};
 use nvme_driver::transport::{Armed, Transport};
 use nvme_driver::{Completion, QueuePair};
 
@@ -582,7 +582,8 @@ impl<T: Transport> Poller<T> {
         });
         let failure = differs.map(|_| Failure {
             status: Status::COMPARE_FAILURE,
-            information: differs,
+            differs,
+            blocks: None,
         });
         if let Some(Some(lane)) = self.lanes.get_mut(usize::from(lane)) {
             lane.command_done(head, failure);
@@ -594,10 +595,11 @@ impl<T: Transport> Poller<T> {
     #[inline(never)]
     fn fail(&mut self, Completion { cid, status }: Completion) {
         let sent = self.pair.queue.sent(cid);
-        // The device does not say which block it was: known if there is one only.
+        // The device does not say which block of them it was.
         let failure = Failure {
             status,
-            information: sent.as_ref().and_then(only_block),
+            differs: None,
+            blocks: sent.as_ref().and_then(blocks_of),
         };
         let context = *self.pair.context(cid);
         if let CommandContext::Part { bounce, .. } = context {
@@ -628,13 +630,12 @@ impl<T: Transport> Poller<T> {
     }
 }
 
-/// The block that a command was about, if it was one.
-fn only_block(sent: &SubmissionEntry) -> Option<u64> {
-    let range = match sent.opcode {
-        io_opcode::READ | io_opcode::WRITE | io_opcode::WRITE_ZEROES => sent.lba_range(),
-        _ => return None,
-    };
-    (range.blocks == 1).then_some(range.slba)
+/// The blocks that a command was about, if it was one range.
+fn blocks_of(sent: &SubmissionEntry) -> Option<LbaRange> {
+    match sent.opcode {
+        io_opcode::READ | io_opcode::WRITE | io_opcode::WRITE_ZEROES => Some(sent.lba_range()),
+        _ => None,
+    }
 }
 
 impl<T: Transport + 'static> Poll for Poller<T> {

@@ -312,3 +312,33 @@ fn nothing_is_aborted_twice_and_a_reset_of_the_device_forgets_the_rest() {
     host.function_is(OK);
     drop(host.recall());
 }
+
+#[test]
+fn command_whose_bad_block_is_looked_for_may_be_ended() {
+    let mut host = Host::new();
+    host.model.spoil(Nsid(1), 5);
+    let outstanding = |host: &Host| host.poller.as_ref().unwrap().load().outstanding;
+    let head = host.send_tagged(FIRST, 7, &read_10(4, 4), (&[], 2048));
+    // The command, then reads of its blocks one by one, of which the first hangs.
+    let mut turns = 0;
+    while outstanding(&host) != 4 {
+        turns += 1;
+        assert!(turns < A_WHILE, "{}", outstanding(&host));
+        host.turn();
+    }
+    assert!(host.model.hang_next(io_opcode::READ));
+    host.waits();
+    assert_eq!(outstanding(&host), 1);
+    host.wants(ABORT_TASK, FIRST, 7);
+    host.waits();
+    host.sends_aborts(1);
+    // It had failed before.
+    let (own, used_len) = host.comes_back();
+    assert_eq!(
+        (own, host.reply(own, used_len)),
+        (head, check(3, 0x11, 0, 2048))
+    );
+    assert_eq!(host.information(head), Some(5));
+    host.function_is(OK);
+    host.finish();
+}

@@ -186,3 +186,56 @@ fn every_status_of_the_device_becomes_what_the_document_says() {
     assert_eq!(reply, check(4, 0x44, 0, 512));
     host.finish();
 }
+
+#[test]
+fn block_that_cannot_be_read_is_named_whatever_else_was_asked_for_with_it() {
+    let mut host = Host::new();
+    for lba in [77, 90] {
+        host.model.spoil(Nsid(1), lba);
+    }
+    let error = |blocks: u32| check(3, 0x11, 0, blocks * 512);
+    // The first of them.
+    for (cdb, len, first) in [
+        (read_10(77, 1), 512, 77),
+        (read_10(70, 8), 4096, 77),
+        (read_10(64, 64), 64 * 512, 77),
+        (read_10(78, 16), 16 * 512, 90),
+        (read_10(0, 255), 255 * 512, 77),
+        (read_10(77, 2), 1024, 77),
+        (read_10(76, 2), 1024, 77),
+    ] {
+        let reply = host.command(FIRST, &cdb, &[], len);
+        assert_eq!(reply, error(len / 512), "{cdb:x?}");
+        assert_eq!(host.information(host.last_head()), Some(first), "{cdb:x?}");
+    }
+    let mut verify = read_10(64, 64);
+    verify[0] = 0x2f;
+    let reply = host.command(FIRST, &verify, &[], 0);
+    assert_eq!(reply, check(3, 0x11, 0, 0));
+    assert_eq!(host.information(host.last_head()), Some(77));
+    // Other blocks and other units are as ever, also meanwhile.
+    let failing = host.send(FIRST, &read_10(64, 64), &[], 64 * 512);
+    let fine = [
+        host.send(FIRST, &read_10(91, 8), &[], 4096),
+        host.send(SECOND, &read_10(64, 64), &[], 64 * 512),
+    ];
+    for _ in 0..3 {
+        let (head, used_len) = host.comes_back();
+        let reply = host.reply(head, used_len);
+        match fine.iter().position(|own| *own == head) {
+            Some(at) => assert_eq!(reply, good(0, [4096, 64 * 512][at])),
+            None => assert_eq!((head, reply), (failing, error(64))),
+        }
+    }
+    // One that was only once: nobody knows which block it was.
+    let passing = Status::UNRECOVERED_READ_ERROR.with_dnr();
+    assert!(host.model.fail_next(io_opcode::READ, passing));
+    let reply = host.command(FIRST, &read_10(100, 8), &[], 4096);
+    assert_eq!(reply, error(8));
+    assert_eq!(host.information(host.last_head()), None);
+    assert_eq!(
+        host.command(FIRST, &read_10(100, 8), &[], 4096),
+        good(0, 4096)
+    );
+    host.finish();
+}

@@ -514,6 +514,11 @@ impl ModelHandle {
         self.shared.add_fault(opcode, None)
     }
 
+    /// Whoever reads that block from now on gets Unrecovered Read Error, and no other one.
+    pub fn spoil(&self, nsid: Nsid, lba: u64) {
+        self.shared.add_bad_block(nsid.0, lba);
+    }
+
     /// A round of every I/O queue, as hardware goes on by itself while its driver sleeps; who sleeps is told of completions.
     /// For controllers that were made `by_itself`.
     pub fn carry_on(&self) {

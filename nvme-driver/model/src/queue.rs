@@ -519,7 +519,7 @@ impl DeviceQueue {
     #[inline]
     fn execute(&mut self, shared: &Shared, entry: SubmissionEntry) {
         let cid = entry.cid.get();
-        match shared.take_fault(entry.opcode) {
+        match shared.take_fault(&entry) {
             None => {}
             Some(Some(status)) => return self.complete(cid, status, 0),
             Some(None) => {

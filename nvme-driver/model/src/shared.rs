@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use crossbeam::queue::ArrayQueue;
-use nvme_driver::spec::{Nsid, Status};
+use nvme_driver::spec::{Nsid, Status, SubmissionEntry, io_opcode};
 
 use crate::admin::Admin;
 use crate::durability::Durability;
@@ -68,6 +68,9 @@ pub(crate) struct Shared {
     pub(crate) write_cache: AtomicBool,
     /// An opcode, and the status that the next command with it ends with; `None`: it never ends.
     faults: ArrayQueue<(u8, Option<Status>)>,
+    /// Blocks that cannot be read: of which namespace, and which.
+    bad_blocks: Mutex<Vec<(u32, u64)>>,
+    /// Of both.
     fault_count: AtomicUsize,
     started: Instant,
 }
@@ -104,6 +107,7 @@ impl Shared {
             ready: AtomicBool::new(false),
             write_cache,
             faults: ArrayQueue::new(FAULTS),
+            bad_blocks: Mutex::default(),
             fault_count: AtomicUsize::new(0),
             started: Instant::now(),
             config,
@@ -209,20 +213,32 @@ impl Shared {
         added
     }
 
-    /// What a command with this opcode was programmed to end with.
+    /// Reads of a block fail from now on.
+    pub(crate) fn add_bad_block(&self, nsid: u32, lba: u64) {
+        let mut bad = self
+            .bad_blocks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        bad.push((nsid, lba));
+        self.fault_count.fetch_add(1, Ordering::Release);
+    }
+
+    /// What a command was programmed to end with.
     #[inline]
-    pub(crate) fn take_fault(&self, opcode: u8) -> Option<Option<Status>> {
+    pub(crate) fn take_fault(&self, entry: &SubmissionEntry) -> Option<Option<Status>> {
         if self.fault_count.load(Ordering::Relaxed) == 0 {
             return None;
         }
-        self.find_fault(opcode)
+        self.find_fault(entry)
     }
 
     #[cold]
-    fn find_fault(&self, opcode: u8) -> Option<Option<Status>> {
+    fn find_fault(&self, entry: &SubmissionEntry) -> Option<Option<Status>> {
         for _ in 0..FAULTS {
-            let (wanted, status) = self.faults.pop()?;
-            if wanted == opcode {
+            let Some((wanted, status)) = self.faults.pop() else {
+                break;
+            };
+            if wanted == entry.opcode {
                 self.fault_count.fetch_sub(1, Ordering::Relaxed);
                 return Some(status);
             }
@@ -231,7 +247,20 @@ impl Shared {
                 self.fault_count.fetch_sub(1, Ordering::Relaxed);
             }
         }
-        None
+        if entry.opcode != io_opcode::READ {
+            return None;
+        }
+        let range = entry.lba_range();
+        let blocks = range.slba..range.slba.saturating_add(range.blocks.into());
+        let bad = self
+            .bad_blocks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let nsid = entry.nsid.get();
+        let is_bad = |(own, lba): &(u32, u64)| *own == nsid && blocks.contains(lba);
+        bad.iter()
+            .any(is_bad)
+            .then_some(Some(Status::UNRECOVERED_READ_ERROR.with_dnr()))
     }
 
     /// Time since the controller was made; `turns` is how often the asking queue was serviced.

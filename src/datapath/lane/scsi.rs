@@ -124,6 +124,9 @@ struct Way {
     fresh: bool,
 }
 
+/// Blocks that are read one by one after one of them could not be, at most: a request of as many has no block named.
+const MAX_PROBED: u32 = 4096;
+
 /// The commands of a SCSI host.
 #[derive(Debug)]
 pub(in crate::datapath) struct Scsi {
@@ -142,8 +145,9 @@ pub(in crate::datapath) struct Scsi {
     known: Known<KnownUnit>,
     /// By what commands for other devices go.
     routes: Known<usize>,
-    /// By head, of a request that has failed: see [`Failure`].
-    information: Box<[Option<u64>]>,
+    /// By head, of a request that has failed: see [`Failure`]. Of several commands the first blocks count.
+    differs: Box<[Option<u64>]>,
+    fault: Box<[Option<LbaRange>]>,
     /// By head, of a request that went the short way: the guest's name for it.
     ids: Box<Ids>,
     /// A command's parameter list.
@@ -533,13 +537,7 @@ impl Front for Scsi {
         if wanted == gate.passed && ordered == gate.obeyed {
             return false;
         }
-        // One that gets its commands from another lane also has to wait until that one has shown the guest its answers.
-        let others = front.relay.as_ref().map_or(0, |_| front.elsewhere);
-        let busy = lane.queue.in_flight() > others;
-        let waits = gate.closed && gate.wanted == wanted && busy;
-        let ends = gate.ending > 0 || front.relay.is_none();
-        let obeys = gate.all_known && !gate.unmarked && gate.ordered == ordered && busy && ends;
-        (wanted != gate.passed && !waits) || (ordered != gate.obeyed && !obeys)
+        lane.may_pass(wanted, ordered)
     }
 
     #[inline(always)]
@@ -606,7 +604,9 @@ impl Front for Scsi {
                 data_in,
             ),
             Some(failure) => {
-                let information = self.information[usize::from(head.get())];
+                let at = usize::from(head.get());
+                let block = self.fault[at].filter(|fault| fault.blocks == 1);
+                let information = self.differs[at].or(block.map(|block| block.slba));
                 let outcome = match place.copy {
                     None => translate(failure, information),
                     Some(_) => (status::CHECK_CONDITION, Sense::COPY_FAILED),
@@ -623,16 +623,26 @@ impl Front for Scsi {
         !wanted && !status.is(Status::COMPARE_FAILURE)
     }
 
-    /// Of several commands that say where it was the first place counts.
     #[cold]
     fn explain(&mut self, head: HeadIndex, failure: Failure, first: bool) {
-        let known = &mut self.information[usize::from(head.get())];
-        *known = match (*known, failure.information) {
-            (Some(known), Some(new)) if !first => Some(known.min(new)),
-            // One that does not say where it was may have been before.
-            (_, new) if first => new,
-            _ => None,
-        };
+        let at = usize::from(head.get());
+        if first {
+            (self.differs[at], self.fault[at]) = (failure.differs, failure.blocks);
+            return;
+        }
+        let differ = self.differs[at].into_iter().chain(failure.differs);
+        self.differs[at] = differ.min();
+        let faults = self.fault[at].into_iter().chain(failure.blocks);
+        self.fault[at] = faults.min_by_key(|fault| fault.slba);
+    }
+
+    #[cold]
+    fn investigate(lane: &mut RequestLane<Scsi>, head: HeadIndex) -> bool {
+        lane.probe(head).is_some()
+    }
+
+    fn is_explained(&self, head: HeadIndex) -> bool {
+        self.fault[usize::from(head.get())].is_some()
     }
 
     fn wait(lane: &mut RequestLane<Scsi>, work: &mut Work) -> Progress {
@@ -785,7 +795,8 @@ impl RequestLane<Scsi> {
             main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
             known: Known::new(),
             routes: Known::new(),
-            information: vec![None; config.queue.size().into()].into(),
+            differs: vec![None; config.queue.size().into()].into(),
+            fault: vec![None; config.queue.size().into()].into(),
             ids: Box::new(Ids([0; MAX_QUEUE_SIZE as usize])),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
             data_in: vec![0; target.data_in_bytes()].into(),
@@ -1013,6 +1024,43 @@ impl RequestLane<Scsi> {
         }
     }
 
+    /// A read of several blocks found one that cannot be read: which, reads of each will tell. Not while there is other work.
+    #[cold]
+    fn probe(&mut self, head: HeadIndex) -> Option<()> {
+        let at = usize::from(head.get());
+        let request = self.requests.get(at)?;
+        let place = request
+            .place
+            .filter(|place| place.ended == 0 && place.copy.is_none())?;
+        let is_fault = request
+            .failure
+            .is_some_and(|failure| failure.is(Status::UNRECOVERED_READ_ERROR));
+        let blocks =
+            self.front.fault[at].filter(|fault| fault.blocks > 1 && fault.blocks <= MAX_PROBED)?;
+        let unit = self.front.unit_of(&place)?;
+        let medium = Medium {
+            nsid: MediumId::of(unit).nsid,
+            block_shift: unit.geometry().block_shift(),
+            durable: false,
+        };
+        if !is_fault || self.work.is_some() {
+            return None;
+        }
+        self.front.fault[at] = None;
+        // One for the issuing.
+        self.requests[at].pending = 1;
+        self.set_work(Some(Work {
+            head,
+            medium,
+            step: Step::Probe {
+                lba: blocks.slba,
+                left: blocks.blocks,
+            },
+            then: NOTHING_MORE,
+        }));
+        Some(())
+    }
+
     /// The host shows other logical units than it did. From the next command on the guest meets those; what is in flight
     /// goes by index, and an index is another's only when nothing of the one before is in flight.
     ///
@@ -1084,6 +1132,20 @@ impl RequestLane<Scsi> {
             self.mark();
         }
         false
+    }
+
+    /// Whether there is more to do for what was wanted and ordered than to wait for completions.
+    #[cold]
+    fn may_pass(&self, wanted: u64, ordered: u64) -> bool {
+        let front = &self.front;
+        let gate = &front.gate;
+        // One that gets its commands from another lane also has to wait until that one has shown the guest its answers.
+        let others = front.relay.as_ref().map_or(0, |_| front.elsewhere);
+        let busy = self.queue.in_flight() > others;
+        let waits = gate.closed && gate.wanted == wanted && busy;
+        let ends = gate.ending > 0 || front.relay.is_none();
+        let obeys = gate.all_known && !gate.unmarked && gate.ordered == ordered && busy && ends;
+        (wanted != gate.passed && !waits) || (ordered != gate.obeyed && !obeys)
     }
 
     /// All commands that orders mean have ended, but for the guest to see it, unless it depends on others for that.
