@@ -1025,6 +1025,10 @@ impl RequestLane<Scsi> {
 
     /// The chain that was just popped becomes a command.
     fn start<T: Transport>(&mut self, pair: &mut Pair<T>) {
+        // One that a guest sends because of what another queue has told it may have come after `may_fetch`.
+        if self.front.nexus.successor().is_some() {
+            self.keep_up();
+        }
         let head = self.chain.head();
         let Some(request) = scsi::parse(&mut self.chain, self.front.sizes) else {
             self.counters.malformed += 1;
