@@ -503,6 +503,25 @@ fn kick_eventfd_that_is_replaced_wakes_a_reactor_that_sleeps() {
 }
 
 #[test]
+fn signal_that_was_on_its_way_while_the_call_eventfd_was_replaced_reaches_the_new_one() {
+    let rig = Rig::start("model:ram,size=16M", &[("vm0.sock", "")]);
+    let (front_end, mut guest) = rig.running_guest("vm0.sock");
+    for call in [eventfd(), eventfd()] {
+        guest.write(0, &[1; 512]);
+        // Its own signal, if it wanted one, went to the eventfd before.
+        std::thread::sleep(Duration::from_millis(10));
+        let which = 0_u64.to_le_bytes();
+        front_end.send(SET_VRING_CALL, &which, &[call.as_fd()]);
+        wait_for_signal(&call);
+    }
+    // Without an eventfd there is nobody to tell.
+    let nobody = (1_u64 << 8).to_le_bytes();
+    front_end.send(SET_VRING_CALL, &nobody, &[]);
+    guest.write(0, &[2; 512]);
+    assert_eq!(guest.read(0, 512), [2; 512]);
+}
+
+#[test]
 fn packed_base_that_is_none_closes_the_connection() {
     let rig = Rig::start("model:ram,size=64M", &[("a", "")]);
     for base in [

@@ -941,10 +941,17 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let index = self.index(u32::from(index))?;
-        self.vrings[index]
+        let vring = &self.vrings[index];
+        vring
             .call
             .replace(fd)
-            .map_err(VhostError::ReqHandlerError)
+            .map_err(VhostError::ReqHandlerError)?;
+        if vring.running.is_some() {
+            // The guest may have used the ring while this message was under way (QEMU has it wait for nothing), and what was
+            // signalled meanwhile went to the eventfd before this one, which nobody may look at any more.
+            vring.call.signal();
+        }
+        Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
