@@ -96,7 +96,7 @@ pub enum LunCommand {
         /// The host's socket, as the server was given it
         #[arg(value_name = "HOST")]
         path: String,
-        /// TARGET:LUN:nsN, such as 3:0:ns2
+        /// TARGET:LUN:nsN or TARGET:LUN:DEVICE:nsN, such as 3:0:ns2
         #[arg(value_name = "PLACE")]
         lun: LunPlace,
     },
@@ -185,7 +185,7 @@ impl LunCommand {
     pub fn request(&self) -> (&Path, AdminRequest, bool) {
         match self {
             LunCommand::Add { server, path, lun } => {
-                let (path, lun) = (path.clone(), *lun);
+                let (path, lun) = (path.clone(), lun.clone());
                 (&server.admin, AdminRequest::LunAdd { path, lun }, false)
             }
             LunCommand::Remove { server, path, lun } => {
@@ -293,6 +293,8 @@ Keys of --scsi:
   queues=N          request queues, 1 to 64                   [1]
   device=NAME       needed when there are several devices
   lun=T:L:nsN       namespace N is LUN L of target T; once for each
+  lun=T:L:DEV:nsN   the same of another device: each request queue has a queue
+                    pair there too
   readonly=on|off   of all of them                            [off]
   initiator=NAME    who the guest is, for reservations: an iSCSI name, or one
                     that is made part of one. Hosts that are both given names

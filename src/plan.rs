@@ -15,8 +15,8 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::config::{
-    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, Isolation, LunPlace,
-    Medium, Polling, Socket,
+    ByteSize, Config, ControllerConfig, CoreId, CoreList, DeviceConfig, HostLun, Isolation, Medium,
+    Polling, Socket,
 };
 use crate::scsi::Initiator;
 
@@ -89,8 +89,10 @@ pub struct HostPlan {
     pub socket: Socket,
     /// Index into [`Plan::devices`].
     pub device: usize,
+    /// The devices of its other logical units: each request queue has a queue pair there too, polled on the same core.
+    pub others: Vec<usize>,
     pub readonly: bool,
-    pub luns: Vec<LunPlace>,
+    pub luns: Vec<HostLun>,
     /// Who its guest is.
     pub initiator: Initiator,
     /// The configuration says so.
@@ -106,6 +108,11 @@ pub enum PlanError {
         "cannot poll on core {core}: it is not online for this process (available: {available}); change --cores"
     )]
     NoSuchCore { core: CoreId, available: CoreList },
+    #[error(
+        "host {host}: its logical units are on {devices}, which have no core in common with a queue pair of each: give the \
+         devices more queue pairs, or the server fewer cores (--cores)"
+    )]
+    NoCommonCore { host: Socket, devices: String },
 }
 
 /// Assigns every virtqueue of every disk and host to a core.
@@ -140,28 +147,37 @@ pub fn plan(config: &Config, topology: &Topology) -> Result<Plan, PlanError> {
             nsid: disk.nsid,
             readonly: disk.readonly,
             serial: disk.serial.clone(),
-            queue_cores: place(disk.queues, &mut spreads[disk.device], &mut load)
+            queue_cores: place(disk.queues, &mut spreads, &[disk.device], &mut load)
                 .into_iter()
                 .map(|slot| cores[slot].id)
                 .collect(),
         })
         .collect();
-    let hosts = config
-        .hosts
-        .iter()
-        .map(|host| HostPlan {
+    let hosts = config.hosts.iter().map(|host| {
+        let others = host.other_devices();
+        let all: Vec<usize> = std::iter::once(host.device)
+            .chain(others.iter().copied())
+            .collect();
+        let slots = place(host.queues, &mut spreads, &all, &mut load);
+        if slots.len() < usize::from(host.queues) {
+            let names = all.iter().map(|&device| &config.devices[device].name[..]);
+            return Err(PlanError::NoCommonCore {
+                host: host.socket.clone(),
+                devices: names.collect::<Vec<_>>().join(", "),
+            });
+        }
+        Ok(HostPlan {
             socket: host.socket.clone(),
             device: host.device,
+            others,
             readonly: host.readonly,
             luns: host.luns.clone(),
             initiator: host.initiator.clone(),
             named: host.named,
-            queue_cores: place(host.queues, &mut spreads[host.device], &mut load)
-                .into_iter()
-                .map(|slot| cores[slot].id)
-                .collect(),
+            queue_cores: slots.into_iter().map(|slot| cores[slot].id).collect(),
         })
-        .collect();
+    });
+    let hosts = hosts.collect::<Result<Vec<HostPlan>, PlanError>>()?;
     let devices = config
         .devices
         .iter()
@@ -191,20 +207,26 @@ struct Spread {
 }
 
 /// Each queue in order goes where this disk has the fewest, then where all disks have the fewest, then to the core named
-/// first. While the device has queue pairs to spare this is a round robin that goes on from disk to disk.
-fn place(queues: u16, spread: &mut Spread, load: &mut [usize]) -> Vec<usize> {
+/// first. While its devices have queue pairs to spare this is a round robin that goes on from disk to disk. With several
+/// devices there may be no core for it.
+fn place(queues: u16, spreads: &mut [Spread], devices: &[usize], load: &mut [usize]) -> Vec<usize> {
     let mut own = vec![0; load.len()];
     let mut slots = Vec::with_capacity(queues.into());
     for _ in 0..queues {
-        let cores_used = spread.virtqueues.iter().filter(|&&count| count > 0).count();
+        let has_room = |spread: &Spread, slot: usize| {
+            let cores_used = spread.virtqueues.iter().filter(|&&count| count > 0).count();
+            cores_used < spread.limit || spread.virtqueues[slot] > 0
+        };
         let slot = (0..load.len())
-            .filter(|&slot| cores_used < spread.limit || spread.virtqueues[slot] > 0)
+            .filter(|&slot| devices.iter().all(|&at| has_room(&spreads[at], slot)))
             .min_by_key(|&slot| (own[slot], load[slot], slot));
-        // There is always one: `limit` is at least 1, so either a core may be added or one is in use.
+        // Of a single device there is always one: `limit` is at least 1, so either a core may be added or one is in use.
         let Some(slot) = slot else { break };
         own[slot] += 1;
         load[slot] += 1;
-        spread.virtqueues[slot] += 1;
+        for &at in devices {
+            spreads[at].virtqueues[slot] += 1;
+        }
         slots.push(slot);
     }
     slots
@@ -280,7 +302,8 @@ impl fmt::Display for Plan {
 
 impl Plan {
     fn fmt_host(&self, host: &HostPlan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let device = self.devices[host.device].config.name.as_str();
+        let name = |device: usize| self.devices[device].config.name.as_str();
+        let device = name(host.device);
         let access = if host.readonly {
             "read-only"
         } else {
@@ -293,8 +316,16 @@ impl Plan {
         // 8 to a line keeps to 120 columns.
         for line in host.luns.chunks(8) {
             let places = line.iter().map(|place| {
-                let LunPlace { target, lun, nsid } = place;
-                format!("{target}:{lun} ns{nsid}")
+                let HostLun {
+                    target,
+                    lun,
+                    device,
+                    nsid,
+                } = *place;
+                match device == host.device {
+                    true => format!("{target}:{lun} ns{nsid}"),
+                    false => format!("{target}:{lun} {} ns{nsid}", name(device)),
+                }
             });
             writeln!(f, "    {}", places.collect::<Vec<_>>().join(", "))?;
         }
@@ -303,6 +334,15 @@ impl Plan {
             "  {}, virtqueue@core: {}; control and event queue are polled with the first",
             count(host.queue_cores.len(), "request queue"),
             queues(&host.queue_cores, 2)
+        )?;
+        if host.others.is_empty() {
+            return Ok(());
+        }
+        let others: Vec<&str> = host.others.iter().map(|&device| name(device)).collect();
+        writeln!(
+            f,
+            "  a queue pair more for each request queue on each of: {}",
+            others.join(", ")
         )
     }
 }

@@ -256,6 +256,8 @@ pub struct QueueStatistics {
     pub queue: usize,
     /// The core that polls it.
     pub core: usize,
+    /// The device; a virtqueue of a SCSI host with several is listed once for each.
+    pub device: String,
     /// The NVMe queue pair that it rides with.
     pub queue_pair: u16,
     /// Since the server started.
@@ -329,14 +331,14 @@ struct Row {
 }
 
 impl CounterTable {
-    /// Adds virtqueue `queue` of a disk, polled on `core` and riding with the queue pair of that NVMe identifier. A disk
-    /// goes by its socket.
+    /// Adds virtqueue `queue` of a disk, polled on `core` and riding with the queue pair of that NVMe identifier, or of that
+    /// device and identifier. A disk goes by its socket.
     pub fn push(
         &mut self,
         disk: &str,
         queue: usize,
         core: usize,
-        queue_pair: u16,
+        queue_pair: impl fmt::Display,
         counters: QueueCounters,
     ) {
         let place = [

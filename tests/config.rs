@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use tandem::cli::{Cli, Command};
 use tandem::config::{
     BlkOptions, BlockSize, ByteSize, Config, ConfigError, ControllerConfig, CoreId, CoreList,
-    DeviceConfig, DeviceOptions, DiskConfig, HostConfig, Isolation, LogLevel, LunPlace,
+    DeviceConfig, DeviceOptions, DiskConfig, HostConfig, HostLun, Isolation, LogLevel,
     MAX_DEVICE_NAME, Medium, ModelConfig, OnDeviceLoss, Options, PciTarget, Polling, Socket,
 };
 use tandem::plan::{Topology, plan};
@@ -1063,7 +1063,12 @@ fn host_file(body: &str) -> String {
 
 #[test]
 fn scsi_host_as_flags_and_as_a_file_is_the_same() {
-    let place = |target, lun, nsid| LunPlace { target, lun, nsid };
+    let place = |target, lun, nsid| HostLun {
+        target,
+        lun,
+        device: 0,
+        nsid,
+    };
     let expected = HostConfig {
         socket: Socket::Path("/run/a,b.sock".into()),
         queues: 4,

@@ -1,5 +1,8 @@
 //! virtio-scsi requests through a lane, a queue pair and the software controller: how they are answered, and what a hostile
 //! guest may put there, entry by entry. After each test the controller has seen no DMA outside guest memory.
+//!
+//! Each test is compiled twice: scsi_relay.rs is the same with the guest's ring at another device, so that every request goes
+//! on to the lane of the device that has the logical units.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 #[path = "scsi_host/compare.rs"]
@@ -15,19 +18,22 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nvme_driver::dma::DmaSpace;
 use nvme_driver::spec::{Nsid, Status, io_opcode};
 use nvme_model::{Model, ModelConfig, ModelHandle};
 use tandem::block::Geometry;
 use tandem::control::device::{Device, DeviceError};
 use tandem::datapath::{
-    Barrier, Clerk, ControlConfig, Lane, LaneId, Poll, ScsiLaneConfig, Service, SideConfig, Signal,
+    Barrier, Clerk, ControlConfig, Lane, LaneId, MediumId, Poll, ScsiLaneConfig, Service,
+    SideConfig, Signal, WayConfig,
 };
 use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
 use tandem::vhost::memory::{MemoryTable, RegionInfo};
-use tandem::virtio::memory::Gpa;
+use tandem::virtio::memory::{Gpa, GuestMemory};
+use tandem::virtio::relay::Relay;
 use tandem::virtio::scsi::Sizes;
-use tandem::virtio::virtqueue::RingLayout;
+use tandem::virtio::virtqueue::{RingLayout, Virtqueue};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -65,12 +71,21 @@ struct Storage {
     model: ModelHandle,
     units: [LogicalUnit; 2],
     barrier: Arc<Barrier>,
+    /// Where guests' rings are.
+    near: Option<Arc<Device>>,
     /// Of the request queues that its hosts will have.
     layout: RingLayout,
 }
 
 /// Hosts of a device, at most.
 const HOSTS: usize = 4;
+/// Guests' rings are at another device.
+const FAR: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"scsi_relay");
+/// Lanes of a host that have requests.
+const LANES: usize = 1 + FAR as usize;
+/// The number of the device that has the logical units, and of the other one.
+const DEVICE: u32 = 7;
+const NEAR: u32 = 3;
 
 impl Storage {
     fn new(config: ModelConfig) -> Storage {
@@ -81,36 +96,56 @@ impl Storage {
             queues: HOSTS as u16,
             ..config
         };
-        let transport = Model::new(config).unwrap();
-        let model = transport.handle();
-        let claim = || {
-            Err(DeviceError::Lost {
-                name: "host".to_owned(),
-            })
+        let open = |config| {
+            let transport = Model::new(config).unwrap();
+            let model = transport.handle();
+            let claim = || {
+                Err(DeviceError::Lost {
+                    name: "host".to_owned(),
+                })
+            };
+            let device = Device::open("host", transport, HOSTS as u16, Box::new(claim));
+            (device.unwrap(), model)
         };
-        let device = Device::open("host", transport, HOSTS as u16, Box::new(claim)).unwrap();
+        let near = FAR.then(|| {
+            let near = ModelConfig {
+                size: 1 << 20,
+                queues: HOSTS as u16,
+                ..ModelConfig::default()
+            };
+            Arc::new(open(near).0)
+        });
+        let (device, model) = open(config);
         let units = [1, 2].map(|nsid| {
             let namespace = device.namespace(Nsid(nsid)).unwrap();
             let geometry = Geometry::new(9, namespace.blocks, false).unwrap();
+            let medium = MediumId {
+                device: DEVICE,
+                nsid: Nsid(nsid),
+            };
             LogicalUnit::new(geometry, "serial")
-                .with_medium(nsid)
+                .with_medium(medium.bits())
+                .with_lanes(HOSTS * LANES + 8)
                 .with_volatile_cache(true)
                 .with_provisioning(true, true, true)
                 .with_copy(device.copy_blocks(Nsid(nsid)))
         });
+        let fronts = (0..HOSTS * LANES).map(|lane| lane / LANES * LANES);
+        let barrier = Barrier::new(HOSTS * LANES).unwrap().with_fronts(fronts);
         Storage {
             device: Arc::new(device),
             model,
             units,
-            barrier: Arc::new(Barrier::new(HOSTS).unwrap()),
+            barrier: Arc::new(barrier),
+            near,
             layout: RingLayout::Split,
         }
     }
 }
 
 /// One region of a guest's, from [`BASE`] on.
-fn memory_of(device: &Device, bytes: u64) -> MemoryTable {
-    let mut table = MemoryTable::new(Arc::clone(&device.space));
+fn memory_of(spaces: &[Arc<DmaSpace>], bytes: u64) -> MemoryTable {
+    let mut table = MemoryTable::new(spaces.iter().cloned());
     let file =
         File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(bytes).unwrap();
@@ -128,6 +163,8 @@ struct Host {
     device: Arc<Device>,
     model: ModelHandle,
     poller: Option<Box<dyn Poll>>,
+    /// Where the guest's ring is, if not there: the device, its poller, the lane.
+    near: Option<(Arc<Device>, Box<dyn Poll>, LaneId)>,
     /// Identifier of its queue pair.
     pair: u16,
     layout: RingLayout,
@@ -194,10 +231,13 @@ impl Host {
             model,
             units,
             barrier,
+            near,
             layout,
         } = storage.clone();
-        let table = memory_of(&device, MEMORY);
-        let memory = table.snapshot().unwrap();
+        let spaces = [&device].into_iter().chain(&near);
+        let spaces: Vec<Arc<DmaSpace>> = spaces.map(|device| Arc::clone(&device.space)).collect();
+        let table = memory_of(&spaces, MEMORY);
+        let memory = table.snapshot(0).unwrap();
         let ring = |base, layout| SimGuestConfig {
             layout,
             size: SIZE,
@@ -223,22 +263,63 @@ impl Host {
         let (pair, mut poller) = device.create_poller().unwrap();
         let signal = || Arc::new(Signal::new().unwrap());
         let lanes = vec![LaneId(1), LaneId(2)];
-        poller.attach(Lane::scsi(ScsiLaneConfig {
-            id: lanes[0],
-            // SAFETY: the lane holds the memory, and is the only one that serves this queue.
-            queue: unsafe { requests.virtqueue() }.unwrap(),
-            memory: Arc::clone(&memory),
-            sizes,
-            nexus: Arc::clone(&nexus),
-            barrier: Arc::clone(&barrier),
-            number,
-            desk: clerk.desk(Arc::clone(&barrier), number),
-            volatile_cache: true,
-            call: signal(),
-            error: signal(),
-            kick: None,
-            shared: Arc::default(),
-        }));
+        let first = number * LANES;
+        let (initiator, everyone) = (Arc::clone(&nexus), Arc::clone(&barrier));
+        let lane = |id, queue: Virtqueue, memory: Arc<GuestMemory>, number, place| {
+            let (device, ways, relay) = place;
+            Lane::scsi(ScsiLaneConfig {
+                id,
+                queue,
+                memory,
+                sizes,
+                nexus: Arc::clone(&initiator),
+                device,
+                ways,
+                relay,
+                barrier: Arc::clone(&everyone),
+                number,
+                desk: clerk.desk(Arc::clone(&everyone), number),
+                volatile_cache: true,
+                call: signal(),
+                error: signal(),
+                kick: None,
+                shared: Arc::default(),
+            })
+        };
+        // SAFETY: the lane holds the memory, and is the only one that serves this queue.
+        let queue = unsafe { requests.virtqueue() }.unwrap();
+        let near = near.map(|near| {
+            let relay = Relay::new();
+            // SAFETY: the lane holds the relay, and is the only one that serves its queue.
+            let behind = unsafe { Virtqueue::new(relay.config()) }.unwrap();
+            let place = (DEVICE, Vec::new(), Some(Arc::clone(&relay)));
+            poller.attach(lane(
+                lanes[0],
+                behind,
+                Arc::clone(&memory),
+                first + 1,
+                place,
+            ));
+            let way = WayConfig {
+                device: DEVICE,
+                relay,
+                number: first + 1,
+            };
+            let (memory, place) = (table.snapshot(1).unwrap(), (NEAR, vec![way], None));
+            let (_, poller) = near.create_poller().unwrap();
+            (near, memory, place, poller)
+        });
+        let near = match near {
+            None => {
+                let place = (DEVICE, Vec::new(), None);
+                poller.attach(lane(lanes[0], queue, Arc::clone(&memory), first, place));
+                None
+            }
+            Some((near, memory, place, mut poller)) => {
+                poller.attach(lane(LaneId(3), queue, memory, first, place));
+                Some((near, poller, LaneId(3)))
+            }
+        };
         poller.attach(Lane::control(ControlConfig {
             side: SideConfig {
                 id: lanes[1],
@@ -252,12 +333,13 @@ impl Host {
             },
             nexus,
             barrier,
-            lanes: number..number + 1,
+            lanes: first..first + LANES,
         }));
         let mut host = Host {
             device,
             model,
             poller: Some(poller),
+            near,
             pair,
             layout,
             requests,
@@ -333,7 +415,39 @@ impl Host {
     }
 
     fn turn(&mut self) {
+        if let Some((_, near, _)) = &mut self.near {
+            near.turn();
+        }
         self.poller.as_mut().unwrap().turn();
+        if let Some((_, near, _)) = &mut self.near {
+            near.turn();
+        }
+    }
+
+    /// All lanes leave, drained: the poller, for its device if that is there.
+    #[track_caller]
+    fn recall(&mut self) -> Box<dyn Poll> {
+        let mut poller = self.poller.take().unwrap();
+        if let Some((_, near, lane)) = &mut self.near {
+            assert!(near.detach(*lane));
+        }
+        for lane in &self.lanes {
+            assert!(poller.detach(*lane));
+        }
+        for _ in 0..5000 {
+            poller.turn();
+            while poller.take_drained().is_some() {}
+            if let Some((_, near, _)) = &mut self.near {
+                near.turn();
+                while near.take_drained().is_some() {}
+            }
+        }
+        assert_eq!(poller.lanes(), 0, "a lane did not drain");
+        if let Some((device, near, _)) = self.near.take() {
+            assert_eq!(near.lanes(), 0, "the lane of the ring did not drain");
+            device.delete_poller(near).unwrap();
+        }
+        poller
     }
 
     /// The next request that comes back: its head and used length.
@@ -444,15 +558,7 @@ impl Host {
 
     /// Everything drains, and nothing was done that a controller or an IOMMU would not like.
     fn finish(mut self) {
-        let mut poller = self.poller.take().unwrap();
-        for lane in &self.lanes {
-            assert!(poller.detach(*lane));
-        }
-        for _ in 0..5000 {
-            poller.turn();
-            while poller.take_drained().is_some() {}
-        }
-        assert_eq!(poller.lanes(), 0, "a lane did not drain");
+        let poller = self.recall();
         self.device.delete_poller(poller).unwrap();
         // Unless other hosts have it.
         if Arc::strong_count(&self.device) == 1 {
@@ -942,23 +1048,15 @@ fn commands_without_a_device_fail_and_task_management_still_ends() {
     );
     assert_eq!(host.manage(5, FIRST), OK);
     // The device never comes back: there is nothing to hand it.
-    let mut poller = host.poller.take().unwrap();
-    for lane in &host.lanes {
-        assert!(poller.detach(*lane));
-    }
-    for _ in 0..5000 {
-        poller.turn();
-        while poller.take_drained().is_some() {}
-    }
-    assert_eq!(poller.lanes(), 0, "a lane did not drain");
+    drop(host.recall());
 }
 
 #[test]
 fn region_that_ends_within_a_page_has_no_byte_behind_its_end() {
     const BYTES: u64 = 0x1770;
     let storage = Storage::new(ModelConfig::default());
-    let table = memory_of(&storage.device, BYTES);
-    let memory = table.snapshot().unwrap();
+    let table = memory_of(&[Arc::clone(&storage.device.space)], BYTES);
+    let memory = table.snapshot(0).unwrap();
     let last = Gpa(BASE + BYTES - 16);
     assert!(memory.contiguous(last, 16).is_some());
     assert!(memory.contiguous(last, 17).is_none());

@@ -158,15 +158,42 @@ pub struct HostConfig {
     pub socket: Socket,
     /// Most request queues a front-end may use: 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// Index into [`Config::devices`].
+    /// Index into [`Config::devices`]: of logical units that name none.
     pub device: usize,
     pub readonly: bool,
     /// Never empty; no place twice, no namespace twice.
-    pub luns: Vec<LunPlace>,
+    pub luns: Vec<HostLun>,
     /// Who its guest is. No two of a namespace's hosts have the same.
     pub initiator: Initiator,
     /// It was named, and not made up from the socket: what its guest shares with others it shares on purpose.
     pub named: bool,
+}
+
+/// A logical unit of a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostLun {
+    /// The target's identifier.
+    pub target: u8,
+    /// 0 to 16383.
+    pub lun: u16,
+    /// Index into [`Config::devices`].
+    pub device: usize,
+    /// 1 to the device's namespace count.
+    pub nsid: u32,
+}
+
+impl HostConfig {
+    /// The devices of its logical units beside its own, in the order written.
+    #[must_use]
+    pub fn other_devices(&self) -> Vec<usize> {
+        let mut others = Vec::new();
+        for lun in &self.luns {
+            if lun.device != self.device && !others.contains(&lun.device) {
+                others.push(lun.device);
+            }
+        }
+        others
+    }
 }
 
 /// Where a front-end connects.
@@ -646,11 +673,27 @@ fn resolve_disk(options: BlkOptions, devices: &[DeviceConfig]) -> Result<DiskCon
 
 fn resolve_host(options: ScsiOptions, devices: &[DeviceConfig]) -> Result<HostConfig, ConfigError> {
     let socket = resolve_socket(options.path, options.fd.map(|fd| fd.0))?;
-    let index = resolve_place(options.device, &socket, devices)?;
-    let mut luns: Vec<LunPlace> = Vec::with_capacity(options.lun.len());
+    // Those that name their device need no other one.
+    let first = options.lun.first().and_then(|place| place.device.clone());
+    let all_named = options.lun.iter().all(|place| place.device.is_some());
+    let device = match options.device {
+        None if all_named => first.map(DeviceName),
+        device => device,
+    };
+    let index = resolve_place(device, &socket, devices)?;
+    let mut luns: Vec<HostLun> = Vec::with_capacity(options.lun.len());
     for place in options.lun {
-        check_namespace(place.nsid, &socket, &devices[index])?;
-        let LunPlace { target, lun, .. } = place;
+        let LunPlace {
+            target,
+            lun,
+            device,
+            nsid,
+        } = place;
+        let device = match device {
+            Some(name) => resolve_place(Some(DeviceName(name)), &socket, devices)?,
+            None => index,
+        };
+        check_namespace(nsid, &socket, &devices[device])?;
         if luns
             .iter()
             .any(|earlier| (earlier.target, earlier.lun) == (target, lun))
@@ -661,7 +704,12 @@ fn resolve_host(options: ScsiOptions, devices: &[DeviceConfig]) -> Result<HostCo
                 lun,
             });
         }
-        luns.push(place);
+        luns.push(HostLun {
+            target,
+            lun,
+            device,
+            nsid,
+        });
     }
     if luns.is_empty() {
         return Err(ConfigError::NoLun { host: socket });
@@ -731,7 +779,7 @@ impl<'a> Use<'a> {
     fn of_host(host: &'a HostConfig) -> impl Iterator<Item = Use<'a>> {
         host.luns.iter().map(|place| Use {
             socket: &host.socket,
-            device: host.device,
+            device: place.device,
             nsid: place.nsid,
             readonly: host.readonly,
             initiator: Some(&host.initiator),

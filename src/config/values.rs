@@ -346,14 +346,16 @@ impl FromStr for InitiatorName {
     }
 }
 
-/// `TARGET:LUN:nsN`: where a SCSI host shows a namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// `TARGET:LUN:nsN` or `TARGET:LUN:DEVICE:nsN`: where a SCSI host shows a namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Scalar", into = "String")]
 pub struct LunPlace {
     /// The target's identifier.
     pub target: u8,
     /// 0 to 16383.
     pub lun: u16,
+    /// Its device, if it is not the host's.
+    pub device: Option<String>,
     /// The namespace.
     pub nsid: u32,
 }
@@ -362,11 +364,19 @@ impl FromStr for LunPlace {
     type Err = ValueError;
     fn from_str(text: &str) -> Result<Self, ValueError> {
         let place = || {
-            let (address, namespace) = text.rsplit_once(':')?;
+            let (before, namespace) = text.rsplit_once(':')?;
+            let (address, device) = match before.splitn(3, ':').nth(2) {
+                Some(device) => {
+                    let address = before.strip_suffix(device)?.strip_suffix(':')?;
+                    (address, Some(device.parse::<DeviceName>().ok()?.0))
+                }
+                None => (before, None),
+            };
             let LunAddress { target, lun } = LunAddress::read(address)?;
             Some(LunPlace {
                 target,
                 lun,
+                device,
                 nsid: u32::try_from(whole_number(namespace.strip_prefix("ns")?)?)
                     .ok()
                     .filter(|nsid| (1..=MAX_NAMESPACES).contains(nsid))?,
@@ -375,8 +385,8 @@ impl FromStr for LunPlace {
         match place() {
             Some(place) => Ok(place),
             None => refuse(format!(
-                "`{text}` is not a place for a logical unit: write TARGET:LUN:nsN, such as 0:0:ns1 (targets 0 to 255, \
-                 LUNs 0 to {MAX_LUN}, namespaces 1 to {MAX_NAMESPACES})"
+                "`{text}` is not a place for a logical unit: write TARGET:LUN:nsN, such as 0:0:ns1, or \
+                 TARGET:LUN:DEVICE:nsN (targets 0 to 255, LUNs 0 to {MAX_LUN}, namespaces 1 to {MAX_NAMESPACES})"
             )),
         }
     }
@@ -384,8 +394,16 @@ impl FromStr for LunPlace {
 
 impl fmt::Display for LunPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let LunPlace { target, lun, nsid } = self;
-        write!(f, "{target}:{lun}:ns{nsid}")
+        let LunPlace {
+            target,
+            lun,
+            device,
+            nsid,
+        } = self;
+        match device {
+            Some(device) => write!(f, "{target}:{lun}:{device}:ns{nsid}"),
+            None => write!(f, "{target}:{lun}:ns{nsid}"),
+        }
     }
 }
 

@@ -23,12 +23,12 @@ use super::server::{Stop, wait_readable};
 use super::session::{Export, Host, Kind};
 use super::socket::Listener;
 use crate::config::{
-    AdminAnswer, AdminRequest, ByteSize, LunAddress, LunInfo, LunPlace, MAX_REQUEST, Use,
+    AdminAnswer, AdminRequest, ByteSize, HostLun, LunAddress, LunInfo, LunPlace, MAX_REQUEST, Use,
     check_uses,
 };
-use crate::datapath::Happening;
+use crate::datapath::{Happening, MediumId};
 use crate::plan::{DiskPlan, HostPlan, Plan};
-use crate::scsi::Lun;
+use crate::scsi::{LogicalUnit, Lun};
 
 /// Clients at a time.
 const MAX_CLIENTS: usize = 8;
@@ -76,15 +76,27 @@ impl Managed {
         }
     }
 
-    fn device(&self) -> &Device {
-        &self.export.device
+    /// One of its devices, by index.
+    fn device(&self, index: usize) -> Option<&Device> {
+        let export = &self.export;
+        let ways = export.ways.iter();
+        let others = ways.map(|way| (way.device_index, &way.device));
+        let mut all = std::iter::once((export.device_index, &export.device)).chain(others);
+        all.find(|(own, _)| *own == index)
+            .map(|(_, device)| &**device)
     }
 }
 
-fn use_of(host: &HostPlan, nsid: u32) -> Use<'_> {
+/// The index of a device, and the namespace.
+fn place_of(unit: &LogicalUnit) -> (usize, u32) {
+    let MediumId { device, nsid } = MediumId::of(unit);
+    (usize::try_from(device).unwrap_or(usize::MAX), nsid.0)
+}
+
+fn use_of(host: &HostPlan, (device, nsid): (usize, u32)) -> Use<'_> {
     Use {
         socket: &host.socket,
-        device: host.device,
+        device,
         nsid,
         readonly: host.readonly,
         initiator: Some(&host.initiator),
@@ -144,7 +156,7 @@ impl Admin {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.settle(&mut state);
         match request {
-            AdminRequest::LunAdd { path, lun } => self.add(&mut state, path, *lun),
+            AdminRequest::LunAdd { path, lun } => self.add(&mut state, path, lun),
             AdminRequest::LunRemove { path, lun } => self.remove(&mut state, path, *lun),
             AdminRequest::Luns {} => Ok(AdminAnswer::Luns { luns: self.luns() }),
             AdminRequest::DeviceRescan { device } => {
@@ -179,25 +191,43 @@ impl Admin {
         })
     }
 
-    fn add(&self, state: &mut State, path: &str, place: LunPlace) -> Answer {
+    fn add(&self, state: &mut State, path: &str, place: &LunPlace) -> Answer {
         let (at, managed, host) = self.find(path)?;
         let refuse = |why: String| format!("cannot add {place} to host {path}: {why}");
-        if let Some(other) = self.left_by(state, managed.plan.device, place.nsid) {
+        let index = match &place.device {
+            None => managed.plan.device,
+            Some(name) => {
+                let index = self.devices.iter().position(|device| device == name);
+                let known = || self.devices.join(", ");
+                index.ok_or_else(|| {
+                    refuse(format!(
+                        "there is no device {name}, but there is {}",
+                        known()
+                    ))
+                })?
+            }
+        };
+        let device = managed.device(index).ok_or_else(|| {
+            let why = "the host has no queue pairs at that device, but at those alone whose namespaces it was started with";
+            refuse(why.to_owned())
+        })?;
+        let nsid = place.nsid;
+        if let Some(other) = self.left_by(state, (index, nsid)) {
             return Err(refuse(format!(
-                "namespace {} was taken from host {other}, whose commands from before are at the device yet: try again \
-                 when they have ended",
-                place.nsid
+                "namespace {nsid} was taken from host {other}, whose commands from before are at the device yet: try again \
+                 when they have ended"
             )));
         }
-        self.check_use(at, place.nsid).map_err(refuse)?;
+        self.check_use(at, (index, nsid)).map_err(refuse)?;
         let lun = Lun::new(place.lun).ok_or_else(|| refuse("there is no such LUN".to_owned()))?;
         let mut units = self.sizes.units();
-        let unit = units.unit_of(
-            &managed.plan,
-            place.nsid,
-            managed.device(),
-            host.barrier.lanes(),
-        );
+        let host_lun = HostLun {
+            target: place.target,
+            lun: place.lun,
+            device: index,
+            nsid,
+        };
+        let unit = units.unit_of(&managed.plan, host_lun, device, host.barrier.lanes());
         let unit = unit.map_err(|error| refuse(error.to_string()))?;
         let added = host.roster.add(place.target, lun, unit);
         added.map_err(|error| refuse(error.to_string()))?;
@@ -251,18 +281,17 @@ impl Admin {
     }
 
     /// The host that has lost a namespace and has commands for it yet.
-    fn left_by(&self, state: &State, device: usize, nsid: u32) -> Option<&str> {
+    fn left_by(&self, state: &State, place: (usize, u32)) -> Option<&str> {
         state.leaving.iter().find_map(|(at, index, _)| {
             let managed = self.hosts.get(*at)?;
             let target = managed.host()?.roster.target();
             let unit = target.units().get(*index)?;
-            let same = managed.plan.device == device && unit.medium() == nsid;
-            same.then_some(managed.export.name.as_str())
+            (place_of(unit) == place).then_some(managed.export.name.as_str())
         })
     }
 
     /// The same rules as at the start.
-    fn check_use(&self, at: usize, nsid: u32) -> Result<(), String> {
+    fn check_use(&self, at: usize, place: (usize, u32)) -> Result<(), String> {
         let mut uses: Vec<Use<'_>> = Vec::new();
         uses.extend(self.disks.iter().map(|disk| Use {
             socket: &disk.socket,
@@ -274,14 +303,14 @@ impl Admin {
         }));
         for managed in &self.hosts {
             let target = managed.host().map(|host| host.roster.target());
-            for nsid in target.iter().flat_map(|target| {
+            for own in target.iter().flat_map(|target| {
                 let places = target.places();
-                places.map(|(_, _, unit)| unit.medium())
+                places.map(|(_, _, unit)| place_of(unit))
             }) {
-                uses.push(use_of(&managed.plan, nsid));
+                uses.push(use_of(&managed.plan, own));
             }
         }
-        uses.push(use_of(&self.hosts[at].plan, nsid));
+        uses.push(use_of(&self.hosts[at].plan, place));
         let name = |device: usize| self.devices.get(device).cloned().unwrap_or_default();
         check_uses(&uses, name).map_err(|error| error.to_string())
     }
@@ -292,14 +321,18 @@ impl Admin {
             let Some(host) = managed.host() else { continue };
             for (target, lun, unit) in host.roster.target().places() {
                 let geometry = unit.geometry();
+                let (index, nsid) = place_of(unit);
+                let device = self.devices.get(index).cloned().unwrap_or_default();
+                let is_own = index == managed.plan.device;
                 luns.push(LunInfo {
                     path: managed.export.name.clone(),
                     lun: LunPlace {
                         target,
                         lun: lun.get(),
-                        nsid: unit.medium(),
+                        device: (!is_own).then(|| device.clone()),
+                        nsid,
                     },
-                    device: managed.device().name.clone(),
+                    device,
                     blocks: geometry.blocks(),
                     block_size: geometry.block_bytes(),
                     readonly: geometry.read_only(),

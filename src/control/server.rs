@@ -20,7 +20,7 @@ use super::device::{Device, DeviceError, Interrupts};
 use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
 use super::resize::Sizes;
-use super::session::{Disk, Export, ExportQueue, Host, Kind, Session};
+use super::session::{Disk, Export, ExportQueue, ExportWay, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
 use super::state::StateError;
 use super::units::{Units, servable};
@@ -191,14 +191,7 @@ impl Server {
         let handles = self.reactors.iter().map(Reactor::handle);
         view.handles = handles.cloned().collect();
         let mut shared = Shared::of(plan)?;
-        for (index, device) in self.devices.clone().iter().enumerate() {
-            let exports = self.create_exports(plan, index, device, &mut shared)?;
-            view.exports.extend(exports);
-        }
-        // `create_exports` went device by device; listeners are in the order of the plan.
-        view.exports.sort_by_key(|export| {
-            sockets(plan).position(|socket| socket.to_string() == export.name)
-        });
+        view.exports = self.create_exports(plan, &mut shared)?;
         for (disk, listener) in view.exports.iter().zip(listeners) {
             let (disk, stop) = (Arc::clone(disk), Arc::clone(&self.stop));
             let thread = std::thread::Builder::new().name("listener".to_owned());
@@ -246,60 +239,87 @@ impl Server {
         Ok(())
     }
 
-    /// Makes the queue pairs of one device, and the disks and hosts that ride on them.
+    /// Makes the queue pairs of all devices, and the disks and hosts that ride on them, in the order of the plan.
     fn create_exports(
         &mut self,
         plan: &Plan,
-        index: usize,
-        device: &Arc<Device>,
         shared: &mut Shared,
     ) -> Result<Vec<Arc<Export>>, ServerError> {
-        let disks = plan.disks.iter().filter(|disk| disk.device == index);
-        let hosts = plan.hosts.iter().filter(|host| host.device == index);
-        let kinds = disks.map(Planned::Disk).chain(hosts.map(Planned::Host));
-        let planned: Vec<Planned<'_>> = kinds.collect();
-        let cores: Vec<usize> = planned
-            .iter()
-            .flat_map(|export| export.queue_cores().iter().map(|core| core.0))
-            .collect();
-        let places = place(&cores, usize::from(device.granted));
-        let pairs = places.iter().map(|place| place.pair + 1).max().unwrap_or(0);
-        if pairs < places.len() {
+        let disks = plan.disks.iter().map(Planned::Disk);
+        let planned: Vec<Planned<'_>> = disks.chain(plan.hosts.iter().map(Planned::Host)).collect();
+        let none = |export: &Planned<'_>| vec![Vec::new(); export.devices().len()];
+        let mut places: Vec<Vec<Vec<Place>>> = planned.iter().map(none).collect();
+        for device in 0..self.devices.len() {
+            self.create_pollers(device, &planned, &mut places)?;
+        }
+        let mut exports = Vec::new();
+        for (export, places) in planned.iter().zip(places) {
+            let kind = export.kind(&self.devices, shared)?;
+            let indices = export.devices();
+            let mut of_devices = indices.into_iter().zip(places);
+            // There is one device at least.
+            let Some((device_index, own)) = of_devices.next() else {
+                continue;
+            };
+            let mut queues: Vec<ExportQueue> = Vec::new();
+            if let (Kind::Host(_), Some(first)) = (&kind, own.first()) {
+                // The control queue and the event queue, polled with the first request queue.
+                queues.extend([export_queue(first), export_queue(first)]);
+            }
+            queues.extend(own.iter().map(export_queue));
+            let ways = of_devices.map(|(device_index, places)| ExportWay {
+                device: Arc::clone(&self.devices[device_index]),
+                device_index,
+                queues: places.iter().map(export_queue).collect(),
+            });
+            exports.push(Arc::new(Export {
+                name: export.socket().to_string(),
+                device: Arc::clone(&self.devices[device_index]),
+                device_index,
+                queues,
+                ways: ways.collect(),
+                kind,
+            }));
+        }
+        Ok(exports)
+    }
+
+    /// Makes the queue pairs of one device: `places` learns where the queues are of each that is planned, by its devices.
+    fn create_pollers(
+        &mut self,
+        index: usize,
+        planned: &[Planned<'_>],
+        places: &mut [Vec<Vec<Place>>],
+    ) -> Result<(), ServerError> {
+        let mut riders = Vec::new();
+        for (at, export) in planned.iter().enumerate() {
+            let devices = export.devices();
+            if let Some(which) = devices.iter().position(|device| *device == index) {
+                riders.extend(export.queue_cores().iter().map(|core| (at, which, core.0)));
+            }
+        }
+        let cores: Vec<usize> = riders.iter().map(|(_, _, core)| *core).collect();
+        let device = &self.devices[index];
+        let found = place(&cores, usize::from(device.granted));
+        let pairs = found.iter().map(|place| place.pair + 1).max().unwrap_or(0);
+        if pairs < found.len() {
             tracing::warn!(
-                device = %device.name, virtqueues = places.len(), queue_pairs = pairs,
+                device = %device.name, virtqueues = found.len(), queue_pairs = pairs,
                 "more virtqueues than queue pairs: virtqueues of one reactor share"
             );
         }
         let mut pollers = Vec::new();
         for pair in 0..pairs {
-            let core = places
+            let core = found
                 .iter()
                 .find(|place| place.pair == pair)
                 .map_or(0, |place| place.core);
             pollers.push(self.create_poller(index, core)?);
         }
-        let (mut next, mut exports) = (0, Vec::new());
-        shared.lanes = lanes_of(plan, index)?;
-        for export in planned {
-            let kind = export.kind(device, shared)?;
-            let mut queues: Vec<ExportQueue> = Vec::new();
-            for _ in export.queue_cores() {
-                let place: &Place = &pollers[places[next].pair];
-                next += 1;
-                if queues.is_empty() && matches!(kind, Kind::Host(_)) {
-                    // The control queue and the event queue, polled with the first request queue.
-                    queues.extend([export_queue(place), export_queue(place)]);
-                }
-                queues.push(export_queue(place));
-            }
-            exports.push(Arc::new(Export {
-                name: export.socket().to_string(),
-                device: Arc::clone(device),
-                queues,
-                kind,
-            }));
+        for ((at, which, _), place) in riders.into_iter().zip(found) {
+            places[at][which].push(pollers[place.pair].clone());
         }
-        Ok(exports)
+        Ok(())
     }
 
     fn create_poller(&mut self, device: usize, core: usize) -> Result<Place, ServerError> {
@@ -419,9 +439,21 @@ impl Planned<'_> {
         }
     }
 
-    fn kind(&self, device: &Device, shared: &mut Shared) -> Result<Kind, ServerError> {
+    /// Indices of its devices.
+    fn devices(&self) -> Vec<usize> {
+        match self {
+            Planned::Disk(disk) => vec![disk.device],
+            Planned::Host(host) => {
+                let own = std::iter::once(host.device);
+                own.chain(host.others.iter().copied()).collect()
+            }
+        }
+    }
+
+    fn kind(&self, devices: &[Arc<Device>], shared: &mut Shared) -> Result<Kind, ServerError> {
         match self {
             Planned::Disk(disk) => {
+                let device = &devices[disk.device];
                 let (namespace, geometry) =
                     servable(&disk.socket, disk.nsid, disk.readonly, device)?;
                 let mut serial = [0; 20];
@@ -430,25 +462,30 @@ impl Planned<'_> {
                 }
                 Ok(Kind::Disk(Disk::new(namespace.nsid, geometry, serial)?))
             }
-            Planned::Host(host) => host_of(host, device, shared).map(Kind::Host),
+            Planned::Host(host) => host_of(host, devices, shared).map(Kind::Host),
         }
     }
 }
 
-/// The request queues of a device's hosts, which are waited for together.
+/// The lanes of all hosts, which are waited for together.
 struct Lanes {
     barrier: Arc<Barrier>,
-    count: usize,
     /// How many have a place at the barrier.
     given: usize,
 }
 
-fn lanes_of(plan: &Plan, device: usize) -> io::Result<Lanes> {
-    let hosts = plan.hosts.iter().filter(|host| host.device == device);
-    let count = hosts.map(|host| host.queue_cores.len()).sum();
+fn lanes_of(plan: &Plan) -> io::Result<Lanes> {
+    let mut fronts: Vec<usize> = Vec::new();
+    for host in &plan.hosts {
+        let first = fronts.len();
+        // Its request queues, and those once more for each other device.
+        for _ in 0..=host.others.len() {
+            fronts.extend(first..first + host.queue_cores.len());
+        }
+    }
+    let barrier = Barrier::new(fronts.len())?.with_fronts(fronts);
     Ok(Lanes {
-        barrier: Arc::new(Barrier::new(count)?),
-        count,
+        barrier: Arc::new(barrier),
         given: 0,
     })
 }
@@ -456,7 +493,6 @@ fn lanes_of(plan: &Plan, device: usize) -> io::Result<Lanes> {
 /// What hosts share.
 struct Shared {
     units: Units,
-    /// Request queues of the hosts of the device at hand.
     lanes: Lanes,
     /// Once there is a host.
     clerk: Option<Arc<Clerk>>,
@@ -466,7 +502,7 @@ impl Shared {
     fn of(plan: &Plan) -> Result<Shared, ServerError> {
         Ok(Shared {
             units: Units::of(plan)?,
-            lanes: lanes_of(plan, usize::MAX)?,
+            lanes: lanes_of(plan)?,
             clerk: None,
         })
     }
@@ -481,12 +517,15 @@ impl Shared {
     }
 }
 
-fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host, ServerError> {
+fn host_of(
+    host: &HostPlan,
+    devices: &[Arc<Device>],
+    shared: &mut Shared,
+) -> Result<Host, ServerError> {
     let mut units = Vec::with_capacity(host.luns.len());
     for place in &host.luns {
-        let unit = shared
-            .units
-            .unit_of(host, place.nsid, device, shared.lanes.count)?;
+        let (device, lanes) = (&devices[place.device], shared.lanes.barrier.lanes());
+        let unit = shared.units.unit_of(host, *place, device, lanes)?;
         // The configuration refuses higher ones.
         if let Some(lun) = Lun::new(place.lun) {
             units.push((place.target, lun, unit));
@@ -499,7 +538,7 @@ fn host_of(host: &HostPlan, device: &Device, shared: &mut Shared) -> Result<Host
     let events = Arc::new(Events::new()?);
     let listener: Arc<dyn Listen> = Arc::<Events>::clone(&events);
     let first = shared.lanes.given;
-    shared.lanes.given += host.queue_cores.len();
+    shared.lanes.given += host.queue_cores.len() * (1 + host.others.len());
     Ok(Host {
         roster: Roster::new(target).with_listener(listener),
         barrier: Arc::clone(&shared.lanes.barrier),

@@ -36,7 +36,7 @@ use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
 use crate::datapath::{
     Barrier, Clerk, ControlConfig, EventConfig, Events, HostTasks, Lane, LaneConfig, LaneId,
-    ScsiLaneConfig, SideConfig, Signal, WantedEvents,
+    ScsiLaneConfig, SideConfig, Signal, WantedEvents, WayConfig,
 };
 use crate::reactor::{Mode, PollerId, ReactorHandle};
 use crate::scsi::{Roster, Tasks};
@@ -44,6 +44,7 @@ use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
 use crate::virtio::memory::GuestMemory;
+use crate::virtio::relay::Relay;
 use crate::virtio::scsi::{Sizes, event};
 use crate::virtio::virtqueue::{self, MAX_QUEUE_SIZE, RingLayout, Virtqueue, VirtqueueConfig};
 
@@ -94,10 +95,25 @@ pub struct Export {
     pub name: String,
     /// The device behind it.
     pub device: Arc<Device>,
+    /// Its index among the devices.
+    pub device_index: usize,
     /// The virtqueues that a front-end may set up.
     pub queues: Vec<ExportQueue>,
+    /// The other devices of a host.
+    pub ways: Vec<ExportWay>,
     /// What kind it is.
     pub kind: Kind,
+}
+
+/// Another device that has logical units of a host.
+#[derive(Debug)]
+pub struct ExportWay {
+    /// Which.
+    pub device: Arc<Device>,
+    /// Its index among the devices.
+    pub device_index: usize,
+    /// Its queue pair for each request queue.
+    pub queues: Vec<ExportQueue>,
 }
 
 /// What a socket offers.
@@ -132,9 +148,9 @@ pub struct Disk {
 pub struct Host {
     /// Its logical units; the medium of each is the NSID of a namespace.
     pub roster: Roster,
-    /// Where request queues of the device's hosts are waited for.
+    /// Where the lanes of all hosts are waited for.
     pub barrier: Arc<Barrier>,
-    /// The numbers of this one's request queues there.
+    /// The numbers of this one's there: its request queues, then the same for each of its other devices.
     pub lanes: Range<usize>,
     /// Who carries out commands that wait.
     pub clerk: Arc<Clerk>,
@@ -173,6 +189,11 @@ impl Export {
     /// Readable when a disk has got another size.
     pub(super) fn resized(&self) -> Option<BorrowedFd<'_>> {
         self.disk().map(|disk| disk.resized.as_fd())
+    }
+
+    /// Of a SCSI host.
+    fn request_queues(&self) -> usize {
+        self.queues.len().saturating_sub(FIRST_REQUEST_QUEUE)
     }
 
     fn disk(&self) -> Option<&Disk> {
@@ -301,6 +322,8 @@ struct Vring {
     kicked: bool,
     enabled: bool,
     running: Option<LaneId>,
+    /// The lanes for other devices that go with it, by way.
+    behind: Vec<LaneId>,
     call: Arc<Signal>,
     error: Arc<Signal>,
     /// For a reactor that sleeps. `None`: the front-end says that the ring is to be polled.
@@ -316,6 +339,7 @@ impl Vring {
             kicked: false,
             enabled: false,
             running: None,
+            behind: Vec::new(),
             call: Arc::new(Signal::new()?),
             error: Arc::new(Signal::new()?),
             kick: None,
@@ -454,7 +478,9 @@ impl Session {
             .iter()
             .map(|_| Vring::new())
             .collect::<io::Result<_>>()?;
-        let memory = MemoryTable::new(Arc::clone(&disk.device.space));
+        let others = disk.ways.iter().map(|way| &way.device);
+        let devices = std::iter::once(&disk.device).chain(others);
+        let memory = MemoryTable::new(devices.map(|device| Arc::clone(&device.space)));
         let geometry = disk.disk().map(Disk::geometry);
         Ok(Session {
             initiator: Initiator::of(&disk),
@@ -541,14 +567,22 @@ impl Session {
         for index in indices {
             if let Some(id) = self.vrings[*index].running.take() {
                 let queue = &self.disk.queues[*index];
-                waiting.push((*index, queue.reactor.detach(queue.poller, id)));
+                waiting.push((*index, true, queue.reactor.detach(queue.poller, id)));
+                let behind = std::mem::take(&mut self.vrings[*index].behind);
+                for (way, id) in self.disk.ways.iter().zip(behind) {
+                    // Those end when it has; but for a device that is gone they are to be given back now.
+                    if let Some(queue) = way.queues.get(*index - FIRST_REQUEST_QUEUE) {
+                        waiting.push((*index, false, queue.reactor.detach(queue.poller, id)));
+                    }
+                }
             }
         }
         let deadline = Instant::now() + DRAIN_DEADLINE;
         let mut stuck = Vec::new();
-        for (index, lane_back) in waiting {
+        for (index, has_ring, lane_back) in waiting {
             match lane_back.recv_deadline(deadline) {
-                Ok(lane) => self.vrings[index].base = lane.base(),
+                Ok(lane) if has_ring => self.vrings[index].base = lane.base(),
+                Ok(_) => {}
                 // The lane keeps its memory mapped until the device answers; it ends on its reactor then.
                 Err(_) => stuck.push(index),
             }
@@ -585,7 +619,7 @@ impl Session {
         }
         let memory = self
             .memory
-            .snapshot()
+            .snapshot(0)
             .map_err(|error| refuse(error.to_string()))?;
         let rings = self.resolve(index, addresses)?;
         let [next_avail, next_used] = [(vring.base & 0xffff) as u16, (vring.base >> 16) as u16];
@@ -626,14 +660,98 @@ impl Session {
         let queue = unsafe { Virtqueue::new(config) }
             .map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
         let id = next_lane_id();
-        let lane = self.lane(index, id, queue, memory)?;
+        let relays = match index.checked_sub(FIRST_REQUEST_QUEUE) {
+            Some(_) => self.disk.ways.iter().map(|_| Relay::new()).collect(),
+            None => Vec::new(),
+        };
+        // All are made before any is in service.
+        let behind = relays.iter().enumerate();
+        let behind = behind.map(|(way, relay)| self.lane_behind(index, way, relay));
+        let behind = behind.collect::<VhostResult<Vec<Lane>>>()?;
+        let lane = self.lane(index, id, queue, memory, &relays)?;
         let (disk, vring) = (&self.disk, &self.vrings[index]);
+        let mut ids = Vec::new();
+        for (way, lane) in disk.ways.iter().zip(behind) {
+            ids.push(lane.id());
+            let place = &way.queues[index - FIRST_REQUEST_QUEUE];
+            place.reactor.attach(place.poller, lane);
+        }
         let place = &disk.queues[index];
         place.reactor.attach(place.poller, lane);
         tracing::debug!(disk = %disk.name, queue = index, size = vring.size, base = vring.base, "virtqueue started");
         self.vrings[index].running = Some(id);
+        self.vrings[index].behind = ids;
         self.capacity.told = None;
         Ok(())
+    }
+
+    /// What serves the requests of virtqueue `index` for another device.
+    fn lane_behind(&self, index: usize, way: usize, relay: &Arc<Relay>) -> VhostResult<Lane> {
+        let export = &self.disk;
+        let Kind::Host(host) = &export.kind else {
+            return Err(refuse("a disk has one device"));
+        };
+        // SAFETY: the queue lies in the relay, which the lane holds.
+        let queue = unsafe { Virtqueue::new(relay.config()) };
+        let queue = queue.map_err(|error| refuse(format!("virtqueue {index}: {error}")))?;
+        let memory = self.memory.snapshot(way + 1);
+        let memory = memory.map_err(|error| refuse(error.to_string()))?;
+        let request_queue = index - FIRST_REQUEST_QUEUE;
+        let front = host.barrier.waker(host.lanes.start + request_queue);
+        let signals = || -> io::Result<(Signal, Signal)> {
+            let call = Signal::new()?;
+            call.replace(Some(front.try_clone_to_owned()?.into()))?;
+            Ok((call, Signal::new()?))
+        };
+        let (call, error) = signals().map_err(VhostError::ReqHandlerError)?;
+        let ExportWay {
+            device,
+            device_index,
+            queues,
+        } = &export.ways[way];
+        let number = host.lanes.start + export.request_queues() * (way + 1) + request_queue;
+        self.scsi_lane(
+            host,
+            ScsiParts {
+                id: next_lane_id(),
+                queue,
+                memory,
+                device: (device, *device_index),
+                ways: Vec::new(),
+                relay: Some(Arc::clone(relay)),
+                number,
+                call: Arc::new(call),
+                error: Arc::new(error),
+                kick: None,
+                shared: Arc::clone(&queues[request_queue].counters),
+            },
+        )
+    }
+
+    fn scsi_lane(&self, host: &Host, parts: ScsiParts<'_>) -> VhostResult<Lane> {
+        // Made with the session.
+        let nexus = host.roster.nexus();
+        let nexus = nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
+        let barrier = Arc::clone(&host.barrier);
+        let (device, index) = parts.device;
+        Ok(Lane::scsi(ScsiLaneConfig {
+            id: parts.id,
+            queue: parts.queue,
+            memory: parts.memory,
+            sizes: Sizes::DEFAULT,
+            nexus,
+            device: number_of(index),
+            ways: parts.ways,
+            relay: parts.relay,
+            desk: host.clerk.desk(Arc::clone(&barrier), parts.number),
+            barrier,
+            number: parts.number,
+            volatile_cache: device.has_volatile_cache(),
+            call: parts.call,
+            error: parts.error,
+            kick: parts.kick,
+            shared: parts.shared,
+        }))
     }
 
     /// What serves virtqueue `index`.
@@ -643,6 +761,7 @@ impl Session {
         id: LaneId,
         queue: Virtqueue,
         memory: Arc<GuestMemory>,
+        relays: &[Arc<Relay>],
     ) -> VhostResult<Lane> {
         let (export, vring) = (&self.disk, &self.vrings[index]);
         let [call, error] = [&vring.call, &vring.error].map(Arc::clone);
@@ -673,28 +792,32 @@ impl Session {
             }
             Kind::Host(host) => host,
         };
-        // Made with the session.
-        let nexus = host.roster.nexus();
-        let nexus = nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
-        let barrier = Arc::clone(&host.barrier);
         if let Some(number) = index.checked_sub(FIRST_REQUEST_QUEUE) {
-            let number = host.lanes.start + number;
-            return Ok(Lane::scsi(ScsiLaneConfig {
+            let ways = export.ways.iter().zip(relays).enumerate();
+            let ways = ways.map(|(at, (way, relay))| WayConfig {
+                device: number_of(way.device_index),
+                relay: Arc::clone(relay),
+                number: host.lanes.start + export.request_queues() * (at + 1) + number,
+            });
+            let parts = ScsiParts {
                 id,
                 queue,
                 memory,
-                sizes: Sizes::DEFAULT,
-                nexus,
-                desk: host.clerk.desk(Arc::clone(&barrier), number),
-                barrier,
-                number,
-                volatile_cache,
+                device: (&export.device, export.device_index),
+                ways: ways.collect(),
+                relay: None,
+                number: host.lanes.start + number,
                 call,
                 error,
                 kick,
                 shared,
-            }));
+            };
+            return self.scsi_lane(host, parts);
         }
+        // As of the request queues.
+        let nexus = host.roster.nexus();
+        let nexus = nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
+        let barrier = Arc::clone(&host.barrier);
         let side = SideConfig {
             id,
             queue,
@@ -799,6 +922,28 @@ impl Session {
         self.initiator = Initiator::of(&self.disk);
         Ok(())
     }
+}
+
+/// What is different about the lanes of a SCSI host.
+struct ScsiParts<'a> {
+    id: LaneId,
+    queue: Virtqueue,
+    memory: Arc<GuestMemory>,
+    /// And its index.
+    device: (&'a Device, usize),
+    ways: Vec<WayConfig>,
+    relay: Option<Arc<Relay>>,
+    number: usize,
+    call: Arc<Signal>,
+    error: Arc<Signal>,
+    kick: Option<OwnedFd>,
+    shared: Arc<SharedCounters>,
+}
+
+/// What lanes know a device by.
+fn number_of(device_index: usize) -> u32 {
+    // There are far fewer.
+    u32::try_from(device_index).unwrap_or(u32::MAX)
 }
 
 struct ResolvedRings {

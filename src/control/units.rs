@@ -11,7 +11,8 @@ use super::device::Device;
 use super::server::ServerError;
 use super::state::StateDirectory;
 use crate::block::Geometry;
-use crate::config::Socket;
+use crate::config::{HostLun, Socket};
+use crate::datapath::MediumId;
 use crate::plan::{HostPlan, Plan};
 use crate::scsi::{LogicalUnit, UnitIds};
 
@@ -33,20 +34,22 @@ impl Units {
         })
     }
 
-    /// That of a namespace for a host of its device, whose hosts have so many request queues together.
+    /// That of a namespace for a host; all hosts have so many lanes together. `device` is the one that `place` names.
     pub(super) fn unit_of(
         &mut self,
         host: &HostPlan,
-        nsid: u32,
+        place: HostLun,
         device: &Device,
         lanes: usize,
     ) -> Result<LogicalUnit, ServerError> {
-        let (namespace, geometry) = servable(&host.socket, nsid, host.readonly, device)?;
-        let place = (host.device, namespace.nsid.0);
+        let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
+        let medium = medium_of(place);
+        let place = (place.device, place.nsid);
         let unit = match self.units.get(&place) {
             Some(unit) => unit.clone(),
             None => {
-                let mut unit = logical_unit(device, &namespace, geometry).with_lanes(lanes);
+                let mut unit = logical_unit(device, &namespace, geometry);
+                unit = unit.with_medium(medium.bits()).with_lanes(lanes);
                 if let Some(state) = &mut self.state {
                     let serial = ascii_field(&device.identity.sn);
                     let (file, kept) = state.file_of(&serial, &namespace)?;
@@ -67,6 +70,15 @@ impl Units {
     }
 }
 
+/// What lanes know a namespace by.
+pub(super) fn medium_of(place: HostLun) -> MediumId {
+    MediumId {
+        // There are far fewer.
+        device: u32::try_from(place.device).unwrap_or(u32::MAX),
+        nsid: Nsid(place.nsid),
+    }
+}
+
 fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> LogicalUnit {
     let ids = UnitIds {
         eui64: namespace.ids.eui64,
@@ -75,7 +87,6 @@ fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> L
     };
     LogicalUnit::new(geometry, &format!("{}-ns{}", device.name, namespace.nsid.0))
         .with_ids(ids)
-        .with_medium(namespace.nsid.0)
         .with_health(Arc::clone(&device.health))
         .with_volatile_cache(device.has_volatile_cache())
         .with_provisioning(

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use nvme_model::ModelHandle;
 
+use super::device::Device;
 use super::recovery::Keeper;
 use super::server::{Stop, wait_readable};
-use super::session::Export;
+use super::session::{Export, ExportQueue};
 use super::socket::Listener;
 use crate::reactor::ReactorHandle;
 use crate::stats::{CounterTable, QueueStatistics, StageTable, Statistics};
@@ -34,36 +35,45 @@ pub(super) struct View {
 
 impl View {
     pub(super) fn statistics(&self) -> Statistics {
-        let mut queues = Vec::new();
-        for export in &self.exports {
-            for (index, queue) in export.queues.iter().enumerate() {
-                queues.push(QueueStatistics {
-                    socket: export.name.clone(),
-                    queue: index,
-                    core: queue.reactor.core(),
-                    queue_pair: queue.pair,
-                    counters: queue.counters.snapshot(),
-                    stages: queue.counters.stages.snapshot(),
-                });
-            }
-        }
         Statistics {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            queues,
+            queues: self.rows().map(|(queue, _)| queue).collect(),
         }
+    }
+
+    /// Every virtqueue, once for each of its devices; and whether that is another one than its export's own.
+    fn rows(&self) -> impl Iterator<Item = (QueueStatistics, bool)> {
+        self.exports.iter().flat_map(|export| {
+            let row = |index: usize, device: &Device, queue: &ExportQueue| QueueStatistics {
+                socket: export.name.clone(),
+                queue: index,
+                core: queue.reactor.core(),
+                device: device.name.clone(),
+                queue_pair: queue.pair,
+                counters: queue.counters.snapshot(),
+                stages: queue.counters.stages.snapshot(),
+            };
+            let own = export.queues.iter().enumerate();
+            let own = own.map(|(index, queue)| (row(index, &export.device, queue), false));
+            let mut rows: Vec<(QueueStatistics, bool)> = own.collect();
+            for way in &export.ways {
+                let first = export.queues.len() - way.queues.len();
+                let queues = (first..).zip(&way.queues);
+                rows.extend(queues.map(|(index, queue)| (row(index, &way.device, queue), true)));
+            }
+            rows
+        })
     }
 
     /// The counters of every virtqueue, and what the software controllers say of themselves.
     pub(super) fn report(&self) -> String {
         let (mut table, mut stages) = (CounterTable::default(), StageTable::default());
-        for one in self.statistics().queues {
-            table.push(
-                &one.socket,
-                one.queue,
-                one.core,
-                one.queue_pair,
-                one.counters,
-            );
+        for (one, is_other) in self.rows() {
+            let pair = match is_other {
+                true => format!("{}:{}", one.device, one.queue_pair),
+                false => one.queue_pair.to_string(),
+            };
+            table.push(&one.socket, one.queue, one.core, pair, one.counters);
             stages.push(&one.socket, one.queue, &one.stages);
         }
         let mut report = format!("{table}\n{stages}");

@@ -38,7 +38,7 @@ use side::SideLane;
 pub use blk::LaneConfig;
 pub use control::{Barrier, ControlConfig, HostTasks};
 pub use events::{EventConfig, Events, Happening, WantedEvents};
-pub use scsi::ScsiLaneConfig;
+pub use scsi::{MediumId, ScsiLaneConfig, WayConfig};
 pub use side::SideConfig;
 
 /// Requests that one lane takes from its ring in one turn. The fewer, the earlier do the device and the guest get to work
@@ -345,6 +345,34 @@ pub(super) trait Front: fmt::Debug + Sized {
     #[inline(always)]
     fn published(_lane: &mut RequestLane<Self>) {}
 
+    /// The poller wants to sleep: whoever else has something for this lane is to say so. Whether there is something already.
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    /// The poller is awake.
+    fn disarm(&mut self) {}
+
+    /// Whether there is a file beside the kick's that tells of requests.
+    fn has_waker(&self) -> bool {
+        false
+    }
+
+    /// The poller wants the lane back. `true` when requests are to be taken all the same, until [`Self::is_over`].
+    fn recall(&mut self) -> bool {
+        false
+    }
+
+    /// [`Self::recall`] said `true`.
+    fn is_recalled(&self) -> bool {
+        false
+    }
+
+    /// And no more requests will come.
+    fn is_over(&self) -> bool {
+        false
+    }
+
     /// The device came back without its cache: the next flush cannot keep its promise.
     fn lose_cache(&mut self);
 
@@ -580,7 +608,10 @@ impl Lane {
     pub(super) fn do_without(&mut self, fail: bool) -> bool {
         match &mut self.0 {
             Kind::Blk(lane) => fail && lane.fail_new(),
-            Kind::Scsi(lane) => lane.collect() || (fail && lane.fail_new()),
+            // One that is wanted back has nobody else who would answer what comes by its relay.
+            Kind::Scsi(lane) => {
+                lane.collect() || ((fail || lane.front.is_recalled()) && lane.fail_new())
+            }
             Kind::Side(lane) => lane.fetch(),
         }
     }
@@ -694,13 +725,16 @@ impl<F: Front> RequestLane<F> {
     }
 
     fn drain(&mut self) {
+        if self.front.recall() {
+            return;
+        }
         self.set_state(State::Draining);
         // There may be no turn that looks at it.
         self.publish();
     }
 
     fn is_draining(&self) -> bool {
-        self.state == State::Draining
+        self.state == State::Draining || self.front.is_recalled()
     }
 
     /// Writes that were completed and not flushed may be gone.
@@ -718,7 +752,8 @@ impl<F: Front> RequestLane<F> {
     }
 
     fn is_drained(&self) -> bool {
-        self.state == State::Draining && self.queue.in_flight() == 0 && self.work.is_none()
+        let is_over = self.state == State::Draining || self.front.is_over();
+        is_over && self.queue.in_flight() == 0 && self.work.is_none()
     }
 
     fn kick(&self) -> Option<BorrowedFd<'_>> {
@@ -730,7 +765,7 @@ impl<F: Front> RequestLane<F> {
     }
 
     fn arm(&mut self) -> Armed {
-        if F::is_wanted(self) {
+        if self.front.arm() || F::is_wanted(self) {
             return Armed::Pending;
         }
         if self.attention == Attention::Signal {
@@ -742,7 +777,7 @@ impl<F: Front> RequestLane<F> {
         }
         match self.queue.request_kicks() {
             Ok(true) => Armed::Pending,
-            Ok(false) if self.config.kick.is_none() => Armed::Never,
+            Ok(false) if self.config.kick.is_none() && !self.front.has_waker() => Armed::Never,
             Ok(false) => Armed::Yes,
             Err(error) => {
                 self.break_ring(&error);
@@ -752,6 +787,7 @@ impl<F: Front> RequestLane<F> {
     }
 
     fn disarm(&mut self) {
+        self.front.disarm();
         self.queue.suppress_kicks();
     }
 

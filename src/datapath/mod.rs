@@ -12,7 +12,7 @@ pub mod signal;
 pub use errand::{Clerk, Desk};
 pub use lane::{
     Barrier, ControlConfig, EventConfig, Events, Happening, HostTasks, Lane, LaneConfig, LaneId,
-    ScsiLaneConfig, SideConfig, WantedEvents,
+    MediumId, ScsiLaneConfig, SideConfig, WantedEvents, WayConfig,
 };
 pub use poller::{Load, PairHealth, Poll, Poller, Service, Waker};
 pub use signal::Signal;

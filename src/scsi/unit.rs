@@ -42,7 +42,7 @@ pub struct LogicalUnit {
     unmapped_reads_zero: bool,
     copy_blocks: u32,
     health: Arc<Health>,
-    medium: u32,
+    medium: u64,
     shared: Arc<Shared>,
 }
 
@@ -268,14 +268,14 @@ impl LogicalUnit {
 
     /// What those who carry operations out call it. Nobody looks at it here.
     #[must_use]
-    pub fn with_medium(self, medium: u32) -> LogicalUnit {
+    pub fn with_medium(self, medium: u64) -> LogicalUnit {
         LogicalUnit { medium, ..self }
     }
 
     /// See [`Self::with_medium`].
     #[inline]
     #[must_use]
-    pub fn medium(&self) -> u32 {
+    pub fn medium(&self) -> u64 {
         self.medium
     }
 

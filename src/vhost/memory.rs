@@ -1,4 +1,5 @@
-//! A front-end's memory table: maps its file descriptors into this process and into the device's DMA windows.
+//! A front-end's memory table: maps its file descriptors into this process, once, and into the DMA windows of each device
+//! that its requests are for.
 //!
 //! Without an IOMMU the device is told where guest memory is, which must lie in huge pages then: each piece that is
 //! contiguous for the device becomes a region of its own for the data path, which knows buffers that cross regions.
@@ -96,21 +97,23 @@ struct Region {
     info: RegionInfo,
     hva: NonNull<u8>,
     /// Turns a SIGBUS on these pages (the front-end shrank its file) into this session's end. Stands before `dma`,
-    /// whose drop unmaps the pages: fields are dropped in this order.
+    /// the last drop of which unmaps the pages: fields are dropped in this order.
     _guard: FaultGuard,
-    dma: DmaMapping,
+    /// By device.
+    dma: Box<[DmaMapping]>,
 }
 
-// SAFETY: `hva` points into the mapping that `dma` owns; nothing here reads or writes through it.
+// SAFETY: `hva` points into the mapping that each of `dma` owns; nothing here reads or writes through it.
 unsafe impl Send for Region {}
 // SAFETY: as above; all methods take `&self` and only compute addresses.
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// What the data path sees: a region for each piece that is contiguous for the device, up to where the region ends.
-    fn runs(&self) -> impl Iterator<Item = GuestRegion> {
+    /// What the data path sees: a region for each piece that is contiguous for a device, up to where the region ends.
+    fn runs(&self, device: usize) -> impl Iterator<Item = GuestRegion> {
         let mut offset = 0;
-        self.dma.runs().iter().map(move |run| {
+        let runs = self.dma.get(device).map(DmaMapping::runs);
+        runs.into_iter().flatten().map(move |run| {
             let at = offset;
             offset += run.len;
             GuestRegion {
@@ -129,17 +132,18 @@ impl Region {
 /// All regions of one session.
 #[derive(Debug)]
 pub struct MemoryTable {
-    space: Arc<DmaSpace>,
+    /// By device.
+    spaces: Box<[Arc<DmaSpace>]>,
     poisoned: Poisoned,
     regions: Vec<Arc<Region>>,
 }
 
 impl MemoryTable {
-    /// An empty table whose regions will be mapped for the device of `space`.
+    /// An empty table whose regions will be mapped for the devices of `spaces`.
     #[must_use]
-    pub fn new(space: Arc<DmaSpace>) -> MemoryTable {
+    pub fn new(spaces: impl IntoIterator<Item = Arc<DmaSpace>>) -> MemoryTable {
         MemoryTable {
-            space,
+            spaces: spaces.into_iter().collect(),
             poisoned: Poisoned::default(),
             regions: Vec::new(),
         }
@@ -226,7 +230,7 @@ impl MemoryTable {
                     "size and file offset must be multiples of its file's huge pages of {pages:#x} bytes"
                 )));
             }
-        } else if self.space.is_physical() {
+        } else if self.spaces.iter().any(|space| space.is_physical()) {
             return Err(TableError::OrdinaryPages {
                 gpa: info.gpa,
                 size: info.size,
@@ -241,30 +245,29 @@ impl MemoryTable {
         // A front-end's last page may be one in part: all of it is mapped here, and for the device, which is told of no
         // address behind `size`.
         let whole_pages = info.size.next_multiple_of(PAGE);
-        // SAFETY: `mapping` keeps the pages mapped and is owned by the DMA mapping; guest memory is never lent as a
-        // Rust reference (I1).
-        let dma = unsafe {
-            DmaMapping::new(
-                &self.space,
-                hva,
-                whole_pages,
-                DmaAccess::Both,
-                Box::new(mapping),
-            )
-        }
-        .map_err(|error| TableError::Dma {
+        let mapping = Arc::new(mapping);
+        let map = |space: &Arc<DmaSpace>| {
+            let owner = Box::new(Arc::clone(&mapping));
+            // SAFETY: `mapping` keeps the pages mapped and is owned by each DMA mapping; guest memory is never lent as a
+            // Rust reference (I1).
+            unsafe { DmaMapping::new(space, hva, whole_pages, DmaAccess::Both, owner) }
+        };
+        let dma = self.spaces.iter().map(map).collect::<Result<Box<[_]>, _>>();
+        let dma = dma.map_err(|error| TableError::Dma {
             gpa: info.gpa,
             size: info.size,
             error,
         })?;
-        if self.space.is_physical() {
-            tracing::info!(
-                gpa = format_args!("{:#x}", info.gpa),
-                size = format_args!("{:#x}", info.size),
-                %pages,
-                runs = dma.runs().len(),
-                "guest memory by its physical addresses"
-            );
+        for (space, dma) in self.spaces.iter().zip(&dma) {
+            if space.is_physical() {
+                tracing::info!(
+                    gpa = format_args!("{:#x}", info.gpa),
+                    size = format_args!("{:#x}", info.size),
+                    %pages,
+                    runs = dma.runs().len(),
+                    "guest memory by its physical addresses"
+                );
+            }
         }
         self.regions.push(Arc::new(Region {
             info,
@@ -297,12 +300,13 @@ impl MemoryTable {
         Ok(())
     }
 
-    /// The table as the data path wants it. Holds every region until the last clone is dropped.
+    /// The table as the data path wants it that serves `device`, an index into the spaces. Holds every region until the last
+    /// clone is dropped. Pages are at the same places in this process whichever device it is for.
     ///
     /// # Errors
     /// [`TableError::Table`] when there is no region at all.
-    pub fn snapshot(&self) -> Result<Arc<GuestMemory>, TableError> {
-        let regions = self.regions.iter().flat_map(|region| region.runs());
+    pub fn snapshot(&self, device: usize) -> Result<Arc<GuestMemory>, TableError> {
+        let regions = self.regions.iter().flat_map(|region| region.runs(device));
         // SAFETY: the regions are mapped as they say, and the owner keeps them so.
         let memory =
             unsafe { GuestMemory::new(regions.collect(), Box::new(self.regions.clone()))? };

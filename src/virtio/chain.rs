@@ -479,6 +479,18 @@ impl Chain {
         self.writable_len
     }
 
+    /// Copies the first `N` readable bytes and takes nothing off. `None` if there are fewer. Whoever reads them again may find
+    /// others (I6): a hint.
+    #[must_use]
+    pub fn peek<const N: usize>(&self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        let mut done = 0;
+        for segment in self.readable() {
+            done += segment.read_once(&mut bytes[done..]);
+        }
+        (done == N).then_some(bytes)
+    }
+
     /// Takes the first `N` readable bytes off: a header, copied once (I6) however it was framed. `None` if there
     /// are fewer, and then nothing was taken.
     #[inline]

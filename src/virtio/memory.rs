@@ -523,6 +523,16 @@ impl GuestMemory {
         (offset < region.len).then(|| region.segment(offset, len))
     }
 
+    /// Where the guest sees a segment that was made from this memory.
+    pub(super) fn gpa_of(&self, segment: &Segment) -> Option<Gpa> {
+        let at = segment.hva.addr().get();
+        let find = |region: &GuestRegion| {
+            let offset = at.checked_sub(region.hva.addr().get())? as u64;
+            (offset < region.len).then(|| Gpa(region.gpa.0 + offset))
+        };
+        find(&self.largest).or_else(|| self.regions.iter().find_map(find))
+    }
+
     /// Where this process sees `gpa..gpa + len` if it lies wholly in one region: how ring addresses are resolved.
     pub fn contiguous(&self, gpa: Gpa, len: u32) -> Option<NonNull<u8>> {
         let piece = self.piece(gpa, len)?;

@@ -125,7 +125,7 @@ impl Rig {
             first_index: setup.first_index,
             base,
         };
-        let mut table = MemoryTable::new(Arc::clone(&self.device.space));
+        let mut table = MemoryTable::new([Arc::clone(&self.device.space)]);
         // The rings lie in the first region; the buffers are cut wherever the others begin.
         let rings = config.ring_bytes();
         let buffers = (config.bytes() - rings).next_multiple_of(4096);
@@ -146,7 +146,7 @@ impl Rig {
             table.add(info, file).unwrap();
             start += len;
         }
-        let memory = table.snapshot().unwrap();
+        let memory = table.snapshot(0).unwrap();
         let driver = SimGuest::new(memory, config).unwrap();
         let config = driver.virtqueue_config();
         let signals = (None, Arc::clone(&setup.call));

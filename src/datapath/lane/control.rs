@@ -22,7 +22,7 @@ use crate::virtio::virtqueue::HeadIndex;
 /// Control requests that are taken in one turn.
 const FETCH_BUDGET: u16 = 8;
 
-/// Where the lanes of all hosts of a device are waited for: by control queues, each for the lanes of its host, and by lanes,
+/// Where the lanes of all hosts are waited for: by control queues, each for the lanes of its host, and by lanes,
 /// for those that have a logical unit.
 ///
 /// Whoever waits takes a number and tells it to the lanes. A lane says up to which number it has carried out the orders of
@@ -32,6 +32,8 @@ const FETCH_BUDGET: u16 = 8;
 pub struct Barrier {
     numbers: AtomicU64,
     lanes: Box<[Stand]>,
+    /// By lane: the one that it gets its commands from, which is itself if it has the guest's ring.
+    fronts: Box<[usize]>,
     /// What control queues want done, by the first lane of their host.
     orders: Box<[OrderPlace]>,
     /// For a lane that the barrier does not know.
@@ -79,9 +81,19 @@ impl Barrier {
         Ok(Barrier {
             numbers: AtomicU64::new(0),
             lanes: (0..lanes).map(|_| stand()).collect::<io::Result<_>>()?,
+            fronts: (0..lanes).collect(),
             orders: (0..lanes).map(|_| OrderPlace::default()).collect(),
             nobody: waker()?,
         })
+    }
+
+    /// The lane that each gets its commands from, which is itself if it has the guest's ring.
+    #[must_use]
+    pub fn with_fronts(self, fronts: impl IntoIterator<Item = usize>) -> Barrier {
+        Barrier {
+            fronts: fronts.into_iter().collect(),
+            ..self
+        }
     }
 
     /// For how many lanes it is.
@@ -90,7 +102,8 @@ impl Barrier {
         self.lanes.len()
     }
 
-    pub(super) fn waker(&self, lane: usize) -> BorrowedFd<'_> {
+    /// The eventfd that wakes a lane's poller.
+    pub fn waker(&self, lane: usize) -> BorrowedFd<'_> {
         let stand = self.lanes.get(lane);
         stand.map_or(&self.nobody, |stand| &stand.waker).as_fd()
     }
@@ -199,12 +212,19 @@ impl Barrier {
         // As in `ask`.
         fence(Ordering::SeqCst);
         for lane in lanes() {
-            if let Some(stand) = self.lanes.get(lane) {
-                stand.ordered.fetch_max(number, Ordering::Release);
-                self.wake(lane);
-            }
+            // A lane that gets its commands from another one has all that were there before once that one says so.
+            let front = self.fronts.get(lane).copied().unwrap_or(lane);
+            self.forward(front, number);
         }
         number
+    }
+
+    /// Tells a lane of an order.
+    pub(super) fn forward(&self, lane: usize, number: u64) {
+        if let Some(stand) = self.lanes.get(lane) {
+            stand.ordered.fetch_max(number, Ordering::Release);
+            self.wake(lane);
+        }
     }
 
     /// The orders for a lane with numbers behind `after` and up to `last`; with each, where to say that a command that it

@@ -1,6 +1,10 @@
 //! The lane of a SCSI host: commands for the logical units of one device. What a command needs of the device becomes NVMe
 //! commands as a block request does; what it does not is answered at once.
 //!
+//! A host whose logical units are on several devices has a lane for each of them behind each of its request queues. The one
+//! with the guest's ring (the front) hands commands for the others' units over by a [`Relay`], and what they answer back to
+//! the guest. Each lane has its own number at the [`Barrier`], and answers there for what it carries out itself.
+//!
 //! Nearly all commands are reads and writes of one buffer that one NVMe command carries out: those go the short way, from
 //! the ring to the submission queue in [`StartShort`]. What that does not know, or does not like, is taken off the ring anew
 //! by the long way, and then only what that reads counts.
@@ -29,6 +33,7 @@ use crate::scsi::{
 use crate::stats::SharedCounters;
 use crate::virtio::chain::AcceptExchange;
 use crate::virtio::memory::{GuestMemory, MainRegion, StatusByte};
+use crate::virtio::relay::{Relay, RelayDriver};
 use crate::virtio::scsi::{
     self, Ending, ResponsePlace, SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES, ShortExchange,
     ShortResponse, Sizes, response,
@@ -46,8 +51,14 @@ pub struct ScsiLaneConfig {
     pub memory: Arc<GuestMemory>,
     /// Sizes of the fields of a request.
     pub sizes: Sizes,
-    /// The guest, and what it reaches: logical units whose medium is the NSID of a namespace.
+    /// The guest, and what it reaches: logical units whose medium is a [`MediumId`].
     pub nexus: Arc<Nexus>,
+    /// The device that this lane's commands go to.
+    pub device: u32,
+    /// Who carries out commands for others.
+    pub ways: Vec<WayConfig>,
+    /// Of one of those: by what the commands come. The ring is the relay's then.
+    pub relay: Option<Arc<Relay>>,
     /// Where the control queue waits for this lane.
     pub barrier: Arc<Barrier>,
     /// Its number among those that the barrier knows.
@@ -66,9 +77,59 @@ pub struct ScsiLaneConfig {
     pub shared: Arc<SharedCounters>,
 }
 
+/// A namespace of a device, as [`LogicalUnit::medium`] keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MediumId {
+    /// Whichever numbers devices have.
+    pub device: u32,
+    /// The namespace.
+    pub nsid: Nsid,
+}
+
+impl MediumId {
+    /// That of a logical unit.
+    #[must_use]
+    pub fn of(unit: &LogicalUnit) -> MediumId {
+        let [a, b, c, d, device @ ..] = unit.medium().to_le_bytes();
+        MediumId {
+            device: u32::from_le_bytes(device),
+            nsid: Nsid(u32::from_le_bytes([a, b, c, d])),
+        }
+    }
+
+    /// For [`LogicalUnit::with_medium`].
+    #[must_use]
+    pub fn bits(self) -> u64 {
+        u64::from(self.device) << 32 | u64::from(self.nsid.0)
+    }
+}
+
+/// A lane for the logical units of another device.
+#[derive(Debug)]
+pub struct WayConfig {
+    /// The device.
+    pub device: u32,
+    /// By what it gets its commands.
+    pub relay: Arc<Relay>,
+    /// Its number at the barrier.
+    pub number: usize,
+}
+
+#[derive(Debug)]
+struct Way {
+    device: u32,
+    driver: RelayDriver,
+    number: usize,
+}
+
 /// The commands of a SCSI host.
 #[derive(Debug)]
 pub(in crate::datapath) struct Scsi {
+    device: u32,
+    ways: Box<[Way]>,
+    relay: Option<Arc<Relay>>,
+    /// Its poller wants a lane back that gets its commands by a relay: the front may have some for it yet.
+    recalled: bool,
     sizes: Sizes,
     /// Changed by [`RequestLane::keep_up`] alone.
     nexus: Arc<Nexus>,
@@ -93,6 +154,10 @@ pub(in crate::datapath) struct Scsi {
     errands: [Option<(HeadIndex, Place)>; PLACES],
     /// How many.
     errand_count: u16,
+    /// Commands that others have: the clerk, and the lanes of other devices.
+    elsewhere: u16,
+    /// Those have answered, and the guest cannot see it yet.
+    unshown: bool,
 }
 
 /// What a guest calls its requests, by head.
@@ -409,7 +474,7 @@ impl Front for Scsi {
         if lane.front.nexus.successor().is_some() {
             lane.keep_up();
         }
-        if lane.front.errand_count > 0 && lane.collect() {
+        if lane.front.elsewhere > 0 && lane.collect() {
             // To be published first.
             return false;
         }
@@ -437,7 +502,7 @@ impl Front for Scsi {
     fn is_wanted(lane: &RequestLane<Scsi>) -> bool {
         let front = &lane.front;
         let gate = &front.gate;
-        if front.errand_count > 0 && (0..PLACES).any(|at| front.desk.is_settled(at)) {
+        if front.elsewhere > 0 && front.has_outcome() {
             return true;
         }
         if matches!(&lane.work, Some(work) if matches!(work.step, Step::Wait(_))) {
@@ -447,9 +512,12 @@ impl Front for Scsi {
         if wanted == gate.passed && ordered == gate.obeyed {
             return false;
         }
-        let busy = lane.queue.in_flight() > 0;
+        // One that gets its commands from another lane also has to wait until that one has shown the guest its answers.
+        let others = front.relay.as_ref().map_or(0, |_| front.elsewhere);
+        let busy = lane.queue.in_flight() > others;
         let waits = gate.closed && gate.wanted == wanted && busy;
-        let obeys = gate.all_known && !gate.unmarked && gate.ordered == ordered && busy;
+        let ends = gate.ending > 0 || front.relay.is_none();
+        let obeys = gate.all_known && !gate.unmarked && gate.ordered == ordered && busy && ends;
         (wanted != gate.passed && !waits) || (ordered != gate.obeyed && !obeys)
     }
 
@@ -467,6 +535,9 @@ impl Front for Scsi {
                 break;
             }
             lane.front.gate.count(1);
+            if lane.hand_over() {
+                continue;
+            }
             lane.counters.errors += 1;
             let written = scsi::parse(&mut lane.chain, lane.front.sizes).map_or(0, |request| {
                 let outcome = translate(Status::INTERNAL_ERROR, None);
@@ -562,6 +633,41 @@ impl Front for Scsi {
         if gate.closed || gate.ordered != gate.obeyed {
             lane.pass();
         }
+        if lane.front.unshown {
+            lane.front.show();
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        let mut any = false;
+        for way in &self.ways {
+            any |= way.driver.request_signal();
+        }
+        any
+    }
+
+    fn disarm(&mut self) {
+        self.ways
+            .iter()
+            .for_each(|way| way.driver.suppress_signals());
+    }
+
+    fn has_waker(&self) -> bool {
+        self.relay.is_some()
+    }
+
+    fn recall(&mut self) -> bool {
+        self.recalled = self.relay.is_some();
+        self.recalled
+    }
+
+    fn is_recalled(&self) -> bool {
+        self.recalled
+    }
+
+    fn is_over(&self) -> bool {
+        let relay = self.relay.as_ref();
+        self.recalled && relay.is_some_and(|relay| relay.is_closed())
     }
 
     fn lose_cache(&mut self) {
@@ -577,14 +683,35 @@ impl Scsi {
     /// A guest addresses a unit so.
     fn learn(&mut self, lun: [u8; 8], unit: usize) {
         let nexus = &self.nexus;
+        let device = self.device;
         self.known.learn(lun, || {
-            let nsid = Nsid(nexus.target().units().get(unit)?.medium());
+            let MediumId { device: own, nsid } = MediumId::of(nexus.target().units().get(unit)?);
+            (own == device).then_some(())?;
             Some(KnownUnit {
                 lun,
                 unit: nexus.plain(unit)?,
                 transfers: [Transfer::read(nsid), Transfer::write(nsid, false)],
             })
         });
+    }
+
+    /// Whether a logical unit is for this lane.
+    fn is_own(&self, unit: &LogicalUnit) -> bool {
+        MediumId::of(unit).device == self.device
+    }
+
+    /// Whether anybody has carried out what this lane has left to others.
+    #[cold]
+    fn has_outcome(&self) -> bool {
+        let settled = (0..PLACES).any(|at| self.desk.is_settled(at));
+        settled || self.ways.iter().any(|way| way.driver.has_answer())
+    }
+
+    /// What others have answered is in the guest's ring.
+    #[cold]
+    fn show(&mut self) {
+        self.unshown = false;
+        self.ways.iter().for_each(|way| way.driver.show());
     }
 
     /// The logical unit that an answer is from.
@@ -598,10 +725,27 @@ impl RequestLane<Scsi> {
         let target = config.nexus.target();
         // Known to those who own a lock before the barrier says what it need not wait for.
         for unit in target.units() {
-            unit.lock().enter(config.number);
+            if MediumId::of(unit).device == config.device {
+                unit.lock().enter(config.number);
+            }
         }
         let (passed, obeyed) = config.barrier.enter(config.number);
+        for way in &config.ways {
+            // Those were there before, and may have missed what this one was told.
+            config.barrier.forward(way.number, obeyed);
+        }
+        let ways = config.ways.into_iter().map(|way| Way {
+            device: way.device,
+            driver: RelayDriver::new(way.relay),
+            number: way.number,
+        });
         let front = Scsi {
+            device: config.device,
+            ways: ways.collect(),
+            relay: config.relay,
+            recalled: false,
+            elsewhere: 0,
+            unshown: false,
             sizes: config.sizes,
             cache_lost: vec![false; target.units().len().max(MAX_UNITS)].into(),
             main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
@@ -683,8 +827,42 @@ impl RequestLane<Scsi> {
                 return false;
             }
         }
-        self.start(pair);
+        if !self.hand_over() {
+            self.start(pair);
+        }
         self.work.is_none()
+    }
+
+    /// The request that was just popped goes to the lane of another device, if its logical unit is there, and there is room.
+    #[inline(always)]
+    fn hand_over(&mut self) -> bool {
+        !self.front.ways.is_empty() && self.hand_over_to_another()
+    }
+
+    #[inline(never)]
+    fn hand_over_to_another(&mut self) -> bool {
+        let front = &mut self.front;
+        let nexus = &front.nexus;
+        let Some(address) = self.chain.peek().and_then(address) else {
+            return false;
+        };
+        let unit = nexus.find(address);
+        let unit = unit.and_then(|unit| nexus.target().units().get(unit));
+        let Some(MediumId { device, .. }) = unit.map(MediumId::of) else {
+            return false;
+        };
+        let Some(way) = front.ways.iter_mut().find(|way| way.device == device) else {
+            return false;
+        };
+        let handed = way.driver.hand_over(&self.chain, &self.config.memory);
+        if handed.is_err() {
+            return false;
+        }
+        if way.driver.wants_kick() {
+            front.gate.barrier.wake(way.number);
+        }
+        front.elsewhere += 1;
+        true
     }
 
     /// The command that was all of the request at `head` has completed, and well.
@@ -729,9 +907,11 @@ impl RequestLane<Scsi> {
         let response = front.main?.bytes_of(whole_response(answer))?;
         // A namespace is behind one logical unit of a host.
         let units = front.nexus.target().units();
-        let unit = units
-            .iter()
-            .position(|unit| unit.medium() == sent.nsid.get());
+        let medium = MediumId {
+            device: front.device,
+            nsid: Nsid(sent.nsid.get()),
+        };
+        let unit = units.iter().position(|unit| MediumId::of(unit) == medium);
         let shift = unit
             .and_then(|unit| units.get(unit))
             .map_or(0, |unit| unit.geometry().block_shift());
@@ -789,10 +969,12 @@ impl RequestLane<Scsi> {
                 if before.is_some_and(|before| before.is(unit)) {
                     continue;
                 }
-                if let Some(before) = before {
+                if let Some(before) = before.filter(|before| self.front.is_own(before)) {
                     before.lock().leave(number);
                 }
-                unit.lock().enter(number);
+                if self.front.is_own(unit) {
+                    unit.lock().enter(number);
+                }
                 if let Some(lost) = self.front.cache_lost.get_mut(at) {
                     *lost = false;
                 }
@@ -827,22 +1009,34 @@ impl RequestLane<Scsi> {
         }
         let more = self.state == State::Running && gate.older > 0 && self.queue.has_request();
         gate.all_known = !more;
+        if gate.all_known {
+            // What was before the order is with those by now whom it may concern.
+            for way in &self.front.ways {
+                gate.barrier.forward(way.number, ordered);
+            }
+        }
         // What is taken from the ring meanwhile may become work, which nothing is taken behind.
         if !fresh && more && self.work.is_none() {
             return true;
         }
         self.front.gate.unmarked = true;
         // Without anything at the device there is nothing to be done there.
-        if self.queue.heads_in_flight() <= self.front.errand_count.into() {
+        if self.queue.heads_in_flight() <= self.front.elsewhere.into() {
             self.mark();
         }
         false
     }
 
-    /// All commands that orders mean have ended, but for the guest to see it.
+    /// All commands that orders mean have ended, but for the guest to see it, unless it depends on others for that.
     fn has_obeyed(&self) -> bool {
         let gate = &self.front.gate;
-        gate.all_known && !gate.unmarked && gate.ending == 0
+        gate.all_known && !gate.unmarked && gate.ending == 0 && self.is_seen()
+    }
+
+    /// The guest can see what was answered, once it is published.
+    fn is_seen(&self) -> bool {
+        let relay = self.front.relay.as_ref();
+        relay.is_none_or(|relay| relay.has_shown(&self.queue))
     }
 
     /// Marks the commands that orders mean.
@@ -930,7 +1124,8 @@ impl RequestLane<Scsi> {
 
     /// If everything that was fetched has ended.
     fn let_pass(&mut self) {
-        if self.work.is_some() || self.queue.heads_in_flight() > self.front.errand_count.into() {
+        let own = self.queue.heads_in_flight() > self.front.elsewhere.into();
+        if own || self.work.is_some() || !self.is_seen() {
             return;
         }
         let gate = &mut self.front.gate;
@@ -950,10 +1145,16 @@ impl RequestLane<Scsi> {
 
     /// Nobody need wait for it any more.
     pub(super) fn leave(&mut self) {
-        for unit in self.front.nexus.target().units() {
-            unit.lock().leave(self.front.gate.number);
+        let front = &self.front;
+        for unit in front.nexus.target().units() {
+            if front.is_own(unit) {
+                unit.lock().leave(front.gate.number);
+            }
         }
-        self.front.gate.barrier.leave(self.front.gate.number);
+        front.gate.barrier.leave(front.gate.number);
+        for way in &front.ways {
+            way.driver.close();
+        }
     }
 
     /// A request that is about a logical unit which other lanes have too.
@@ -971,7 +1172,7 @@ impl RequestLane<Scsi> {
         let (barrier, lock) = (&gate.barrier, unit_of.lock());
         // Those who wait for this lane need not wait for what waits for them: it has nothing at the device yet. Nor has what
         // waits for the clerk.
-        if self.queue.heads_in_flight() == 1 + usize::from(self.front.errand_count) {
+        if self.queue.heads_in_flight() == 1 + usize::from(self.front.elsewhere) {
             barrier.be_quiet(gate.number);
         }
         if let Wait::Lock { .. } | Wait::Turn { .. } = wait {
@@ -1057,6 +1258,14 @@ impl RequestLane<Scsi> {
         let cdb = Cdb::new(cdb);
         let nexus = Arc::clone(&self.front.nexus);
         let unit = nexus.find(address);
+        let medium = unit.and_then(|unit| nexus.target().units().get(unit));
+        if medium.is_some_and(|unit| !self.front.is_own(unit)) {
+            // Its lane has no room for it; or the host shows another one there since it was handed over.
+            self.counters.checks += 1;
+            let outcome = (status::TASK_SET_FULL, Sense::NONE);
+            let written = finish(&place, None, outcome, self.buffers(), 0);
+            return self.answer(head, written);
+        }
         if let Some(unit) = unit {
             self.front.learn(request.lun, unit);
         }
@@ -1160,6 +1369,7 @@ impl RequestLane<Scsi> {
             Some(errand) => {
                 *errand = Some((head, place));
                 front.errand_count += 1;
+                front.elsewhere += 1;
             }
             None => {
                 let outcome = (status::TASK_SET_FULL, Sense::NONE);
@@ -1169,10 +1379,17 @@ impl RequestLane<Scsi> {
         }
     }
 
-    /// Answers what the clerk has carried out. `true` when there was anything.
+    /// Answers what others have carried out. `true` when there was anything.
     #[cold]
     pub(super) fn collect(&mut self) -> bool {
-        let before = self.front.errand_count;
+        let before = self.front.elsewhere;
+        for way in &mut self.front.ways {
+            while let Some((head, written)) = way.driver.answer() {
+                self.queue.push_used(head, written);
+                self.front.elsewhere -= 1;
+                self.front.unshown = true;
+            }
+        }
         for at in 0..PLACES {
             let Some((head, place)) = self.front.errands[at] else {
                 continue;
@@ -1182,6 +1399,7 @@ impl RequestLane<Scsi> {
             };
             self.front.errands[at] = None;
             self.front.errand_count -= 1;
+            self.front.elsewhere -= 1;
             if place.ended != 0 {
                 // It had begun and could not be stopped: its answer is as ever.
                 self.front.gate.ending = self.front.gate.ending.saturating_sub(1);
@@ -1205,7 +1423,7 @@ impl RequestLane<Scsi> {
             let written = finish(&place.response, unit, outcome, residual, 0);
             self.answer(head, written);
         }
-        self.front.errand_count != before
+        self.front.elsewhere != before
     }
 
     #[cold]
@@ -1227,7 +1445,7 @@ impl RequestLane<Scsi> {
             return self.refuse(head, &place.response, response::FAILURE);
         };
         let medium = Medium {
-            nsid: Nsid(unit.medium()),
+            nsid: MediumId::of(unit).nsid,
             block_shift: unit.geometry().block_shift(),
             durable: carry.fua,
         };
