@@ -5,7 +5,7 @@
 //!  SSD, embedded controller --event--> Keeper --+
 //!  tandem device rescan, resize --> Admin ------+--> Sizes --> the device is identified anew
 //!                                                     |------> logical units, a successor of each host's target, its events
-//!                                                     +------> disks: the session takes its lanes back and lets them go on
+//!                                                     +------> disks: the session gives it to their lanes, then tells the guest
 //! ```
 //! The new size is in force before any guest is told of it. Reads and writes beyond the end of a namespace that has shrunk
 //! are the device's to refuse until then.

@@ -664,10 +664,7 @@ fn run_session(disk: &Arc<Export>, stream: UnixStream) {
         }
         if let Some(bell) = disk.resized().filter(|_| resized) {
             hear(bell);
-            if let Err(error) = lock().follow_size() {
-                tracing::warn!(disk = %disk.name, %error, "connection closed: it cannot be given another size");
-                break;
-            }
+            lock().follow_size();
         }
         if !ready {
             if news && !resized {

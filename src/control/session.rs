@@ -1,7 +1,7 @@
 //! One connected front-end: Negotiating -> MemoryShared -> Running -> Draining -> Closed, as vhost-user messages say.
 //!
 //! A virtqueue runs when it has a size, addresses, a kick and is enabled, and guest memory is shared; then it is a
-//! [`Lane`] on its reactor. Whatever changes its ground (memory table, cache mode, size, reset, disconnect) takes the
+//! [`Lane`] on its reactor. Whatever changes its ground (memory table, cache mode, reset, disconnect) takes the
 //! lane back first, drained (I2). A message that cannot be honoured ends the connection with a log line; it never
 //! harms another session. Runs on its own control thread, so a silent front-end delays nobody.
 
@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam::channel::{Receiver, TryRecvError};
 use nvme_driver::spec::Nsid;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
@@ -279,15 +280,15 @@ impl Disk {
         !flush || (configured && !self.writeback.load(Ordering::Relaxed))
     }
 
-    fn config_space(&self, geometry: Geometry, queues: usize) -> [u8; CONFIG_SPACE] {
+    fn config_space(&self, capacity: u64, queues: usize) -> [u8; CONFIG_SPACE] {
         let writeback = self.writeback.load(Ordering::Relaxed);
         // At most 64 queues: the configuration refuses more.
         let queues = u16::try_from(queues).unwrap_or(u16::MAX);
-        let block_sectors = geometry.block_bytes() >> blk::SECTOR_SHIFT;
+        let block_sectors = self.geometry.block_bytes() >> blk::SECTOR_SHIFT;
         let config = VirtioBlkConfig {
-            capacity: geometry.sectors().into(),
+            capacity: capacity.into(),
             seg_max: SEG_MAX.into(),
-            blk_size: geometry.block_bytes().into(),
+            blk_size: self.geometry.block_bytes().into(),
             min_io_size: 1.into(),
             writeback: u8::from(writeback),
             num_queues: queues.into(),
@@ -357,8 +358,10 @@ pub struct Session {
     features: u64,
     memory: MemoryTable,
     vrings: Vec<Vring>,
-    /// Of a disk: what its lanes go by and its front-end is told.
+    /// Of a disk: what its lanes go by, but for those in `following`.
     geometry: Option<Geometry>,
+    /// Lanes that have been given another size and have not said so yet: their pollers may be on loan.
+    following: Vec<Receiver<()>>,
     capacity: KnownCapacity,
     backend_channel: BackendChannel,
 }
@@ -367,7 +370,9 @@ pub struct Session {
 /// is told.
 #[derive(Debug, Default)]
 struct KnownCapacity {
-    /// In sectors, as it has asked for it last on this connection.
+    /// In sectors, what it is told if it asks: what all lanes went by when that was looked at last.
+    shown: u64,
+    /// As it has asked for it last on this connection.
     asked: Option<u64>,
     /// As it was told last that it has changed; not again since queues have started.
     told: Option<u64>,
@@ -490,7 +495,11 @@ impl Session {
             memory,
             vrings,
             geometry,
-            capacity: KnownCapacity::default(),
+            following: Vec::new(),
+            capacity: KnownCapacity {
+                shown: geometry.map_or(0, |geometry| geometry.sectors()),
+                ..KnownCapacity::default()
+            },
             backend_channel: BackendChannel::default(),
         })
     }
@@ -505,22 +514,35 @@ impl Session {
         Ok(())
     }
 
-    /// The disk may have another size: its lanes go by that, and then what the front-end may ask for and is told.
-    ///
-    /// # Errors
-    /// When a queue does not drain.
-    pub fn follow_size(&mut self) -> VhostResult<()> {
+    /// The disk may have another size: its lanes are given that. None waits for what it has at the device.
+    pub fn follow_size(&mut self) {
         let now = self.disk.disk().map(Disk::geometry);
-        if now != self.geometry {
-            self.quiesce()?;
+        if let Some(geometry) = now
+            && now != self.geometry
+        {
             self.geometry = now;
-            self.start_ready()?;
+            let queues = self.vrings.iter().zip(&self.disk.queues);
+            let running = queues.filter_map(|(vring, queue)| Some((vring.running?, queue)));
+            let told = running
+                .map(|(lane, queue)| queue.reactor.resize(queue.poller, lane, geometry.blocks()));
+            self.following.extend(told);
+            self.show_size();
         }
-        Ok(())
     }
 
-    /// The disk has another size than the front-end knows, which can be told. While nothing runs there is no guest to know it;
-    /// QEMU would forget it.
+    /// What all lanes go by, the front-end may know.
+    fn show_size(&mut self) {
+        self.following
+            .retain(|lane| matches!(lane.try_recv(), Err(TryRecvError::Empty)));
+        if let Some(geometry) = self.geometry
+            && self.following.is_empty()
+        {
+            self.capacity.shown = geometry.sectors();
+        }
+    }
+
+    /// The disk has, or is about to have, another size than the front-end knows, which can be told. While nothing runs there
+    /// is no guest to know it; QEMU would forget it.
     #[must_use]
     pub fn has_news(&self) -> bool {
         let capacity = self.geometry.map(|geometry| geometry.sectors());
@@ -531,11 +553,12 @@ impl Session {
             && capacity != self.capacity.told
     }
 
-    /// Tells it. To be called when the front-end has said nothing for a while: QEMU before 8.0 looks at the second channel also
-    /// while it waits for an answer on the first, and would take that for the configuration space.
+    /// Tells it, once it is so. To be called when the front-end has said nothing for a while: QEMU before 8.0 looks at the
+    /// second channel also while it waits for an answer on the first, and would take that for the configuration space.
     pub fn tell_news(&mut self) {
-        if self.backend_channel.tell_of_change() {
-            self.capacity.told = self.geometry.map(|geometry| geometry.sectors());
+        self.show_size();
+        if self.following.is_empty() && self.backend_channel.tell_of_change() {
+            self.capacity.told = Some(self.capacity.shown);
         }
     }
 
@@ -1144,11 +1167,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> VhostResult<Vec<u8>> {
+        self.show_size();
         let Some(disk) = self.disk.disk() else {
             return Err(not_offered("GET_CONFIG"));
         };
-        let geometry = self.geometry.unwrap_or(disk.geometry);
-        let space = disk.config_space(geometry, self.disk.queues.len());
+        let space = disk.config_space(self.capacity.shown, self.disk.queues.len());
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.checked_add(usize::try_from(size).unwrap_or(usize::MAX));
         let bytes = end.and_then(|end| space.get(start..end));
@@ -1158,7 +1181,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             ))
         })?;
         if offset == 0 && size >= CAPACITY_BYTES {
-            self.capacity.asked = Some(geometry.sectors());
+            self.capacity.asked = Some(self.capacity.shown);
         }
         Ok(bytes.to_vec())
     }

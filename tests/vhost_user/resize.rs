@@ -130,6 +130,26 @@ fn disk_that_shrinks_is_told_of_and_one_that_is_no_disk_any_more_is_not() {
     assert_eq!(guest.status_of_read(sectors(8) - 1), status::OK);
 }
 
+#[test]
+fn disk_that_grows_is_told_of_while_a_request_takes_its_time() {
+    let rig = Rig::start("model:ram,size=8M,latency=4s", &[("a", "")]);
+    let front_end = rig.connect("a");
+    front_end.negotiate();
+    let channel = backend_channel(&front_end);
+    assert_eq!(capacity(&front_end), sectors(8));
+    let mut guest = Guest::new(64, 0);
+    guest.start(&front_end, 0, FEATURES);
+    let request = SimRequest::new(request_type::IN, 0, 512, true);
+    guest.driver.submit(&request, &[]).unwrap();
+    guest.driver.publish();
+    rig.resize(16);
+    is_told(&channel);
+    assert_eq!(capacity(&front_end), sectors(16));
+    assert!(guest.driver.poll_used().is_none());
+    assert_eq!(guest.wait().status, status::OK);
+    assert_eq!(guest.status_of_read(sectors(16) - 1), status::OK);
+}
+
 /// The event is lost with the reset, or has been dealt with before it.
 #[test]
 fn disk_that_grows_while_its_controller_breaks_is_told_of() {
