@@ -521,6 +521,74 @@ mod tests {
         assert_eq!(cores_of(&plan), [vec![0, 1, 0, 1], vec![2, 3], vec![0]]);
     }
 
+    fn plan_of_host(queue_pairs: [u16; 2], queues: u16, cores: &str) -> Result<Plan, PlanError> {
+        let [first, second] = queue_pairs;
+        let text = format!(
+            "server.cores = \"{cores}\"\n\
+             [[device]]\nkind = \"model\"\nmedium = \"ram\"\nsize = \"1G\"\nqueues = {first}\n\
+             [[device]]\nkind = \"model\"\nmedium = \"ram\"\nsize = \"1G\"\nnamespaces = 2\nqueues = {second}\n\
+             [[blk]]\nfd = 3\ndevice = \"d1\"\nns = 2\n\
+             [[scsi]]\nfd = 4\nqueues = {queues}\nlun = [\"0:0:d0:ns1\", \"0:1:d1:ns1\"]\n"
+        );
+        let config = Options::from_toml(&text, Path::new("plan"));
+        let config = config.unwrap().resolve().unwrap();
+        plan(&config, &Topology::from_online_cores((0..64).map(CoreId)))
+    }
+
+    #[test]
+    fn host_on_two_devices_has_its_queues_where_both_have_queue_pairs() {
+        let plan = plan_of_host([64, 64], 3, "0-3").unwrap();
+        let cores: Vec<usize> = plan.hosts[0]
+            .queue_cores
+            .iter()
+            .map(|core| core.0)
+            .collect();
+        assert_eq!(
+            (cores, &plan.hosts[0].others[..]),
+            (vec![1, 2, 3], &[1][..])
+        );
+        let counts: Vec<usize> = plan
+            .devices
+            .iter()
+            .map(|device| device.virtqueues)
+            .collect();
+        assert_eq!(counts, [3, 4]);
+        // The second device keeps to the core that the disk is on.
+        let plan = plan_of_host([64, 1], 2, "0-3").unwrap();
+        let cores: Vec<usize> = plan.hosts[0]
+            .queue_cores
+            .iter()
+            .map(|core| core.0)
+            .collect();
+        assert_eq!(cores, [0, 0]);
+        let text = plan.to_string();
+        let shown = "0:0 ns1, 0:1 d1 ns1\n  2 request queues, virtqueue@core: 2@0 3@0; control and event queue are polled with \
+                     the first\n  a queue pair more for each request queue on each of: d1\n";
+        assert!(text.contains(shown), "{text}");
+    }
+
+    #[test]
+    fn host_on_devices_that_share_no_core_is_refused_with_their_names() {
+        let config = Options::from_toml(
+            "server.cores = \"0-1\"\n\
+             [[device]]\nkind = \"model\"\nmedium = \"ram\"\nsize = \"1G\"\nnamespaces = 2\nqueues = 1\n\
+             [[device]]\nkind = \"model\"\nmedium = \"ram\"\nsize = \"1G\"\nnamespaces = 2\nqueues = 1\n\
+             [[blk]]\nfd = 3\ndevice = \"d0\"\n[[blk]]\nfd = 4\ndevice = \"d1\"\n\
+             [[scsi]]\nfd = 5\nlun = [\"0:0:d0:ns2\", \"0:1:d1:ns2\"]\n",
+            Path::new("plan"),
+        )
+        .unwrap()
+        .resolve()
+        .unwrap();
+        let topology = Topology::from_online_cores([CoreId(0), CoreId(1)]);
+        let error = plan(&config, &topology).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "host fd 5: its logical units are on d0, d1, which have no core in common with a queue pair of each: give the \
+             devices more queue pairs, or the server fewer cores (--cores)"
+        );
+    }
+
     #[test]
     fn core_that_is_not_online_is_named_with_those_that_are() {
         let config = Options::from_toml(

@@ -273,8 +273,8 @@ pub struct StageTable {
 }
 
 impl StageTable {
-    /// Adds virtqueue `queue` of a disk.
-    pub fn push(&mut self, disk: &str, queue: usize, times: &StageCounts) {
+    /// Adds virtqueue `queue` of a disk, or what goes from there to another device.
+    pub fn push(&mut self, disk: &str, queue: impl fmt::Display, times: &StageCounts) {
         let samples = times.count(Stage::Submit);
         let mut line = vec![shortened(disk), queue.to_string(), grouped(samples)];
         for stage in Stage::ALL {

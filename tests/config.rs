@@ -1099,6 +1099,66 @@ fn scsi_host_as_flags_and_as_a_file_is_the_same() {
 }
 
 #[test]
+fn units_of_a_host_name_their_devices_or_are_on_its_own() {
+    let hosts = |spec: &str| {
+        let flags = [
+            "--cores",
+            "0",
+            "--device",
+            "model:ram,size=1G",
+            "--device",
+            "model:ram,size=1G,namespaces=2,name=fast-1",
+            "--device",
+            "model:null,size=1G",
+            "--scsi",
+            spec,
+        ];
+        from_flags(&flags.map(str::to_owned)).map(|config| config.hosts)
+    };
+    let devices = |spec: &str| {
+        let host = hosts(spec).unwrap().remove(0);
+        let of_luns: Vec<(usize, u32)> =
+            host.luns.iter().map(|lun| (lun.device, lun.nsid)).collect();
+        (host.device, of_luns, host.other_devices())
+    };
+    assert_eq!(
+        devices("fd=3,device=d2,lun=0:0:ns1,lun=0:1:fast-1:ns2,lun=0:2:d0:ns1,lun=0:3:fast-1:ns1"),
+        (2, vec![(2, 1), (1, 2), (0, 1), (1, 1)], vec![1, 0])
+    );
+    // Each names its own: the first one's is the host's.
+    assert_eq!(
+        devices("fd=3,lun=0:0:fast-1:ns2,lun=0:1:d2:ns1"),
+        (1, vec![(1, 2), (2, 1)], vec![2])
+    );
+    assert_eq!(
+        devices("fd=3,device=d0,lun=0:0:d0:ns1").2,
+        Vec::<usize>::new()
+    );
+    for (spec, reason) in [
+        ("fd=3,lun=0:0:d0:ns1,lun=0:1:ns1", "say which device"),
+        ("fd=3,lun=0:0:d7:ns1", "there is no device d7"),
+        (
+            "fd=3,lun=0:0:d0:ns2",
+            "device d0 has namespaces 1 to 1, not 2",
+        ),
+        (
+            "fd=3,lun=0:0:d0:ns1,lun=0:1:d0:ns1",
+            "would be served by fd 3 and by fd 3",
+        ),
+        (
+            "fd=3,lun=0:0:d0:ns1,lun=0:0:fast-1:ns1",
+            "target 0 has LUN 0 twice",
+        ),
+        ("fd=3,lun=0:0::ns1", "`0:0::ns1` is not a place"),
+        ("fd=3,lun=0:0:d0:d1:ns1", "`0:0:d0:d1:ns1` is not a place"),
+        ("fd=3,lun=0:d0:ns1", "`0:d0:ns1` is not a place"),
+    ] {
+        let error = hosts(spec).unwrap_err().to_string();
+        assert!(error.contains(reason), "{spec}: {error}");
+    }
+}
+
+#[test]
 fn scsi_host_refusals_say_what_is_wrong_with_which() {
     for (body, reason) in [
         (

@@ -6,6 +6,8 @@
 
 #[path = "guest/conformance.rs"]
 mod conformance;
+#[path = "guest/devices.rs"]
+mod devices;
 #[path = "guest/firmware.rs"]
 mod firmware;
 #[path = "common/guest.rs"]

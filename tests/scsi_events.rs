@@ -42,12 +42,13 @@ impl Place {
     }
 
     fn serve_on(&self, device: &str, poll: Polling) -> Server {
-        self.serve_hosts(device, ["lun=0:0:ns1,lun=0:1:ns2", "lun=0:0:ns1"], poll)
+        self.serve_hosts(&[device], ["lun=0:0:ns1,lun=0:1:ns2", "lun=0:0:ns1"], poll)
     }
 
-    fn serve_hosts(&self, device: &str, [a, b]: [&str; 2], poll: Polling) -> Server {
+    fn serve_hosts(&self, devices: &[&str], [a, b]: [&str; 2], poll: Polling) -> Server {
         let mut options = Options::default();
-        options.device.push(device.parse().unwrap());
+        let devices = devices.iter().map(|device| device.parse().unwrap());
+        options.device.extend(devices);
         for (name, luns) in [("a", a), ("b", b)] {
             let path = self.0.join(name);
             let spec = format!("path={},{luns},initiator={name}", path.display());

@@ -9,6 +9,8 @@
 mod compare;
 #[path = "scsi_host/copy.rs"]
 mod copy;
+#[path = "scsi_host/relay.rs"]
+mod relay;
 #[path = "scsi_host/tasks.rs"]
 mod tasks;
 #[path = "scsi_host/verify.rs"]
@@ -424,9 +426,9 @@ impl Host {
         }
     }
 
-    /// All lanes leave, drained: the poller, for its device if that is there.
+    /// All lanes leave, drained: the pollers, each for its device if that is there.
     #[track_caller]
-    fn recall(&mut self) -> Box<dyn Poll> {
+    fn recall(&mut self) -> Vec<(Arc<Device>, Box<dyn Poll>)> {
         let mut poller = self.poller.take().unwrap();
         if let Some((_, near, lane)) = &mut self.near {
             assert!(near.detach(*lane));
@@ -443,11 +445,12 @@ impl Host {
             }
         }
         assert_eq!(poller.lanes(), 0, "a lane did not drain");
+        let mut pollers = vec![(Arc::clone(&self.device), poller)];
         if let Some((device, near, _)) = self.near.take() {
             assert_eq!(near.lanes(), 0, "the lane of the ring did not drain");
-            device.delete_poller(near).unwrap();
+            pollers.push((device, near));
         }
-        poller
+        pollers
     }
 
     /// The next request that comes back: its head and used length.
@@ -558,8 +561,9 @@ impl Host {
 
     /// Everything drains, and nothing was done that a controller or an IOMMU would not like.
     fn finish(mut self) {
-        let poller = self.recall();
-        self.device.delete_poller(poller).unwrap();
+        for (device, poller) in self.recall() {
+            device.delete_poller(poller).unwrap();
+        }
         // Unless other hosts have it.
         if Arc::strong_count(&self.device) == 1 {
             self.device.shutdown().unwrap();

@@ -69,12 +69,13 @@ impl View {
     pub(super) fn report(&self) -> String {
         let (mut table, mut stages) = (CounterTable::default(), StageTable::default());
         for (one, is_other) in self.rows() {
-            let pair = match is_other {
-                true => format!("{}:{}", one.device, one.queue_pair),
-                false => one.queue_pair.to_string(),
-            };
+            let (mut pair, mut queue) = (one.queue_pair.to_string(), one.queue.to_string());
+            if is_other {
+                pair = format!("{}:{pair}", one.device);
+                queue = format!("{queue}>{}", one.device);
+            }
             table.push(&one.socket, one.queue, one.core, pair, one.counters);
-            stages.push(&one.socket, one.queue, &one.stages);
+            stages.push(&one.socket, queue, &one.stages);
         }
         let mut report = format!("{table}\n{stages}");
         for handle in &self.handles {

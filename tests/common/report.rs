@@ -18,8 +18,13 @@ pub struct Queue {
 impl Queue {
     #[track_caller]
     pub fn get(&self, counter: &str) -> u64 {
-        let value = self.counters.get(counter);
-        *value.unwrap_or_else(|| panic!("no counter {counter} in {self:?}"))
+        let value = self.find(counter);
+        value.unwrap_or_else(|| panic!("no counter {counter} in {self:?}"))
+    }
+
+    /// `None` also of a queue pair of another device than the host's.
+    pub fn find(&self, counter: &str) -> Option<u64> {
+        self.counters.get(counter).copied()
     }
 }
 

@@ -40,7 +40,7 @@ impl Client {
 
 impl Place {
     fn serve_one(&self, device: &str, poll: Polling) -> Server {
-        self.serve_hosts(device, ["lun=0:0:ns1", "lun=2:5:ns1"], poll)
+        self.serve_hosts(&[device], ["lun=0:0:ns1", "lun=2:5:ns1"], poll)
     }
 
     fn resize(&self, namespace: u32, size: &str) -> Value {
@@ -105,6 +105,50 @@ fn unit_that_grows_is_told_of_on_every_host_and_has_its_new_blocks() {
         b.is_told(0x2a, 0x09);
         b.has(blocks(40));
         assert!(events.is_silent());
+        drop((a, b));
+        ends_well(server);
+    }
+}
+
+/// Each of two devices has a namespace 1; the commands for one of them go by a lane of another device.
+#[test]
+fn unit_of_one_of_several_devices_grows_and_the_others_do_not() {
+    for poll in BOTH {
+        let place = Place::new();
+        let luns = [
+            "device=d0,lun=0:0:d0:ns1,lun=0:1:d1:ns1",
+            "device=d1,lun=0:0:d1:ns1",
+        ];
+        let server = place.serve_hosts(&["model:ram,size=16M", "model:ram,size=16M"], luns, poll);
+        let (mut a, mut b) = (place.connect("a"), place.connect("b"));
+        let mut events = EventQueue::new(&mut a);
+        let mut others = EventQueue::new(&mut b);
+        for head in 0..4 {
+            events.offer(&a, head, 16);
+            others.offer(&b, head, 16);
+        }
+        b.is_told(0x29, 0x00);
+        b.has(blocks(16));
+        for lun in [1, 0] {
+            a.lun = at(0, lun);
+            a.is_told(0x29, 0x00);
+            a.has(blocks(16));
+        }
+        let model = server.model("d1").unwrap();
+        model.resize(Nsid(1), 20 << 20).unwrap();
+        let (event, reason) = CAPACITY_CHANGED;
+        events.says((event, [1, 0, 0, 1, 0, 0, 0, 0], reason));
+        others.says((event, [1, 0, 0, 0, 0, 0, 0, 0], reason));
+        a.has(blocks(16));
+        a.lun = at(0, 1);
+        for client in [&mut a, &mut b] {
+            client.is_told(0x2a, 0x09);
+            client.has(blocks(20));
+        }
+        let last = blocks(20) - 1;
+        assert_eq!(a.run(&of(WRITE, last), &[0x6b; 512]).status, GOOD);
+        assert_eq!(b.says(&of(READ, last), 512), [0x6b; 512]);
+        assert!(events.is_silent() && others.is_silent());
         drop((a, b));
         ends_well(server);
     }
