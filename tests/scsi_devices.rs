@@ -4,12 +4,15 @@
 #[path = "common/scsi_client.rs"]
 mod scsi_client;
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::json;
 use tandem::config::{AdminRequest, Options, Polling};
 use tandem::control::admin::ask;
 use tandem::control::server::Server;
+use tandem::sim::front_end::request::*;
+use tandem::sim::front_end::{eventfd, vring_state};
 
 use scsi_client::{Client, GOOD, Place, ends_well, serve};
 
@@ -42,6 +45,23 @@ fn start(place: &Place, devices: [&str; 3], poll: Polling) -> Server {
     let admin = place.0.join("admin");
     options.server.admin = Some(admin.to_str().unwrap().parse().unwrap());
     serve(options).unwrap()
+}
+
+impl Client {
+    /// Stops the request queue, and starts it where it stood.
+    fn restart(&mut self) {
+        // Number and base, of 32 bits each.
+        let base = self.front_end.ask(GET_VRING_BASE, &vring_state(2, 0));
+        self.front_end.send(SET_VRING_BASE, &base, &[]);
+        let kick = eventfd();
+        let which = 2_u64.to_le_bytes();
+        self.front_end.send(SET_VRING_KICK, &which, &[kick.as_fd()]);
+        let enabled = vring_state(2, 1);
+        let enabled = self.front_end.acknowledged(SET_VRING_ENABLE, &enabled, &[]);
+        assert_eq!(enabled, Some(0));
+        let queue = self.files.iter_mut().find(|(index, _)| *index == 2);
+        queue.unwrap().1.0 = kick;
+    }
 }
 
 const DEVICES: [&str; 3] = [

@@ -1,7 +1,6 @@
 //! A SCSI initiator of a whole server: a front-end with one request queue and its control queue, and where the server's sockets are.
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -10,8 +9,7 @@ use tandem::config::{CoreId, Options};
 use tandem::control::server::Server;
 use tandem::plan::{Topology, plan};
 use tandem::sim::front_end::feature::*;
-use tandem::sim::front_end::request::*;
-use tandem::sim::front_end::{FrontEnd, SharedMemory, eventfd, vring_state};
+use tandem::sim::front_end::{FrontEnd, SharedMemory};
 use tandem::sim::{RawDescriptor, SimGuest, SimGuestConfig};
 use tandem::virtio::memory::Gpa;
 use tandem::virtio::virtqueue::RingLayout;
@@ -222,21 +220,6 @@ impl Client {
         let mut data = vec![0; len];
         self.driver.read(Gpa(Self::slot(head) + DATA), &mut data);
         data
-    }
-
-    /// Stops the request queue, and starts it where it stood.
-    pub fn restart(&mut self) {
-        // Number and base, of 32 bits each.
-        let base = self.front_end.ask(GET_VRING_BASE, &vring_state(2, 0));
-        self.front_end.send(SET_VRING_BASE, &base, &[]);
-        let kick = eventfd();
-        let which = 2_u64.to_le_bytes();
-        self.front_end.send(SET_VRING_KICK, &which, &[kick.as_fd()]);
-        let enabled = vring_state(2, 1);
-        let enabled = self.front_end.acknowledged(SET_VRING_ENABLE, &enabled, &[]);
-        assert_eq!(enabled, Some(0));
-        let queue = self.files.iter_mut().find(|(index, _)| *index == 2);
-        queue.unwrap().1.0 = kick;
     }
 
     /// Has a task management function carried out about the command whose tag is its head; its response.

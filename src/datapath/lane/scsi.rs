@@ -827,6 +827,10 @@ impl RequestLane<Scsi> {
                 return false;
             }
         }
+        // One that a guest sends because of what another queue has told it may have come after `may_fetch`.
+        if self.front.nexus.successor().is_some() {
+            self.keep_up();
+        }
         if !self.hand_over() {
             self.start(pair);
         }
@@ -1226,10 +1230,6 @@ impl RequestLane<Scsi> {
 
     /// The chain that was just popped becomes a command.
     fn start<T: Transport>(&mut self, pair: &mut Pair<T>) {
-        // One that a guest sends because of what another queue has told it may have come after `may_fetch`.
-        if self.front.nexus.successor().is_some() {
-            self.keep_up();
-        }
         let head = self.chain.head();
         let Some(request) = scsi::parse(&mut self.chain, self.front.sizes) else {
             self.counters.malformed += 1;
