@@ -2,9 +2,9 @@
 //! callgrind. Everything that is counted happens inside [`turn`]; of that, the embedded controller's part happens inside
 //! its `Slot::service`.
 //!
-//! `datapath BATCH ROUNDS [packed] [scsi [long]]`: in each round the guest has BATCH new 4 KiB reads in one virtqueue, a split one of
+//! `datapath BATCH ROUNDS [packed] [scsi [long] [far]]`: in each round the guest has BATCH new 4 KiB reads in one virtqueue, a split one of
 //! a block device if nothing else is said, and there are as many turns as it takes to get them to the device. BATCH 0 counts turns that find
-//! nothing to do.
+//! nothing to do. `far` is a logical unit of another device than the ring's; both are the same one here.
 #![allow(clippy::unwrap_used)] // as in the tests whose rig it shares
 
 #[path = "../tests/common/rig.rs"]
@@ -16,11 +16,12 @@ use nvme_driver::spec::Nsid;
 use nvme_model::ModelConfig;
 use rig::{GuestSetup, Rig, RigGuest};
 use tandem::block::Geometry;
-use tandem::datapath::{Barrier, Clerk, Lane, LaneId, Poll, ScsiLaneConfig, Signal};
+use tandem::datapath::{Barrier, Clerk, Lane, LaneId, Poll, ScsiLaneConfig, Signal, WayConfig};
 use tandem::scsi::{Initiator, LogicalUnit, Lun, Nexus, Target};
 use tandem::sim::{RawDescriptor, SimRequest};
 use tandem::virtio::blk::{request_type, status};
 use tandem::virtio::memory::Gpa;
+use tandem::virtio::relay::Relay;
 use tandem::virtio::scsi::Sizes;
 use tandem::virtio::virtqueue::{RingLayout, Virtqueue};
 
@@ -91,7 +92,7 @@ const REQUEST_BYTES: u32 = 19 + 32;
 const RESPONSE_BYTES: u32 = 12 + 96;
 
 impl Scsi {
-    fn new(rig: &mut Rig, setup: &GuestSetup, long: bool) -> Scsi {
+    fn new(rig: &mut Rig, setup: &GuestSetup, (long, far): (bool, bool)) -> Scsi {
         let (mut guest, _) = rig.make_guest(setup);
         guest.driver.disable_signals();
         let driver = &guest.driver;
@@ -104,29 +105,45 @@ impl Scsi {
         let nexus = Arc::new(Nexus::new(Arc::new(
             Target::new(&initiator, units).unwrap(),
         )));
-        let (barrier, clerk) = (Arc::new(Barrier::new(1).unwrap()), Clerk::start().unwrap());
+        let (barrier, clerk) = (Arc::new(Barrier::new(2).unwrap()), Clerk::start().unwrap());
         // SAFETY: the lane holds the memory, and is the only one that serves this queue.
         let queue = unsafe { Virtqueue::new(driver.virtqueue_config()) }.unwrap();
-        let id = LaneId(1);
-        let config = ScsiLaneConfig {
-            id,
-            queue,
-            memory: Arc::clone(driver.memory()),
-            sizes: Sizes::DEFAULT,
-            desk: clerk.desk(Arc::clone(&barrier), 0),
-            nexus,
-            device: 0,
-            ways: Vec::new(),
-            relay: None,
-            barrier,
-            number: 0,
-            volatile_cache: true,
-            call: Arc::new(Signal::new().unwrap()),
-            error: Arc::new(Signal::new().unwrap()),
-            kick: None,
-            shared: Arc::default(),
+        let memory = driver.memory();
+        let lane = |id, number, queue, device, ways, relay| {
+            Lane::scsi(ScsiLaneConfig {
+                id,
+                queue,
+                memory: Arc::clone(memory),
+                sizes: Sizes::DEFAULT,
+                desk: clerk.desk(Arc::clone(&barrier), number),
+                nexus: Arc::clone(&nexus),
+                device,
+                ways,
+                relay,
+                barrier: Arc::clone(&barrier),
+                number,
+                volatile_cache: true,
+                call: Arc::new(Signal::new().unwrap()),
+                error: Arc::new(Signal::new().unwrap()),
+                kick: None,
+                shared: Arc::default(),
+            })
         };
-        rig.attach(id, Lane::scsi(config));
+        let (own, behind) = (LaneId(1), LaneId(2));
+        if far {
+            let relay = Relay::new();
+            let way = WayConfig {
+                device: 0,
+                relay: Arc::clone(&relay),
+                number: 1,
+            };
+            rig.attach(own, lane(own, 0, queue, 1, vec![way], None));
+            // SAFETY: the lane holds the relay, and is the only one that serves its queue.
+            let queue = unsafe { Virtqueue::new(relay.config()) }.unwrap();
+            rig.attach(behind, lane(behind, 1, queue, 0, Vec::new(), Some(relay)));
+        } else {
+            rig.attach(own, lane(own, 0, queue, 0, Vec::new(), None));
+        }
         for head in 0..setup.queue_size {
             let gpa = driver.data_at(head).0;
             let part = |at: u64, len: u32, flags: u16, next: u16| RawDescriptor {
@@ -222,13 +239,15 @@ fn main() {
     };
     assert!(batch <= u64::from(setup.queue_size));
     let mut load: Box<dyn Load> = if is("scsi") {
-        Box::new(Scsi::new(&mut rig, &setup, is("long")))
+        Box::new(Scsi::new(&mut rig, &setup, (is("long"), is("far"))))
     } else {
         let mut guest = rig.add_guest(&setup);
         assert!(guest.indirect);
         guest.driver.disable_signals();
         Box::new(Blk(guest))
     };
+    // To the lane behind, and back.
+    let way = if is("far") { 2 } else { 0 };
     let mut sector = 0;
     let mut completed = 0;
     for now in 0..turns + WARM_UP + 1 {
@@ -238,7 +257,7 @@ fn main() {
             sector = (sector + 8 * 7919) % (DISK / 512);
         }
         load.publish();
-        for _ in 0..batch.div_ceil(PER_TURN).max(1) {
+        for _ in 0..batch.div_ceil(PER_TURN).max(1) + way {
             if now < WARM_UP {
                 rig.turn();
             } else {

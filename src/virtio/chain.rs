@@ -12,6 +12,7 @@
 use super::memory::{
     AnswerPlace, Gpa, GuestMemory, MainRegion, SOLE_TABLE_BYTES, Segment, StatusByte, Unread,
 };
+use super::relay::RelayDriver;
 #[cfg(not(all(test, loom)))]
 use super::shared::AtomicU32;
 use super::shared::AtomicU64;
@@ -163,6 +164,47 @@ impl<const N: usize, const A: usize, T: AcceptExchange<N, A>> AcceptThree
         match entries.writable {
             true => taker.accept::<false>(entries.exchange::<N, A, true>(head, memory)?),
             false => taker.accept::<true>(entries.exchange::<N, A, false>(head, memory)?),
+        }
+    }
+}
+
+/// Where a request goes by its first bytes. A trait and no closure, as [`AcceptThree`].
+pub trait Route {
+    /// By what it is handed over; `None` if it is not.
+    fn route(&mut self, first: [u8; 8]) -> Option<&mut RelayDriver>;
+}
+
+/// What became of a request that may be handed over.
+#[derive(Debug)]
+pub enum Routed<T> {
+    /// It stays here.
+    Here(T),
+    /// It went elsewhere.
+    HandedOver,
+}
+
+/// Those that go elsewhere, and those that `here` takes.
+pub(super) struct AsRouted<'a, const N: usize, const A: usize, R, T> {
+    pub(super) route: R,
+    pub(super) here: AsExchange<'a, N, A, T>,
+}
+
+impl<const N: usize, const A: usize, R, T> AcceptThree for AsRouted<'_, N, A, R, T>
+where
+    R: Route,
+    T: AcceptExchange<N, A>,
+{
+    type Accepted = Routed<T::Accepted>;
+
+    #[inline(always)]
+    fn accept(mut self, head: HeadIndex, entries: ThreeEntries) -> Option<Self::Accepted> {
+        let header = self.here.memory.unread(entries.first.gpa)?;
+        match self.route.route(header.read::<0>()) {
+            // Whoever gets it reads it anew.
+            Some(relay) => relay
+                .hand_over_three(head, &entries)
+                .then_some(Routed::HandedOver),
+            None => self.here.accept(head, entries).map(Routed::Here),
         }
     }
 }

@@ -10,8 +10,8 @@
 //! ```
 //! Nothing allocates after [`RelayDriver::new`]. Who sleeps asks for a kick or a signal as virtio has it.
 
-use super::chain::{Chain, DESC_F_NEXT, DESC_F_WRITE};
-use super::memory::GuestMemory;
+use super::chain::{Chain, DESC_F_NEXT, DESC_F_WRITE, ThreeEntries};
+use super::memory::{Gpa, GuestMemory};
 use super::shared::{AtomicU16, AtomicU32, AtomicU64, fence};
 use super::virtqueue::{
     HeadIndex, MAX_QUEUE_SIZE, RingLayout, Virtqueue, VirtqueueConfig, avail_ring_bytes,
@@ -139,12 +139,12 @@ pub enum Refusal {
 pub struct RelayDriver {
     relay: Arc<Relay>,
     /// By descriptor: the one behind it, in its chain or among the free ones.
-    next: Box<[u16]>,
+    next: Box<[u16; RELAY_SIZE as usize]>,
     /// The first free one.
     free: u16,
     free_count: u16,
     /// By the first descriptor of a chain: the head in the front's ring, and how many descriptors.
-    chains: Box<[(HeadIndex, u16)]>,
+    chains: Box<[(HeadIndex, u16); RELAY_SIZE as usize]>,
     avail_index: u16,
     used_index: u16,
 }
@@ -155,10 +155,13 @@ impl RelayDriver {
     pub fn new(relay: Arc<Relay>) -> RelayDriver {
         let driver = RelayDriver {
             relay,
-            next: (1..=RELAY_SIZE).collect(),
+            next: Box::new(std::array::from_fn(|at| {
+                // The last one has none behind it.
+                u16::try_from(at + 1).unwrap_or(RELAY_SIZE)
+            })),
             free: 0,
             free_count: RELAY_SIZE,
-            chains: vec![(HeadIndex::default(), 0); RELAY_SIZE.into()].into(),
+            chains: Box::new([(HeadIndex::default(), 0); RELAY_SIZE as usize]),
             avail_index: 0,
             used_index: 0,
         };
@@ -187,21 +190,55 @@ impl RelayDriver {
             .map(|segment| (segment, DESC_F_WRITE));
         for (place, (segment, write)) in (1..).zip(readable.chain(writable)) {
             let gpa = memory.gpa_of(segment).ok_or(Refusal::Impossible)?;
-            let next = self.next[usize::from(at)];
             let flags = match place < count {
                 true => write | DESC_F_NEXT,
                 false => write,
             };
-            let [low, high] = self.relay.descriptor(at);
-            let rest = u64::from(flags) << 32 | u64::from(next) << 48;
-            low.store(gpa.0.to_le(), Relaxed);
-            high.store((rest | u64::from(segment.len())).to_le(), Relaxed);
-            at = next;
+            at = self.describe(at, gpa, segment.len(), flags);
         }
         // Taken only now: an address that is nowhere has changed nothing.
-        self.free = at;
+        self.offer((first, count), at, chain.head());
+        Ok(())
+    }
+
+    /// The same of a request that is three descriptors of the ring. `false` when too many are under way.
+    #[inline(always)]
+    pub(super) fn hand_over_three(&mut self, head: HeadIndex, entries: &ThreeEntries) -> bool {
+        if self.free_count < 3 {
+            return false;
+        }
+        let first = self.free;
+        let mut at = first;
+        let middle = if entries.writable { DESC_F_WRITE } else { 0 };
+        for (entry, flags) in [
+            (&entries.first, DESC_F_NEXT),
+            (&entries.second, DESC_F_NEXT | middle),
+            (&entries.third, DESC_F_WRITE),
+        ] {
+            at = self.describe(at, entry.gpa, entry.len, flags);
+        }
+        self.offer((first, 3), at, head);
+        true
+    }
+
+    /// Writes a descriptor; the one that comes after it.
+    #[inline(always)]
+    fn describe(&self, at: u16, gpa: Gpa, len: u32, flags: u16) -> u16 {
+        // Less than the size while one is free.
+        let next = self.next[usize::from(at % RELAY_SIZE)];
+        let [low, high] = self.relay.descriptor(at);
+        let rest = u64::from(flags) << 32 | u64::from(next) << 48;
+        low.store(gpa.0.to_le(), Relaxed);
+        high.store((rest | u64::from(len)).to_le(), Relaxed);
+        next
+    }
+
+    /// Makes a chain available that was written from `first` on; `free` is the first descriptor behind it.
+    #[inline(always)]
+    fn offer(&mut self, (first, count): (u16, u16), free: u16, head: HeadIndex) {
+        self.free = free;
         self.free_count -= count;
-        self.chains[usize::from(first)] = (chain.head(), count);
+        self.chains[usize::from(first % RELAY_SIZE)] = (head, count);
         let relay = &self.relay;
         relay
             .avail_word(2 + self.avail_index % RELAY_SIZE)
@@ -209,7 +246,6 @@ impl RelayDriver {
         self.avail_index = self.avail_index.wrapping_add(1);
         // Pairs with the acquire of the avail index: the entry and the descriptors first.
         relay.avail_word(1).store(self.avail_index.to_le(), Release);
-        Ok(())
     }
 
     /// Whether the other side sleeps: to be asked after [`Self::hand_over`].

@@ -15,8 +15,8 @@
 //! ring until the next turn.
 
 use super::chain::{
-    AcceptExchange, AcceptThree, AsExchange, AsSole, Chain, Descriptor, DescriptorTable, Layout,
-    Sole,
+    AcceptExchange, AcceptThree, AsExchange, AsRouted, AsSole, Chain, Descriptor, DescriptorTable,
+    Layout, Route, Routed, Sole,
 };
 use super::memory::{GuestMemory, MainRegion};
 use super::packed::{PackedRing, is_position};
@@ -483,6 +483,22 @@ impl Virtqueue {
         T: AcceptExchange<N, A>,
     {
         self.pop_three::<N, PACKED, _>(memory, AsExchange::<N, A, T> { memory, taker })
+    }
+
+    /// The same, where requests may be for somebody else.
+    #[inline(always)]
+    pub fn pop_routed<const N: usize, const A: usize, const PACKED: bool, R, T>(
+        &mut self,
+        memory: &MainRegion<N>,
+        route: R,
+        taker: T,
+    ) -> Option<Routed<T::Accepted>>
+    where
+        R: Route,
+        T: AcceptExchange<N, A>,
+    {
+        let here = AsExchange::<N, A, T> { memory, taker };
+        self.pop_three::<N, PACKED, _>(memory, AsRouted { route, here })
     }
 
     #[inline(always)]

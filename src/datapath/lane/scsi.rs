@@ -31,7 +31,7 @@ use crate::scsi::{
     MAX_SENSE_BYTES, MAX_UNITS, Nexus, PlainUnit, RangeLock, Sense, status,
 };
 use crate::stats::SharedCounters;
-use crate::virtio::chain::AcceptExchange;
+use crate::virtio::chain::{AcceptExchange, Route, Routed};
 use crate::virtio::memory::{GuestMemory, MainRegion, StatusByte};
 use crate::virtio::relay::{Relay, RelayDriver};
 use crate::virtio::scsi::{
@@ -120,6 +120,8 @@ struct Way {
     device: u32,
     driver: RelayDriver,
     number: usize,
+    /// Commands were handed over, and it was not asked yet whether the other side sleeps.
+    fresh: bool,
 }
 
 /// The commands of a SCSI host.
@@ -137,7 +139,9 @@ pub(in crate::datapath) struct Scsi {
     cache_lost: Box<[bool]>,
     /// Of the guest's memory; `None` where requests or responses are not as long as usual, which the short way does not know.
     main: Option<MainRegion<SHORT_REQUEST_BYTES>>,
-    known: Known,
+    known: Known<KnownUnit>,
+    /// By what commands for other devices go.
+    routes: Known<usize>,
     /// By head, of a request that has failed: see [`Failure`].
     information: Box<[Option<u64>]>,
     /// By head, of a request that went the short way: the guest's name for it.
@@ -183,21 +187,23 @@ impl Ids {
 
 /// Logical units by how a guest addresses them: those that it has asked for lately.
 #[derive(Debug)]
-struct Known(Box<[Option<KnownUnit>; KNOWN_UNITS]>);
+struct Known<T>(Box<[KnownPlace<T>; KNOWN_UNITS]>);
+
+/// The address, and what is known.
+type KnownPlace<T> = Option<([u8; 8], T)>;
 
 /// Places for them: a guest with more finds some of them the long way now and then.
 const KNOWN_UNITS: usize = 256;
 
 #[derive(Debug)]
 struct KnownUnit {
-    lun: [u8; 8],
     unit: PlainUnit,
     /// Of a read and of a write.
     transfers: [Transfer; 2],
 }
 
-impl Known {
-    fn new() -> Known {
+impl<T> Known<T> {
+    fn new() -> Known<T> {
         Known(Box::new([const { None }; KNOWN_UNITS]))
     }
 
@@ -208,9 +214,9 @@ impl Known {
     }
 
     #[inline(always)]
-    fn find(&self, lun: [u8; 8]) -> Option<&KnownUnit> {
-        let known = self.0[Known::place(lun)].as_ref();
-        known.filter(|known| known.lun == lun)
+    fn find(&self, lun: [u8; 8]) -> Option<&T> {
+        let known = self.0[Self::place(lun)].as_ref();
+        known.filter(|(own, _)| *own == lun).map(|(_, known)| known)
     }
 
     fn forget(&mut self) {
@@ -218,9 +224,9 @@ impl Known {
     }
 
     #[inline(always)]
-    fn learn(&mut self, lun: [u8; 8], known: impl FnOnce() -> Option<KnownUnit>) {
+    fn learn(&mut self, lun: [u8; 8], known: impl FnOnce() -> Option<T>) {
         if self.find(lun).is_none() {
-            self.0[Known::place(lun)] = known();
+            self.0[Self::place(lun)] = known().map(|known| (lun, known));
         }
     }
 }
@@ -412,7 +418,7 @@ fn whole_response(answer: StatusByte) -> ShortResponse {
 
 /// Sends a read or write that one command carries out at once.
 struct StartShort<'a, T: Transport> {
-    known: &'a Known,
+    known: &'a Known<KnownUnit>,
     ids: &'a mut Ids,
     lane: u16,
     pair: &'a mut Pair<T>,
@@ -451,6 +457,21 @@ impl<T: Transport> AcceptExchange<SHORT_REQUEST_BYTES, SHORT_RESPONSE_BYTES> for
         };
         self.ids.note(exchange.head, scsi::id_of_short(&exchange));
         Some((WRITE, len))
+    }
+}
+
+/// Finds those that are for other devices, which are known by now.
+struct RouteShort<'a> {
+    routes: &'a Known<usize>,
+    ways: &'a mut [Way],
+}
+
+impl Route for RouteShort<'_> {
+    #[inline(always)]
+    fn route(&mut self, lun: [u8; 8]) -> Option<&mut RelayDriver> {
+        let way = self.ways.get_mut(*self.routes.find(lun)?)?;
+        way.fresh = true;
+        Some(&mut way.driver)
     }
 }
 
@@ -523,9 +544,11 @@ impl Front for Scsi {
 
     #[inline(always)]
     fn fetch<T: Transport>(lane: &mut RequestLane<Scsi>, pair: &mut Pair<T>, most: u16) {
-        match lane.queue.layout() {
-            RingLayout::Split => lane.fetch_from::<T, false>(pair, most),
-            RingLayout::Packed => lane.fetch_from::<T, true>(pair, most),
+        match (lane.queue.layout(), lane.front.ways.is_empty()) {
+            (RingLayout::Split, true) => lane.fetch_from::<T, false, false>(pair, most),
+            (RingLayout::Packed, true) => lane.fetch_from::<T, true, false>(pair, most),
+            (RingLayout::Split, false) => lane.fetch_from::<T, false, true>(pair, most),
+            (RingLayout::Packed, false) => lane.fetch_from::<T, true, true>(pair, most),
         }
     }
 
@@ -548,6 +571,7 @@ impl Front for Scsi {
             });
             lane.answer(lane.chain.head(), written);
         }
+        lane.front.wake_ways();
     }
 
     fn finish(
@@ -688,7 +712,6 @@ impl Scsi {
             let MediumId { device: own, nsid } = MediumId::of(nexus.target().units().get(unit)?);
             (own == device).then_some(())?;
             Some(KnownUnit {
-                lun,
                 unit: nexus.plain(unit)?,
                 transfers: [Transfer::read(nsid), Transfer::write(nsid, false)],
             })
@@ -705,6 +728,16 @@ impl Scsi {
     fn has_outcome(&self) -> bool {
         let settled = (0..PLACES).any(|at| self.desk.is_settled(at));
         settled || self.ways.iter().any(|way| way.driver.has_answer())
+    }
+
+    /// Wakes those who were handed something and sleep.
+    fn wake_ways(&mut self) {
+        for way in self.ways.iter_mut().filter(|way| way.fresh) {
+            way.fresh = false;
+            if way.driver.wants_kick() {
+                self.gate.barrier.wake(way.number);
+            }
+        }
     }
 
     /// What others have answered is in the guest's ring.
@@ -738,6 +771,7 @@ impl RequestLane<Scsi> {
             device: way.device,
             driver: RelayDriver::new(way.relay),
             number: way.number,
+            fresh: false,
         });
         let front = Scsi {
             device: config.device,
@@ -750,6 +784,7 @@ impl RequestLane<Scsi> {
             cache_lost: vec![false; target.units().len().max(MAX_UNITS)].into(),
             main: (config.sizes == Sizes::DEFAULT).then(|| config.memory.main()),
             known: Known::new(),
+            routes: Known::new(),
             information: vec![None; config.queue.size().into()].into(),
             ids: Box::new(Ids([0; MAX_QUEUE_SIZE as usize])),
             parameters: vec![0; MAX_PARAMETER_BYTES].into(),
@@ -788,9 +823,14 @@ impl RequestLane<Scsi> {
         RequestLane::with_front(config.queue, parts, front)
     }
 
-    /// Takes up to `most` requests from a ring that is `PACKED` or not; see [`RequestLane::<Blk>::fetch_from`].
+    /// Takes up to `most` requests from a ring that is `PACKED` or not; see [`RequestLane::<Blk>::fetch_from`]. `ROUTES`: they
+    /// may be for other lanes.
     #[inline(never)]
-    fn fetch_from<T: Transport, const PACKED: bool>(&mut self, pair: &mut Pair<T>, most: u16) {
+    fn fetch_from<T: Transport, const PACKED: bool, const ROUTES: bool>(
+        &mut self,
+        pair: &mut Pair<T>,
+        most: u16,
+    ) {
         let commands = self.counters.commands;
         let main = self.front.main;
         let mut taken = 0_u16;
@@ -802,18 +842,33 @@ impl RequestLane<Scsi> {
                     lane: self.slot,
                     pair,
                 };
-                self.queue.pop_exchange::<_, _, PACKED, _>(main, start)
+                if !ROUTES {
+                    let popped = self.queue.pop_exchange::<_, _, PACKED, _>(main, start);
+                    return popped.map(Routed::Here);
+                }
+                let route = RouteShort {
+                    routes: &self.front.routes,
+                    ways: &mut self.front.ways,
+                };
+                self.queue
+                    .pop_routed::<_, _, PACKED, _, _>(main, route, start)
             });
-            if let Some((write, len)) = short {
-                self.counters.commands = self.counters.commands.wrapping_add(1);
-                self.count_transfer(write, len);
-            } else if !self.start_next(pair) {
-                break;
+            match short {
+                Some(Routed::Here((write, len))) => {
+                    self.counters.commands = self.counters.commands.wrapping_add(1);
+                    self.count_transfer(write, len);
+                }
+                Some(Routed::HandedOver) => self.front.elsewhere += 1,
+                None if self.start_next(pair) => {}
+                None => break,
             }
             taken = taken.wrapping_add(1);
         }
         self.front.gate.count(taken);
         self.count_doorbell(commands);
+        if ROUTES {
+            self.front.wake_ways();
+        }
     }
 
     /// The next request, the long way. `false` when there is none, or it became work.
@@ -847,7 +902,10 @@ impl RequestLane<Scsi> {
     fn hand_over_to_another(&mut self) -> bool {
         let front = &mut self.front;
         let nexus = &front.nexus;
-        let Some(address) = self.chain.peek().and_then(address) else {
+        let Some(lun) = self.chain.peek() else {
+            return false;
+        };
+        let Some(address) = address(lun) else {
             return false;
         };
         let unit = nexus.find(address);
@@ -855,16 +913,16 @@ impl RequestLane<Scsi> {
         let Some(MediumId { device, .. }) = unit.map(MediumId::of) else {
             return false;
         };
-        let Some(way) = front.ways.iter_mut().find(|way| way.device == device) else {
+        let Some(at) = front.ways.iter().position(|way| way.device == device) else {
             return false;
         };
+        front.routes.learn(lun, || Some(at));
+        let way = &mut front.ways[at];
         let handed = way.driver.hand_over(&self.chain, &self.config.memory);
         if handed.is_err() {
             return false;
         }
-        if way.driver.wants_kick() {
-            front.gate.barrier.wake(way.number);
-        }
+        way.fresh = true;
         front.elsewhere += 1;
         true
     }
@@ -985,6 +1043,7 @@ impl RequestLane<Scsi> {
             }
             // Before the nexus goes that keeps what is forgotten: nothing is freed here.
             self.front.known.forget();
+            self.front.routes.forget();
             self.front.nexus = next;
         }
     }
