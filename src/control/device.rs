@@ -403,7 +403,12 @@ where
         match controller.next_event() {
             Ok(None) => Condition::Ready,
             Ok(Some(event)) if event.is_namespace_change() => {
-                Condition::Namespaces(controller.take_changed_namespaces())
+                let mut which = controller.take_changed_namespaces();
+                if which.is_empty() {
+                    // Named with the event before, or not at all.
+                    which.push(Nsid::ALL);
+                }
+                Condition::Namespaces(which)
             }
             Ok(Some(event)) => {
                 let (kind, what) = (event.event_type(), event.information());
