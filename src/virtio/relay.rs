@@ -12,15 +12,15 @@
 
 use super::chain::{Chain, DESC_F_NEXT, DESC_F_WRITE, ThreeEntries};
 use super::memory::{Gpa, GuestMemory};
-use super::shared::{AtomicU16, AtomicU32, AtomicU64, fence};
 use super::virtqueue::{
     HeadIndex, MAX_QUEUE_SIZE, RingLayout, Virtqueue, VirtqueueConfig, avail_ring_bytes,
     descriptor_table_bytes, used_ring_bytes,
 };
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+// No guest writes here, so not by the door to its memory (`shared`).
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, fence};
 
 /// As many descriptors as a queue may have: a chain of any queue fits.
 pub const RELAY_SIZE: u16 = MAX_QUEUE_SIZE;
