@@ -68,7 +68,11 @@ impl Rig {
 
 impl Guest {
     fn status_of_read(&mut self, sector: u64) -> u8 {
-        let request = SimRequest::new(request_type::IN, sector, 512, true);
+        self.status_of_read_of(sector, 512)
+    }
+
+    fn status_of_read_of(&mut self, sector: u64, len: u32) -> u8 {
+        let request = SimRequest::new(request_type::IN, sector, len, true);
         self.driver.submit(&request, &[]).unwrap();
         self.driver.publish();
         self.wait().status
@@ -77,28 +81,35 @@ impl Guest {
 
 #[test]
 fn disk_that_grows_is_told_of_and_its_new_blocks_are_there() {
-    let rig = Rig::start("model:ram,size=8M", &[("a", ",queues=2")]);
-    let front_end = rig.connect("a");
-    front_end.negotiate();
-    let channel = backend_channel(&front_end);
-    assert_eq!(capacity(&front_end), sectors(8));
-    let mut guest = Guest::new(64, 0);
-    guest.start(&front_end, 1, FEATURES);
-    assert_eq!(guest.status_of_read(sectors(8) - 1), status::OK);
-    assert_eq!(guest.status_of_read(sectors(8)), status::IOERR);
-    // Twice: it goes on from what the front-end knows.
-    for (before, now) in [(8, 12), (12, 100)] {
-        rig.resize(now);
-        is_told(&channel);
-        // What is told is in force by then.
-        assert_eq!(guest.write(sectors(now) - 16, &[0xa5; 8192]), status::OK);
-        assert_eq!(guest.read(sectors(now) - 8, 4096), [0xa5; 4096]);
-        assert_eq!(guest.read(sectors(before) - 1, 1024)[512..], [0; 512]);
-        assert_eq!(guest.status_of_read(sectors(now)), status::IOERR);
+    for block in [512, 4096] {
+        let device = format!("model:ram,size=8M,block={block}");
+        let rig = Rig::start(&device, &[("a", ",queues=2")]);
+        let front_end = rig.connect("a");
+        front_end.negotiate();
+        let channel = backend_channel(&front_end);
+        assert_eq!(capacity(&front_end), sectors(8));
+        let mut guest = Guest::new(64, 0);
+        guest.start(&front_end, 1, FEATURES);
+        let last = u64::from(block >> 9);
+        assert_eq!(
+            guest.status_of_read_of(sectors(8) - last, block),
+            status::OK
+        );
+        assert_eq!(guest.status_of_read_of(sectors(8), block), status::IOERR);
+        // Twice: it goes on from what the front-end knows.
+        for (before, now) in [(8, 12), (12, 100)] {
+            rig.resize(now);
+            is_told(&channel);
+            // What is told is in force by then.
+            assert_eq!(guest.write(sectors(now) - 16, &[0xa5; 8192]), status::OK);
+            assert_eq!(guest.read(sectors(now) - 8, 4096), [0xa5; 4096]);
+            assert_eq!(guest.read(sectors(before) - 8, 8192)[4096..], [0; 4096]);
+            assert_eq!(guest.status_of_read_of(sectors(now), block), status::IOERR);
+            assert!(hears_nothing(&channel));
+            assert_eq!(capacity(&front_end), sectors(now));
+        }
         assert!(hears_nothing(&channel));
-        assert_eq!(capacity(&front_end), sectors(now));
     }
-    assert!(hears_nothing(&channel));
 }
 
 #[test]
