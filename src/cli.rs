@@ -1,4 +1,4 @@
-//! The command line as clap sees it: `tandem serve`, `lun`, `bench`, `identify`, `list` and `setup-vfio`.
+//! The command line as clap sees it: `tandem serve`, `lun`, `device`, `bench`, `identify`, `list` and `setup-vfio`.
 //!
 //! It names flags and documents them; what a flag's value means, and what is refused, is in [`crate::config`]. A file
 //! comes first and flags come on top: `--device`, `--blk` and `--scsi` add to it, `--cores`, `--poll`, `--state`, `--stats`, `--admin` and `--log`
@@ -11,8 +11,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bench::args::BenchArgs;
 use crate::config::{
-    AdminRequest, BlkOptions, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions, LogLevel,
-    LunAddress, LunPlace, Options, Polling, ScsiOptions, SocketPath, StatePath,
+    AdminRequest, BlkOptions, ByteSize, Config, ConfigError, CoreList, DeviceConfig, DeviceOptions,
+    LogLevel, LunAddress, LunPlace, Options, Polling, ScsiOptions, SocketPath, StatePath,
 };
 use crate::host::command::{ListArgs, SetupArgs};
 
@@ -31,6 +31,9 @@ pub enum Command {
     /// Add a logical unit to a SCSI host of a running server, take one away, or list them
     #[command(subcommand)]
     Lun(LunCommand),
+    /// Have guests follow the sizes of a running server's namespaces, or make one larger
+    #[command(subcommand)]
+    Device(DeviceCommand),
     /// Measure latency and IOPS of SSDs, vhost-user-blk servers and files, in fio's words
     Bench(Box<BenchArgs>),
     /// Print what a controller says of itself and of its namespaces
@@ -69,7 +72,8 @@ pub struct ServeArgs {
     /// Socket where programs read the counters of every virtqueue: one JSON document for each connection
     #[arg(long, value_name = "PATH")]
     pub stats: Option<SocketPath>,
-    /// Socket, for its owner alone, where logical units are added and taken away: see `tandem lun`
+    /// Socket, for its owner alone, where logical units are added and taken away and namespaces get other sizes: see `tandem
+    /// lun` and `tandem device`
     #[arg(long, value_name = "PATH")]
     pub admin: Option<SocketPath>,
     /// Serve real SSDs also without an IOMMU: any fault of one may then change all memory of this machine
@@ -115,6 +119,58 @@ pub enum LunCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// Look how large the namespaces are; guests are told what is different. SSDs that say so themselves need it not
+    Rescan {
+        #[command(flatten)]
+        server: AdminArgs,
+        /// Its name in the configuration
+        #[arg(value_name = "DEVICE")]
+        device: String,
+    },
+    /// Make the namespace of an embedded controller larger, its image file too; guests are told
+    Resize {
+        #[command(flatten)]
+        server: AdminArgs,
+        /// Its name in the configuration
+        #[arg(value_name = "DEVICE")]
+        device: String,
+        /// The namespace's identifier
+        #[arg(value_name = "NSID")]
+        namespace: u32,
+        /// What it is to have, such as 2G
+        #[arg(value_name = "SIZE")]
+        size: ByteSize,
+    },
+}
+
+impl DeviceCommand {
+    /// Whom to ask, and for what.
+    pub fn request(&self) -> (&Path, AdminRequest) {
+        match self {
+            DeviceCommand::Rescan { server, device } => {
+                let device = device.clone();
+                (&server.admin, AdminRequest::DeviceRescan { device })
+            }
+            DeviceCommand::Resize {
+                server,
+                device,
+                namespace,
+                size,
+            } => {
+                let (device, namespace, size) = (device.clone(), *namespace, *size);
+                let request = AdminRequest::DeviceResize {
+                    device,
+                    namespace,
+                    size,
+                };
+                (&server.admin, request)
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug, Args)]

@@ -1,20 +1,28 @@
 //! The `tandem` binary: parse arguments, run, exit code. 2: it did not start; 1: it did not end cleanly.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
-use tandem::cli::{Cli, Command, IdentifyArgs, LunCommand, ServeArgs};
-use tandem::config::{CoreId, LogLevel};
+use tandem::cli::{Cli, Command, IdentifyArgs, ServeArgs};
+use tandem::config::{AdminRequest, CoreId, LogLevel};
 use tandem::control::{admin, identify, server};
 use tandem::plan::{Topology, plan};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => serve(&args),
-        Command::Lun(command) => run_lun(&command),
+        Command::Lun(command) => {
+            let (server, request, json) = command.request();
+            ask(server, &request, json)
+        }
+        Command::Device(command) => {
+            let (server, request) = command.request();
+            ask(server, &request, false)
+        }
         Command::Bench(args) => {
             log_to_stderr(LogLevel::Warn);
             tandem::bench::run_here(&args).map(ExitCode::from)
@@ -69,9 +77,8 @@ fn run_identify(args: &IdentifyArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn run_lun(command: &LunCommand) -> anyhow::Result<ExitCode> {
-    let (server, request, json) = command.request();
-    print(&admin::ask(server, &request, json)?);
+fn ask(server: &Path, request: &AdminRequest, json: bool) -> anyhow::Result<ExitCode> {
+    print(&admin::ask(server, request, json)?);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -18,6 +18,8 @@ mod hotplug;
 mod lab;
 #[path = "common/report.rs"]
 mod report;
+#[path = "guest/resize.rs"]
+mod resize;
 #[path = "common/server.rs"]
 mod server;
 #[path = "guest/slow.rs"]

@@ -2,6 +2,8 @@
 //! asked. The bytes of events are those of virtio 1.2, 5.6.6.3.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "scsi_events/resize.rs"]
+mod resize;
 #[path = "common/scsi_client.rs"]
 mod scsi_client;
 
@@ -40,9 +42,14 @@ impl Place {
     }
 
     fn serve_on(&self, device: &str, poll: Polling) -> Server {
+        self.serve_hosts(&[device], ["lun=0:0:ns1,lun=0:1:ns2", "lun=0:0:ns1"], poll)
+    }
+
+    fn serve_hosts(&self, devices: &[&str], [a, b]: [&str; 2], poll: Polling) -> Server {
         let mut options = Options::default();
-        options.device.push(device.parse().unwrap());
-        for (name, luns) in [("a", "lun=0:0:ns1,lun=0:1:ns2"), ("b", "lun=0:0:ns1")] {
+        let devices = devices.iter().map(|device| device.parse().unwrap());
+        options.device.extend(devices);
+        for (name, luns) in [("a", a), ("b", b)] {
             let path = self.0.join(name);
             let spec = format!("path={},{luns},initiator={name}", path.display());
             options.scsi.push(spec.parse().unwrap());
@@ -551,7 +558,8 @@ fn what_makes_no_sense_is_refused_with_words_and_changes_nothing() {
             "lun-move",
             "a",
             "0:0",
-            "unknown variant `lun-move`, expected one of `lun-add`, `lun-remove`, `luns`",
+            "unknown variant `lun-move`, expected one of `lun-add`, `lun-remove`, `luns`, \
+             `device-rescan`, `device-resize`",
         ),
     ] {
         let error = place.refused(command, host, lun);

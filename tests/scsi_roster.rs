@@ -117,6 +117,51 @@ impl Bench {
     }
 }
 
+#[test]
+fn unit_with_another_size_is_that_wherever_it_is_and_its_initiator_alone_is_told() {
+    let mut bench = Bench::new();
+    // READ CAPACITY (10): the last block and the block size.
+    let capacity =
+        |bench: &mut Bench, place| bench.run(place, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0]).1;
+    let before = Arc::clone(&bench.nexus);
+    let larger = bench.units[1].clone().with_blocks(0x2345_6789).unwrap();
+    assert_eq!(bench.roster.resize(&larger), [(3, lun(1))]);
+    assert_eq!(bench.told(at(3, 1)), [(6, 0x2a, 0x09)]);
+    assert_eq!(
+        capacity(&mut bench, at(3, 1)),
+        [0x23, 0x45, 0x67, 0x88, 0, 0, 2, 0]
+    );
+    for place in [at(3, 0), at(5, 0)] {
+        assert_eq!(bench.told(place), []);
+        assert_eq!(capacity(&mut bench, place), [0, 0, 0x0f, 0xff, 0, 0, 2, 0]);
+    }
+    // Who has not looked goes on with what there was.
+    let old = before.find(at(3, 1)).unwrap();
+    assert_eq!(before.target().units()[old].geometry().blocks(), 0x1000);
+    // Nothing is different, or is here.
+    let generation = bench.generation();
+    assert_eq!(bench.roster.resize(&larger), []);
+    assert_eq!(bench.roster.resize(&disk("d").with_blocks(1).unwrap()), []);
+    assert_eq!(
+        (bench.generation(), bench.told(at(3, 1))),
+        (generation, vec![])
+    );
+    // One that was taken away has no place to be told at.
+    let index = bench.roster.withdraw(3, lun(1)).unwrap();
+    let smaller = larger.with_blocks(7).unwrap();
+    assert_eq!(bench.roster.resize(&smaller), []);
+    bench.keep_up();
+    assert_eq!(bench.nexus.target().units()[index].geometry().blocks(), 7);
+    bench.roster.forget(index);
+    bench.roster.add(9, lun(9), smaller.clone()).unwrap();
+    assert_eq!(bench.told(at(9, 9)), [(6, 0x29, 0)]);
+    assert_eq!(capacity(&mut bench, at(9, 9)), [0, 0, 0, 6, 0, 0, 2, 0]);
+    // No disk has such a size.
+    for blocks in [0, u64::MAX] {
+        assert!(smaller.clone().with_blocks(blocks).is_none());
+    }
+}
+
 const INVENTORY: (u8, u8, u8) = (6, 0x3f, 0x0e);
 
 #[test]

@@ -2,6 +2,9 @@
 //! reactor does under a load, and does not (I9).
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "vhost_user/resize.rs"]
+mod resize;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};

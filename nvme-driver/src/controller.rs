@@ -49,6 +49,8 @@ pub struct Enabled<T: Transport> {
     /// `in_use[i]`: queue identifier i + 1 exists.
     in_use: Vec<bool>,
     event_requests: usize,
+    /// See [`Controller::take_changed_namespaces`].
+    changed_namespaces: Vec<Nsid>,
     /// The controller reads doorbells here.
     shadows: Option<Arc<ShadowPages>>,
 }
@@ -202,6 +204,7 @@ impl<T: Transport> Controller<T, Disabled> {
             granted: 0,
             in_use: Vec::new(),
             event_requests: 0,
+            changed_namespaces: Vec::new(),
             shadows: None,
         };
         let mut enabled = Controller {
@@ -476,6 +479,7 @@ impl<T: Transport> Controller<T, Enabled<T>> {
                 let entry =
                     SubmissionEntry::get_log_page(LogId::ChangedNamespaces, Nsid::ALL, PAGE_SIZE);
                 self.execute("reading the changed namespace list", entry)?;
+                self.note_changed_namespaces();
             }
             None => {}
         }
@@ -483,6 +487,25 @@ impl<T: Transport> Controller<T, Enabled<T>> {
             .admin
             .arm_events(&mut self.transport, self.state.event_requests)?;
         Ok(Some(event))
+    }
+
+    /// What the changed namespace list has that was just read.
+    fn note_changed_namespaces(&mut self) {
+        let list: [zerocopy::little_endian::U32; 1024] = self.state.page.read(0);
+        let listed = list.iter().map(|nsid| Nsid(nsid.get()));
+        for nsid in listed.take_while(|nsid| *nsid != Nsid::NONE) {
+            // As many as there are valid identifiers, and one: a list that names others does not grow.
+            let valid = nsid == Nsid::ALL || nsid.0 <= self.state.identity.nn.get();
+            if valid && !self.state.changed_namespaces.contains(&nsid) {
+                self.state.changed_namespaces.push(nsid);
+            }
+        }
+    }
+
+    /// Namespaces that are not what they were, as the events say that [`Controller::next_event`] has returned: each once.
+    /// [`Nsid::ALL`] is for more than the controller could name.
+    pub fn take_changed_namespaces(&mut self) -> Vec<Nsid> {
+        std::mem::take(&mut self.state.changed_namespaces)
     }
 
     /// Creates an I/O queue pair of `entries` (capped by CAP.MQES and 1024): completion queue first.

@@ -9,8 +9,8 @@ use nvme_driver::spec::{
     io_opcode, offset, oncs,
 };
 use nvme_driver::transport::{Iova, Transport};
-use nvme_driver::{Controller, DataSegment, Enabled, Error, QueuePair, SubmitError};
-use nvme_model::{Clock, Model, ModelConfig, ModelHandle};
+use nvme_driver::{Controller, DataSegment, Enabled, Error, Namespace, QueuePair, SubmitError};
+use nvme_model::{Clock, Medium, Model, ModelConfig, ModelHandle};
 
 type Live = Controller<Model, Enabled<Model>>;
 
@@ -480,13 +480,120 @@ fn events_are_delivered_once_each_and_requests_armed_again() {
         handle.report_changed_namespace(Nsid(1));
         let event = controller.next_event().unwrap().unwrap();
         assert!(event.is_namespace_change());
+        assert_eq!(controller.take_changed_namespaces(), [Nsid(1)]);
         assert_eq!(controller.next_event().unwrap(), None);
+        assert_eq!(controller.take_changed_namespaces(), []);
     }
     handle.set_critical_warning(0b10);
     let event = controller.next_event().unwrap().unwrap();
     assert_eq!((event.event_type(), event.information()), (1, 1));
     assert_eq!(controller.smart_log().unwrap().critical_warning, 0b10);
     assert_clean(&handle);
+}
+
+#[test]
+fn namespace_that_grows_says_so_and_has_its_new_blocks_alone() {
+    let path = std::env::temp_dir().join(format!("tandem-grows-{}", std::process::id()));
+    for medium in [
+        Medium::Ram,
+        Medium::File { path: path.clone() },
+        Medium::Null,
+    ] {
+        let config = ModelConfig {
+            size: 1 << 20,
+            medium: medium.clone(),
+            ..ModelConfig::default()
+        };
+        let (mut controller, handle) = enable(config, 1);
+        let before = controller.namespace(Nsid(1)).unwrap();
+        for (nsid, bytes, reason) in [
+            (1, (1 << 20) - 512, "shrinking"),
+            (1, (1 << 20) + 511, "blocks have 512 bytes"),
+            (2, 2 << 20, "no such namespace"),
+            (1, u64::MAX - 511, ""),
+        ] {
+            // Where nothing is kept there is room for anything.
+            if medium == Medium::Null && reason.is_empty() {
+                continue;
+            }
+            let error = handle.resize(Nsid(nsid), bytes).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        assert_eq!(controller.next_event().unwrap(), None);
+        assert_eq!(handle.resize(Nsid(1), 3 << 20).unwrap(), 3 << 20);
+        assert!(
+            controller
+                .next_event()
+                .unwrap()
+                .unwrap()
+                .is_namespace_change()
+        );
+        assert_eq!(controller.take_changed_namespaces(), [Nsid(1)]);
+        let now = controller.namespace(Nsid(1)).unwrap();
+        assert_eq!(now.blocks, 6144);
+        assert_eq!(
+            Namespace {
+                blocks: before.blocks,
+                ..now
+            },
+            before
+        );
+        // As large as it is: nothing happens.
+        assert_eq!(handle.resize(Nsid(1), 3 << 20).unwrap(), 3 << 20);
+        handle.look_at_medium().unwrap();
+        assert_eq!(controller.next_event().unwrap(), None);
+        if medium != Medium::Null {
+            let mut last = [1; 512];
+            handle.media_read(Nsid(1), (3 << 20) - 512, &mut last);
+            assert_eq!(last, [0; 512]);
+        }
+        assert_clean(&handle);
+    }
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn image_that_somebody_else_makes_longer_is_noticed_when_it_is_looked_at() {
+    let path = std::env::temp_dir().join(format!("tandem-longer-{}", std::process::id()));
+    let config = ModelConfig {
+        size: 1 << 20,
+        medium: Medium::File { path: path.clone() },
+        ..ModelConfig::default()
+    };
+    let file = || {
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).open(&path).unwrap()
+    };
+    let (mut controller, handle) = enable(config.clone(), 1);
+    file().set_len((2 << 20) + 100).unwrap();
+    assert_eq!(controller.next_event().unwrap(), None);
+    handle.look_at_medium().unwrap();
+    assert!(controller.next_event().unwrap().is_some());
+    assert_eq!(controller.namespace(Nsid(1)).unwrap().blocks, 4096);
+    file().set_len(1 << 20).unwrap();
+    let error = handle.look_at_medium().unwrap_err().to_string();
+    assert!(error.contains("shorter"), "{error}");
+    assert_eq!(controller.namespace(Nsid(1)).unwrap().blocks, 4096);
+    drop((controller, handle));
+    // Several share one image, so that none of them can have what is behind the last.
+    let shared = ModelConfig {
+        size: 512 << 10,
+        namespaces: 2,
+        max_namespaces: 2,
+        ..config
+    };
+    let (mut controller, handle) = enable(shared, 1);
+    handle.look_at_medium().unwrap();
+    file().set_len(2 << 20).unwrap();
+    for error in [
+        handle.look_at_medium().unwrap_err(),
+        handle.resize(Nsid(2), 1 << 20).unwrap_err(),
+    ] {
+        let error = error.to_string();
+        assert!(error.contains("equal parts"), "{error}");
+    }
+    assert_eq!(controller.next_event().unwrap(), None);
+    std::fs::remove_file(&path).unwrap();
 }
 
 #[test]
@@ -588,7 +695,7 @@ fn memory_of_someone_else_is_reached_through_a_mapping_and_only_while_it_lives()
 fn image_file_keeps_what_was_flushed_and_answers_while_it_syncs() {
     let path = std::env::temp_dir().join(format!("nvme-driver-{}.img", std::process::id()));
     let config = ModelConfig {
-        medium: nvme_model::Medium::File { path: path.clone() },
+        medium: Medium::File { path: path.clone() },
         size: 4 << 20,
         namespaces: 2,
         ..ModelConfig::default()
@@ -714,7 +821,7 @@ fn identify_of_something_unknown_is_an_error_with_its_name() {
 #[test]
 fn null_medium_checks_everything_moves_nothing_and_says_so() {
     let config = ModelConfig {
-        medium: nvme_model::Medium::Null,
+        medium: Medium::Null,
         // As large as anything: nothing is allocated by it.
         size: 1 << 50,
         ..ModelConfig::default()

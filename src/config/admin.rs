@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::MAX_LUN;
-use super::values::{LunPlace, Scalar, ValueError, refuse, whole_number};
+use super::values::{ByteSize, LunPlace, Scalar, ValueError, refuse, whole_number};
 
 /// The longest request, in bytes, its newline included.
 pub const MAX_REQUEST: usize = 4096;
@@ -31,6 +31,20 @@ pub enum AdminRequest {
     },
     /// What do all hosts show?
     Luns {},
+    /// Guests follow the sizes that a device's namespaces have by now.
+    DeviceRescan {
+        /// The device's name.
+        device: String,
+    },
+    /// A namespace of an embedded controller becomes larger.
+    DeviceResize {
+        /// The device's name.
+        device: String,
+        /// Its identifier.
+        namespace: u32,
+        /// What it is to have.
+        size: ByteSize,
+    },
 }
 
 /// A line back.

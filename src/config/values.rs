@@ -44,6 +44,10 @@ impl<'de> Deserialize<'de> for Scalar {
             fn visit_i64<E: de::Error>(self, number: i64) -> Result<Scalar, E> {
                 Ok(Scalar(number.to_string()))
             }
+            // JSON's.
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Scalar, E> {
+                Ok(Scalar(number.to_string()))
+            }
             fn visit_bool<E: de::Error>(self, switch: bool) -> Result<Scalar, E> {
                 Ok(Scalar(if switch { "on" } else { "off" }.to_owned()))
             }
@@ -85,9 +89,15 @@ from_scalar!(
 );
 
 /// A number of bytes; K, M, G and T are powers of 1024.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-#[serde(try_from = "Scalar")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "Scalar", into = "String")]
 pub struct ByteSize(pub u64);
+
+impl From<ByteSize> for String {
+    fn from(size: ByteSize) -> String {
+        size.to_string()
+    }
+}
 
 const SIZE_UNITS: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];
 

@@ -1,4 +1,4 @@
-//! The administration socket: logical units come and go while guests run.
+//! The administration socket: logical units come and go while guests run, and namespaces get other sizes.
 //!
 //! ```text
 //!  {"command":"lun-add",...} --> Admin --> Roster (a successor of the nexus) --> lanes, at their next command
@@ -18,10 +18,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::device::Device;
+use super::resize::Sizes;
 use super::server::{Stop, wait_readable};
 use super::session::{Export, Host, Kind};
 use super::socket::Listener;
-use super::units::Units;
 use crate::config::{
     AdminAnswer, AdminRequest, ByteSize, HostLun, LunAddress, LunInfo, LunPlace, MAX_REQUEST, Use,
     check_uses,
@@ -40,9 +40,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(600);
 /// How long the commands of a logical unit that was taken away are waited for.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
-/// Lanes that have nothing to do are woken to look at what has changed after so many changes: each keeps all of them in
-/// memory from the one that it has seen on.
-const MAX_BEHIND: usize = 8;
 
 /// What requests are about.
 #[derive(Debug)]
@@ -51,6 +48,7 @@ pub(super) struct Admin {
     hosts: Vec<Managed>,
     /// Devices' names.
     devices: Vec<String>,
+    sizes: Arc<Sizes>,
     /// Held while a request is carried out.
     state: Mutex<State>,
     stop: Arc<Stop>,
@@ -64,7 +62,6 @@ struct Managed {
 
 #[derive(Debug)]
 struct State {
-    units: Units,
     /// Logical units that were taken away and have commands yet: host, index, and the number that its lanes have to pass.
     leaving: Vec<(usize, usize, u64)>,
 }
@@ -117,7 +114,7 @@ impl Admin {
     pub(super) fn new(
         plan: &Plan,
         exports: &[Arc<Export>],
-        units: Units,
+        sizes: Arc<Sizes>,
         stop: &Arc<Stop>,
     ) -> Admin {
         let hosts = plan.hosts.iter().filter_map(|host| {
@@ -133,8 +130,8 @@ impl Admin {
             hosts: hosts.collect(),
             disks: plan.disks.clone(),
             devices: devices.map(|device| device.config.name.clone()).collect(),
+            sizes,
             state: Mutex::new(State {
-                units,
                 leaving: Vec::new(),
             }),
             stop: Arc::clone(stop),
@@ -147,8 +144,9 @@ impl Admin {
             Ok(request) => self.carry_out(&request),
             Err(error) => Err(format!(
                 "cannot read the request: {error} (a line is one of {{\"command\":\"lun-add\",\"path\":HOST,\
-                 \"lun\":\"T:L:nsN\"}}, {{\"command\":\"lun-remove\",\"path\":HOST,\"lun\":\"T:L\"}} and \
-                 {{\"command\":\"luns\"}})"
+                 \"lun\":\"T:L:nsN\"}}, {{\"command\":\"lun-remove\",\"path\":HOST,\"lun\":\"T:L\"}}, \
+                 {{\"command\":\"luns\"}}, {{\"command\":\"device-rescan\",\"device\":NAME}} and \
+                 {{\"command\":\"device-resize\",\"device\":NAME,\"namespace\":N,\"size\":\"2G\"}})"
             )),
         };
         answer.unwrap_or_else(|error| AdminAnswer::Refused { error })
@@ -161,6 +159,18 @@ impl Admin {
             AdminRequest::LunAdd { path, lun } => self.add(&mut state, path, lun),
             AdminRequest::LunRemove { path, lun } => self.remove(&mut state, path, *lun),
             AdminRequest::Luns {} => Ok(AdminAnswer::Luns { luns: self.luns() }),
+            AdminRequest::DeviceRescan { device } => {
+                let rescanned = self.sizes.rescan(device);
+                done(rescanned.map_err(|error| format!("cannot rescan: {error}"))?)
+            }
+            AdminRequest::DeviceResize {
+                device,
+                namespace,
+                size,
+            } => {
+                let resized = self.sizes.resize(device, *namespace, size.0);
+                done(resized.map_err(|error| format!("cannot resize: {error}"))?)
+            }
         }
     }
 
@@ -210,21 +220,20 @@ impl Admin {
         }
         self.check_use(at, (index, nsid)).map_err(refuse)?;
         let lun = Lun::new(place.lun).ok_or_else(|| refuse("there is no such LUN".to_owned()))?;
+        let mut units = self.sizes.units();
         let host_lun = HostLun {
             target: place.target,
             lun: place.lun,
             device: index,
             nsid,
         };
-        let units = &mut state.units;
         let unit = units.unit_of(&managed.plan, host_lun, device, host.barrier.lanes());
         let unit = unit.map_err(|error| refuse(error.to_string()))?;
         let added = host.roster.add(place.target, lun, unit);
         added.map_err(|error| refuse(error.to_string()))?;
+        drop(units);
         host.events.tell(place.target, lun, Happening::Appeared);
-        if host.roster.behind() > MAX_BEHIND {
-            host.barrier.ask(|| host.lanes.clone());
-        }
+        host.hurry_lanes();
         done(format!("host {path} has {place}"))
     }
 

@@ -1,6 +1,7 @@
 //! A claimed device: its controller, its namespaces, and the pollers made from its queue pairs. The transport is
 //! chosen here once and hidden behind [`DeviceControl`]; the data path stays statically dispatched.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,9 +11,11 @@ use nvme_driver::spec::{
     Cid, IdentifyController, IdentifyNamespace, Nsid, QueueId, SmartLog, Version, ascii_field, oncs,
 };
 use nvme_driver::transport::{Notice, Transport};
-use nvme_driver::{Controller, Disabled, Enabled, Health, Namespace};
+use nvme_driver::{Controller, Disabled, Enabled, Error, Health, Namespace};
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::block::Geometry;
+use crate::config::ByteSize;
 use crate::datapath::{Poll, Poller, Service};
 use crate::scsi::{self, HealthReport};
 
@@ -26,7 +29,7 @@ const QUEUE_ENTRIES: u16 = 1024;
 pub enum DeviceError {
     /// The driver.
     #[error(transparent)]
-    Driver(#[from] nvme_driver::Error),
+    Driver(#[from] Error),
     /// DMA memory.
     #[error(transparent)]
     Dma(#[from] nvme_driver::dma::DmaError),
@@ -84,6 +87,8 @@ pub enum Condition {
     Ready,
     /// It said something that an operator should know; it goes on working.
     Event(String),
+    /// These namespaces are not what they were; [`Nsid::ALL`] is all of them.
+    Namespaces(Vec<Nsid>),
     /// It is there, but only a reset helps.
     Broken(String),
     /// The system wants it back.
@@ -112,6 +117,47 @@ impl Interrupts {
     }
 }
 
+/// What has become of a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NamespaceChange {
+    /// It has another size.
+    Resized {
+        /// What it is now.
+        namespace: Namespace,
+        /// How many blocks it had.
+        before: u64,
+    },
+    /// Guests cannot be told what it is now: it stays what it was, and the controller refuses what it cannot do.
+    Unusable {
+        /// Which.
+        nsid: Nsid,
+        /// What is different.
+        what: String,
+    },
+}
+
+impl fmt::Display for NamespaceChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NamespaceChange::Resized { namespace, before } => {
+                let size =
+                    |blocks: u64| ByteSize(blocks.saturating_mul(namespace.block_size.into()));
+                let (now, before) = (size(namespace.blocks), size(*before));
+                write!(
+                    f,
+                    "namespace {} has {now}, {before} before",
+                    namespace.nsid.0
+                )
+            }
+            NamespaceChange::Unusable { nsid, what } => write!(
+                f,
+                "namespace {} is not what it was: {what}; guests are told nothing of that",
+                nsid.0
+            ),
+        }
+    }
+}
+
 /// All pollers of one device, on loan from their reactors.
 pub type Pollers = Vec<Box<dyn Poll>>;
 
@@ -131,6 +177,13 @@ pub trait DeviceControl: Send {
 
     /// Looks at the device, and deals with one asynchronous event, if any has arrived.
     fn look(&mut self) -> Condition;
+
+    /// Identifies namespaces anew, and remembers what sizes they have by now; [`Nsid::ALL`] is all of them. What else has
+    /// changed is not remembered: guests were told otherwise.
+    ///
+    /// # Errors
+    /// When the controller does not answer.
+    fn survey(&mut self, which: &[Nsid]) -> Result<Vec<NamespaceChange>, DeviceError>;
 
     /// Reads the SMART log.
     ///
@@ -178,7 +231,34 @@ struct Controlled<T: Transport> {
     interrupts: Interrupts,
     wanted: u16,
     identity: Box<IdentifyController>,
-    namespaces: Vec<NamespaceInfo>,
+    namespaces: Namespaces,
+}
+
+/// The active namespaces, as they were identified last.
+type Namespaces = Arc<Mutex<Vec<NamespaceInfo>>>;
+
+fn lock(namespaces: &Namespaces) -> MutexGuard<'_, Vec<NamespaceInfo>> {
+    namespaces.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What else than its size is different of a namespace.
+fn difference(was: &Namespace, is: &Namespace) -> Option<String> {
+    let resized = Namespace {
+        blocks: is.blocks,
+        ..was.clone()
+    };
+    if resized == *is {
+        return None;
+    }
+    Some(if was.block_size != is.block_size {
+        let (was, is) = (was.block_size, is.block_size);
+        format!("its blocks had {was} bytes and have {is}")
+    } else if was.metadata_size != is.metadata_size {
+        let (was, is) = (was.metadata_size, is.metadata_size);
+        format!("its blocks had {was} bytes of metadata and have {is}")
+    } else {
+        format!("it was {was:?} and is {is:?}")
+    })
 }
 
 impl<T: Transport + 'static> Controlled<T>
@@ -192,7 +272,7 @@ where
             .ok_or_else(|| DeviceError::Lost { name: name.clone() })
     }
 
-    /// The same SSD with the same namespaces as when guests were told of them?
+    /// The same SSD with the same namespaces as when guests were told of them, of whatever size?
     fn check_identity(
         &self,
         controller: &mut Controller<T, Enabled<T>>,
@@ -206,14 +286,12 @@ where
             let (was, is) = (ascii_field(&was.sn), ascii_field(&is.sn));
             return Err(changed(format!("its serial number was {was} and is {is}")));
         }
-        for info in &self.namespaces {
+        for info in lock(&self.namespaces).iter() {
             let nsid = info.namespace.nsid;
             let now = controller.namespace(nsid)?;
-            if now != info.namespace {
-                return Err(changed(format!(
-                    "namespace {} was {:?} and is {now:?}",
-                    nsid.0, info.namespace
-                )));
+            // Another size is told to guests afterwards.
+            if let Some(what) = difference(&info.namespace, &now) {
+                return Err(changed(format!("namespace {}: {what}", nsid.0)));
             }
         }
         Ok(())
@@ -324,16 +402,58 @@ where
         }
         match controller.next_event() {
             Ok(None) => Condition::Ready,
-            Ok(Some(event)) if event.is_namespace_change() => Condition::Event(
-                "namespace attributes changed: restart the server to serve the new size".to_owned(),
-            ),
+            Ok(Some(event)) if event.is_namespace_change() => {
+                let mut which = controller.take_changed_namespaces();
+                if which.is_empty() {
+                    // Named with the event before, or not at all.
+                    which.push(Nsid::ALL);
+                }
+                Condition::Namespaces(which)
+            }
             Ok(Some(event)) => {
                 let (kind, what) = (event.event_type(), event.information());
                 Condition::Event(format!("type {kind} information {what:#04x}"))
             }
-            Err(error @ nvme_driver::Error::Removed { .. }) => Condition::Gone(error.to_string()),
+            Err(error @ Error::Removed { .. }) => Condition::Gone(error.to_string()),
             Err(error) => Condition::Broken(error.to_string()),
         }
+    }
+
+    fn survey(&mut self, which: &[Nsid]) -> Result<Vec<NamespaceChange>, DeviceError> {
+        let namespaces = Arc::clone(&self.namespaces);
+        let controller = self.controller()?;
+        let mut changes = Vec::new();
+        for info in lock(&namespaces).iter_mut() {
+            let nsid = info.namespace.nsid;
+            let was = &mut info.namespace;
+            if !which.contains(&nsid) && !which.contains(&Nsid::ALL) {
+                continue;
+            }
+            let unusable = |what: String| NamespaceChange::Unusable { nsid, what };
+            let is = match controller.namespace(nsid) {
+                Ok(is) => is,
+                // One that is there no longer has no format, or no answer.
+                Err(error @ (Error::Unsupported { .. } | Error::Command { .. })) => {
+                    changes.push(unusable(format!("it cannot be identified ({error})")));
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let shift = is.block_size.trailing_zeros();
+            let geometry = Geometry::new(shift, is.blocks, false);
+            if let Some(what) = difference(was, &is) {
+                changes.push(unusable(what));
+            } else if geometry.is_none_or(|geometry| geometry.blocks() == 0) {
+                changes.push(unusable(format!("{} blocks make no disk", is.blocks)));
+            } else if is.blocks != was.blocks {
+                let before = std::mem::replace(&mut was.blocks, is.blocks);
+                changes.push(NamespaceChange::Resized {
+                    namespace: is,
+                    before,
+                });
+            }
+        }
+        Ok(changes)
     }
 
     fn smart_log(&mut self) -> Result<SmartLog, DeviceError> {
@@ -444,7 +564,7 @@ fn report(log: &SmartLog, warning: u16) -> HealthReport {
 pub struct NamespaceInfo {
     /// What a server needs of it.
     pub namespace: Namespace,
-    /// Everything, as the controller returned it.
+    /// Everything, as the controller returned it at first.
     pub identify: Box<IdentifyNamespace>,
 }
 
@@ -460,8 +580,7 @@ pub struct Device {
     pub granted: u16,
     /// The most bytes of one command.
     pub max_transfer: u32,
-    /// Active namespaces.
-    pub namespaces: Vec<NamespaceInfo>,
+    namespaces: Namespaces,
     no_write_zeroes: bool,
     /// How it was when it was asked last.
     pub health: Arc<scsi::Health>,
@@ -516,6 +635,7 @@ impl Device {
                 identify: controller.identify_namespace(nsid)?,
             });
         }
+        let namespaces = Arc::new(Mutex::new(namespaces));
         let identity = Box::new(*controller.identity());
         let space = Arc::clone(controller.dma_space());
         Ok(Device {
@@ -524,7 +644,7 @@ impl Device {
             version: controller.version(),
             granted: controller.granted_queue_pairs(),
             max_transfer: controller.max_transfer(),
-            namespaces: namespaces.clone(),
+            namespaces: Arc::clone(&namespaces),
             no_write_zeroes,
             health: Arc::default(),
             space: Arc::clone(&space),
@@ -542,13 +662,26 @@ impl Device {
         })
     }
 
-    /// The namespace with this identifier, if it is active.
+    /// Namespaces that were active when it was opened, with the sizes that they have by now.
     #[must_use]
-    pub fn namespace(&self, nsid: Nsid) -> Option<&Namespace> {
-        self.namespaces
-            .iter()
-            .map(|info| &info.namespace)
-            .find(|namespace| namespace.nsid == nsid)
+    pub fn namespaces(&self) -> Vec<NamespaceInfo> {
+        lock(&self.namespaces).clone()
+    }
+
+    /// The one with this identifier, if there is one.
+    #[must_use]
+    pub fn namespace(&self, nsid: Nsid) -> Option<Namespace> {
+        let namespaces = lock(&self.namespaces);
+        let mut namespaces = namespaces.iter().map(|info| &info.namespace);
+        namespaces.find(|own| own.nsid == nsid).cloned()
+    }
+
+    /// See [`DeviceControl::survey`].
+    ///
+    /// # Errors
+    /// As there, and after a shutdown.
+    pub fn survey(&self, which: &[Nsid]) -> Result<Vec<NamespaceChange>, DeviceError> {
+        self.with_control(|control| control.survey(which))
     }
 
     /// An eventfd that tells its keeper of commands to be aborted.
@@ -578,7 +711,8 @@ impl Device {
     /// Blocks of a namespace that one Copy may copy from one range; 0 where there is no Copy.
     #[must_use]
     pub fn copy_blocks(&self, nsid: Nsid) -> u32 {
-        let mut namespaces = self.namespaces.iter();
+        let namespaces = lock(&self.namespaces);
+        let mut namespaces = namespaces.iter();
         let info = namespaces.find(|info| info.namespace.nsid == nsid);
         match info.filter(|_| self.identity.supports(oncs::COPY)) {
             Some(info) => u32::from(info.identify.mssrl.get()).min(info.identify.mcl.get()),
@@ -641,8 +775,8 @@ impl Device {
     }
 }
 
-impl std::fmt::Debug for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Device")
             .field("name", &self.name)
             .field("granted", &self.granted)

@@ -164,8 +164,8 @@ pub fn describe(config: &DeviceConfig, json: bool) -> Result<String, DeviceError
 /// names them; sizes in logical blocks unless the name says otherwise.
 #[must_use]
 pub fn to_json(device: &Device) -> Value {
-    let namespaces: Vec<Value> = device
-        .namespaces
+    let namespaces = device.namespaces();
+    let namespaces: Vec<Value> = namespaces
         .iter()
         .map(|info| {
             let mut object = as_object(namespace_fields(info));
@@ -199,7 +199,7 @@ pub fn to_text(device: &Device) -> String {
         }
     };
     list(&mut out, controller_fields(&device.identity));
-    for info in &device.namespaces {
+    for info in &device.namespaces() {
         let _ = writeln!(out, "\nNVME Identify Namespace {}:", info.namespace.nsid.0);
         list(&mut out, namespace_fields(info));
         let in_use = info.identify.format();

@@ -7,6 +7,7 @@ pub mod device;
 pub mod identify;
 pub mod placement;
 pub mod recovery;
+mod resize;
 pub mod server;
 pub mod session;
 pub mod socket;

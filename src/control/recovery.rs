@@ -13,8 +13,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvme_driver::Error;
+use nvme_driver::spec::Nsid;
 
 use super::device::{Condition, Device, DeviceError, Pollers};
+use super::resize::Sizes;
 use crate::config::OnDeviceLoss;
 use crate::datapath::{PairHealth, Service};
 use crate::reactor::{PollerId, ReactorHandle};
@@ -99,6 +101,8 @@ pub struct Keeper {
     anomalies: u64,
     /// When the device was asked for its health.
     asked: Option<Instant>,
+    /// Who is told of namespaces with other sizes, and the device's index there.
+    sizes: Option<(Arc<Sizes>, usize)>,
 }
 
 impl Keeper {
@@ -125,7 +129,15 @@ impl Keeper {
             aborting: None,
             anomalies: 0,
             asked: None,
+            sizes: None,
         }
+    }
+
+    /// Whoever has a namespace of device `index` follows its size.
+    #[must_use]
+    pub(super) fn with_sizes(self, sizes: Arc<Sizes>, index: usize) -> Keeper {
+        let sizes = Some((sizes, index));
+        Keeper { sizes, ..self }
     }
 
     /// Asks the controller for the end of commands that guests want to end. It does that one after the other, and one is
@@ -159,12 +171,24 @@ impl Keeper {
                 // It may be about its health.
                 self.asked = None;
             }
+            Ok(Condition::Namespaces(which)) => self.follow(&which),
             Ok(Condition::Broken(reason)) => self.recover(&reason),
             Ok(Condition::Wanted) => self.give_up("the system wants it back", true),
             Ok(Condition::Gone(reason)) => self.believe_gone(&reason),
             Ok(Condition::GivenUp) => self.regain(),
             // The server ends.
             Err(_) => {}
+        }
+    }
+
+    /// Namespaces may have other sizes.
+    fn follow(&mut self, which: &[Nsid]) {
+        let Some((sizes, index)) = &self.sizes else {
+            return;
+        };
+        if let Err(error) = sizes.follow(*index, which) {
+            // If it is broken or gone, the next look finds that, and namespaces are looked at when it is up again.
+            tracing::warn!(device = %self.device.name, %error, "cannot identify its namespaces anew");
         }
     }
 
@@ -274,6 +298,7 @@ impl Keeper {
             Ok(()) => {
                 tracing::warn!(device = %name, after = ?start.elapsed(), "the controller is up again: requests go on");
                 Keeper::give_back(places, pollers);
+                self.follow(&[Nsid::ALL]);
             }
             Err(error) => self.finish_loss(
                 places,
@@ -339,6 +364,7 @@ impl Keeper {
                 tracing::warn!(device = %self.device.name, "device is back: requests go on");
                 self.lost = false;
                 self.refusal.clear();
+                self.follow(&[Nsid::ALL]);
             }
             Err(error) => self.note_refusal(&error),
         }

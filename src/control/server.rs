@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nvme_model::ModelHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
@@ -18,6 +19,7 @@ use super::claim::open_device;
 use super::device::{Device, DeviceError, Interrupts};
 use super::placement::place;
 use super::recovery::{Keeper, Patience, Place};
+use super::resize::Sizes;
 use super::session::{Disk, Export, ExportQueue, ExportWay, Host, Kind, Session};
 use super::socket::{Listener, SocketError};
 use super::state::StateError;
@@ -33,6 +35,8 @@ use crate::stats::SharedCounters;
 
 /// How often a session looks after its memory, and a keeper after its device, when nothing else happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a front-end must have been silent before it is told something unasked.
+const SILENCE: Duration = Duration::from_millis(50);
 /// How long a reactor may take to give an idle poller back.
 const RETIRE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -162,6 +166,7 @@ impl Server {
             Polling::Always => (Mode::Always, Interrupts::Off),
             Polling::Adaptive => (Mode::Adaptive, Interrupts::OnRequest),
         };
+        let mut models = Vec::new();
         for device in &plan.devices {
             if let ControllerConfig::Model(model) = &device.config.controller
                 && !model.medium.keeps_data()
@@ -172,8 +177,9 @@ impl Server {
                 );
             }
             let (device, handle) = open_device(&device.config, device.virtqueues, interrupts)?;
-            view.models
-                .extend(handle.map(|handle| (device.name.clone(), handle)));
+            let shown = handle.clone().map(|handle| (device.name.clone(), handle));
+            view.models.extend(shown);
+            models.push(handle);
             if let Err(error) = device.ask_for_health() {
                 tracing::warn!(device = %device.name, %error, "cannot read its SMART log");
             }
@@ -192,6 +198,9 @@ impl Server {
             self.threads
                 .push(thread.spawn(move || accept_loop(&disk, &listener, &stop))?);
         }
+        let devices = self.devices.iter().cloned().zip(models).collect();
+        let sizes = Sizes::new(devices, view.exports.clone(), shared.units);
+        let sizes = Arc::new(sizes);
         let keepers = plan.devices.iter().enumerate().map(|(index, planned)| {
             let own = self.pollers.iter().filter(|(device, _)| *device == index);
             let places = own.map(|(_, place)| place.clone()).collect();
@@ -201,7 +210,8 @@ impl Server {
                 planned.config.on_device_loss,
                 places,
                 Patience::default(),
-            );
+            )
+            .with_sizes(Arc::clone(&sizes), index);
             (planned.config.name.clone(), Mutex::new(keeper))
         });
         view.keepers = keepers.collect();
@@ -221,7 +231,7 @@ impl Server {
                 .push(thread.spawn(move || view::show(&view, &listener, &stop))?);
         }
         if let Some(listener) = asked {
-            let admin = Admin::new(plan, &self.view.exports, shared.units, &self.stop);
+            let admin = Admin::new(plan, &self.view.exports, sizes, &self.stop);
             let thread = std::thread::Builder::new().name("administration".to_owned());
             self.threads
                 .push(thread.spawn(move || admin::serve(&admin, &listener))?);
@@ -339,6 +349,14 @@ impl Server {
         self.view.report()
     }
 
+    /// The other end of an embedded controller, for what happens to an SSD by itself.
+    #[must_use]
+    pub fn model(&self, device: &str) -> Option<&ModelHandle> {
+        let mut models = self.view.models.iter();
+        let (_, model) = models.find(|(name, _)| name == device)?;
+        Some(model)
+    }
+
     /// Ends everything: sessions, queue pairs, reactors, controllers. Returns the last report.
     ///
     /// # Errors
@@ -442,12 +460,7 @@ impl Planned<'_> {
                 for (byte, given) in serial.iter_mut().zip(disk.serial.bytes()) {
                     *byte = given;
                 }
-                Ok(Kind::Disk(Disk {
-                    namespace,
-                    geometry,
-                    serial,
-                    writeback: AtomicBool::new(true),
-                }))
+                Ok(Kind::Disk(Disk::new(namespace.nsid, geometry, serial)?))
             }
             Planned::Host(host) => host_of(host, devices, shared).map(Kind::Host),
         }
@@ -620,6 +633,16 @@ pub(super) fn wait_readable(
     )
 }
 
+/// Which of the files are readable, or have hung up, when any is or `timeout` has passed.
+fn wait_for(files: [Option<BorrowedFd<'_>>; 2], timeout: Option<Duration>) -> [bool; 2] {
+    let there = files.iter().flatten();
+    let mut fds: Vec<PollFd<'_>> = there.map(|file| PollFd::new(file, PollFlags::IN)).collect();
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    let polled = poll(&mut fds, timeout.as_ref()).is_ok();
+    let mut ready = fds.iter().map(|fd| polled && !fd.revents().is_empty());
+    files.map(|file| file.is_some() && ready.next().unwrap_or(false))
+}
+
 fn run_session(disk: &Arc<Export>, stream: UnixStream) {
     let session = match Session::new(Arc::clone(disk)) {
         Ok(session) => Arc::new(Mutex::new(session)),
@@ -632,15 +655,25 @@ fn run_session(disk: &Arc<Export>, stream: UnixStream) {
     loop {
         // SAFETY: the handler owns the socket and lives until the end of this function.
         let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
-        let mut fds = [PollFd::new(&socket, PollFlags::IN)];
-        let timeout = Timespec::try_from(LOOK_INTERVAL).ok();
-        let ready = poll(&mut fds, timeout.as_ref()).unwrap_or(0) > 0;
+        let news = lock().has_news();
+        let timeout = Some(if news { SILENCE } else { LOOK_INTERVAL });
+        let [ready, resized] = wait_for([Some(socket), disk.resized()], timeout);
         if lock().is_poisoned() {
             tracing::warn!(disk = %disk.name, "the front-end shrank its shared memory: connection closed");
             break;
         }
+        if let Some(bell) = disk.resized().filter(|_| resized) {
+            hear(bell);
+            lock().follow_size();
+        }
         if !ready {
+            if news && !resized {
+                lock().tell_news();
+            }
             continue;
+        }
+        if let Err(error) = lock().look_ahead(socket) {
+            tracing::debug!(disk = %disk.name, %error, "cannot look at the next message");
         }
         match handler.handle_request() {
             Ok(()) | Err(VhostError::SocketRetry(_)) => {}

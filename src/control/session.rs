@@ -5,17 +5,24 @@
 //! lane back first, drained (I2). A message that cannot be honoured ends the connection with a log line; it never
 //! harms another session. Runs on its own control thread, so a silent front-end delays nobody.
 
-use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use nvme_driver::Namespace;
+use crossbeam::channel::{Receiver, TryRecvError};
+use nvme_driver::spec::Nsid;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
+};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
@@ -57,6 +64,11 @@ const RANGE_LIMITS: RangeLimits = RangeLimits {
 };
 /// Where `writeback` stands in the configuration space: its only writable byte.
 const WRITEBACK_OFFSET: u32 = 32;
+
+/// Where the capacity ends: it comes first.
+const CAPACITY_BYTES: u32 = 8;
+/// Lanes that have nothing to do are woken to look at what has changed after so many changes.
+const MAX_BEHIND: usize = 8;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 const F_PROTOCOL: u64 = 1 << 30;
@@ -118,14 +130,18 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct Disk {
     /// The namespace behind it.
-    pub namespace: Namespace,
-    /// Its size as the guest sees it, and whether the guest may only read.
-    pub geometry: Geometry,
+    pub nsid: Nsid,
+    /// Its size at first, and whether the guest may only read.
+    geometry: Geometry,
+    /// How many blocks it has by now.
+    blocks: AtomicU64,
+    /// An eventfd that is rung when that has changed: for the session, if there is one.
+    resized: OwnedFd,
     /// What GET_ID answers.
-    pub serial: [u8; 20],
+    serial: [u8; 20],
     /// The guest's choice of cache mode (CONFIG_WCE). Outlives a connection: a guest that chose write-through goes on
     /// believing in it when its front-end reconnects.
-    pub writeback: AtomicBool,
+    writeback: AtomicBool,
 }
 
 /// A SCSI host. Of its virtqueues the first is the control queue and the second the event queue.
@@ -171,6 +187,11 @@ impl Export {
         }
     }
 
+    /// Readable when a disk has got another size.
+    pub(super) fn resized(&self) -> Option<BorrowedFd<'_>> {
+        self.disk().map(|disk| disk.resized.as_fd())
+    }
+
     /// Of a SCSI host.
     fn request_queues(&self) -> usize {
         self.queues.len().saturating_sub(FIRST_REQUEST_QUEUE)
@@ -184,7 +205,48 @@ impl Export {
     }
 }
 
+impl Host {
+    /// Lanes that have nothing to do look at what has changed, if that was several times: each keeps all of it in memory from
+    /// what it has seen on.
+    pub(super) fn hurry_lanes(&self) {
+        if self.roster.behind() > MAX_BEHIND {
+            self.barrier.ask(|| self.lanes.clone());
+        }
+    }
+}
+
 impl Disk {
+    /// A namespace as a guest sees it: its size, whether it may only be read, and what GET_ID answers.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new(nsid: Nsid, geometry: Geometry, serial: [u8; 20]) -> io::Result<Disk> {
+        Ok(Disk {
+            nsid,
+            geometry,
+            blocks: AtomicU64::new(geometry.blocks()),
+            resized: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            serial,
+            writeback: AtomicBool::new(true),
+        })
+    }
+
+    /// It has so many blocks from now on: the session hears of it and tells the guest.
+    pub fn resize(&self, blocks: u64) {
+        // Pairs with the acquire in `geometry`. The bell comes after it: who has heard that finds this.
+        self.blocks.store(blocks, Ordering::Release);
+        // A counter at its limit has been told of already.
+        let _ = rustix::io::write(&self.resized, &1_u64.to_ne_bytes());
+    }
+
+    /// As it is by now.
+    fn geometry(&self) -> Geometry {
+        let (shift, read_only) = (self.geometry.block_shift(), self.geometry.read_only());
+        let geometry = Geometry::new(shift, self.blocks.load(Ordering::Acquire), read_only);
+        // Whoever resizes it has asked the same.
+        geometry.unwrap_or(self.geometry)
+    }
+
     fn features(&self, device: &Device) -> u64 {
         let mut features = feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY | feature::MQ;
         features |= feature::FLUSH | feature::CONFIG_WCE;
@@ -201,10 +263,10 @@ impl Disk {
     }
 
     /// What a front-end that acknowledged those of the `offered` features may ask for.
-    fn limits(&self, offered: u64) -> BlkLimits {
+    fn limits(geometry: Geometry, offered: u64) -> BlkLimits {
         let ranges = |feature: u64| (offered & feature != 0).then_some(RANGE_LIMITS);
         BlkLimits {
-            geometry: self.geometry,
+            geometry,
             flush: offered & feature::FLUSH != 0,
             discard: ranges(feature::DISCARD),
             write_zeroes: ranges(feature::WRITE_ZEROES),
@@ -218,13 +280,13 @@ impl Disk {
         !flush || (configured && !self.writeback.load(Ordering::Relaxed))
     }
 
-    fn config_space(&self, queues: usize) -> [u8; CONFIG_SPACE] {
+    fn config_space(&self, capacity: u64, queues: usize) -> [u8; CONFIG_SPACE] {
         let writeback = self.writeback.load(Ordering::Relaxed);
         // At most 64 queues: the configuration refuses more.
         let queues = u16::try_from(queues).unwrap_or(u16::MAX);
         let block_sectors = self.geometry.block_bytes() >> blk::SECTOR_SHIFT;
         let config = VirtioBlkConfig {
-            capacity: self.geometry.sectors().into(),
+            capacity: capacity.into(),
             seg_max: SEG_MAX.into(),
             blk_size: self.geometry.block_bytes().into(),
             min_io_size: 1.into(),
@@ -296,7 +358,24 @@ pub struct Session {
     features: u64,
     memory: MemoryTable,
     vrings: Vec<Vring>,
-    backend_channel: Option<BackendChannel>,
+    /// Of a disk: what its lanes go by, but for those in `following`.
+    geometry: Option<Geometry>,
+    /// Lanes that have been given another size and have not said so yet: their pollers may be on loan.
+    following: Vec<Receiver<()>>,
+    capacity: KnownCapacity,
+    backend_channel: BackendChannel,
+}
+
+/// What a front-end knows of a disk's size. QEMU asks for it once, when it connects for the first time, and then whenever it
+/// is told.
+#[derive(Debug, Default)]
+struct KnownCapacity {
+    /// In sectors, what it is told if it asks: what all lanes went by when that was looked at last.
+    shown: u64,
+    /// As it has asked for it last on this connection.
+    asked: Option<u64>,
+    /// As it was told last that it has changed; not again since queues have started.
+    told: Option<u64>,
 }
 
 /// A front-end of a SCSI host.
@@ -325,16 +404,63 @@ impl Initiator {
     }
 }
 
-/// The front-end's second channel. There is nothing to tell it yet, since sizes do not change while a disk is served,
-/// but QEMU complains of one that is closed.
+/// The front-end's second channel, for what it is told unasked.
+#[derive(Debug, Default)]
 struct BackendChannel {
-    _open: Backend,
+    /// It may be used for a change of the configuration space: CONFIG and BACKEND_REQ were accepted.
+    negotiated: bool,
+    /// What [`Session::look_ahead`] has found in a message that was not looked at further yet.
+    peeked: Option<UnixStream>,
+    /// QEMU complains of one that is closed.
+    socket: Option<UnixStream>,
 }
 
-impl fmt::Debug for BackendChannel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("BackendChannel")
+impl BackendChannel {
+    /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: a header alone, of version 1. No answer is asked for: QEMU reads the
+    /// configuration space before it answers, and that is asked of whoever would wait here.
+    const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
+
+    /// `false` when there is no room for it now.
+    fn tell_of_change(&mut self) -> bool {
+        let Some(socket) = &self.socket else {
+            return true;
+        };
+        let message = BackendChannel::CONFIG_CHANGE.map(u32::to_ne_bytes).concat();
+        match send(socket, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(sent) if sent == message.len() => true,
+            Err(Errno::AGAIN | Errno::INTR) => false,
+            // Nobody is there: only this front-end misses anything.
+            Ok(_) | Err(_) => {
+                self.socket = None;
+                true
+            }
+        }
     }
+}
+
+/// The descriptor of SET_BACKEND_REQ_FD, if that is the message that comes next. It stays where it is.
+fn peek_backend_channel(socket: BorrowedFd<'_>) -> io::Result<Option<UnixStream>> {
+    const SET_BACKEND_REQ_FD: u32 = 21;
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let mut request = [0; 4];
+    // Without room for descriptors none is made.
+    let (_, len) = recv(socket, &mut request, flags)?;
+    if len < request.len() || u32::from_ne_bytes(request) != SET_BACKEND_REQ_FD {
+        return Ok(None);
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut request)],
+        &mut ancillary,
+        flags,
+    )?;
+    let channel = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+        _ => None,
+    });
+    Ok(channel.map(UnixStream::from))
 }
 
 fn refuse(what: impl Into<String>) -> VhostError {
@@ -360,6 +486,7 @@ impl Session {
         let others = disk.ways.iter().map(|way| &way.device);
         let devices = std::iter::once(&disk.device).chain(others);
         let memory = MemoryTable::new(devices.map(|device| Arc::clone(&device.space)));
+        let geometry = disk.disk().map(Disk::geometry);
         Ok(Session {
             initiator: Initiator::of(&disk),
             disk,
@@ -367,8 +494,72 @@ impl Session {
             features: 0,
             memory,
             vrings,
-            backend_channel: None,
+            geometry,
+            following: Vec::new(),
+            capacity: KnownCapacity {
+                shown: geometry.map_or(0, |geometry| geometry.sectors()),
+                ..KnownCapacity::default()
+            },
+            backend_channel: BackendChannel::default(),
         })
+    }
+
+    /// Looks at the message that comes next, while it is there still: the `vhost` crate keeps the socket of a second channel
+    /// to itself, and cannot send on it what is to be sent.
+    ///
+    /// # Errors
+    /// When the socket cannot be looked at.
+    pub fn look_ahead(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        self.backend_channel.peeked = peek_backend_channel(socket)?;
+        Ok(())
+    }
+
+    /// The disk may have another size: its lanes are given that. None waits for what it has at the device.
+    pub fn follow_size(&mut self) {
+        let now = self.disk.disk().map(Disk::geometry);
+        if let Some(geometry) = now
+            && now != self.geometry
+        {
+            self.geometry = now;
+            let queues = self.vrings.iter().zip(&self.disk.queues);
+            let running = queues.filter_map(|(vring, queue)| Some((vring.running?, queue)));
+            let told = running
+                .map(|(lane, queue)| queue.reactor.resize(queue.poller, lane, geometry.blocks()));
+            self.following.extend(told);
+            self.show_size();
+        }
+    }
+
+    /// What all lanes go by, the front-end may know.
+    fn show_size(&mut self) {
+        self.following
+            .retain(|lane| matches!(lane.try_recv(), Err(TryRecvError::Empty)));
+        if let Some(geometry) = self.geometry
+            && self.following.is_empty()
+        {
+            self.capacity.shown = geometry.sectors();
+        }
+    }
+
+    /// The disk has, or is about to have, another size than the front-end knows, which can be told. While nothing runs there
+    /// is no guest to know it; QEMU would forget it.
+    #[must_use]
+    pub fn has_news(&self) -> bool {
+        let capacity = self.geometry.map(|geometry| geometry.sectors());
+        self.backend_channel.negotiated
+            && self.backend_channel.socket.is_some()
+            && self.vrings.iter().any(|vring| vring.running.is_some())
+            && capacity != self.capacity.asked
+            && capacity != self.capacity.told
+    }
+
+    /// Tells it, once it is so. To be called when the front-end has said nothing for a while: QEMU before 8.0 looks at the
+    /// second channel also while it waits for an answer on the first, and would take that for the configuration space.
+    pub fn tell_news(&mut self) {
+        self.show_size();
+        if self.following.is_empty() && self.backend_channel.tell_of_change() {
+            self.capacity.told = Some(self.capacity.shown);
+        }
     }
 
     /// The front-end shrank its memory under us.
@@ -513,6 +704,7 @@ impl Session {
         tracing::debug!(disk = %disk.name, queue = index, size = vring.size, base = vring.base, "virtqueue started");
         self.vrings[index].running = Some(id);
         self.vrings[index].behind = ids;
+        self.capacity.told = None;
         Ok(())
     }
 
@@ -606,8 +798,11 @@ impl Session {
                     id,
                     queue,
                     memory,
-                    limits: disk.limits(self.features & export.features()),
-                    nsid: disk.namespace.nsid,
+                    limits: Disk::limits(
+                        self.geometry.unwrap_or(disk.geometry),
+                        self.features & export.features(),
+                    ),
+                    nsid: disk.nsid,
                     serial: disk.serial,
                     write_through: disk.write_through(self.features),
                     volatile_cache,
@@ -947,6 +1142,8 @@ impl VhostUserBackendReqHandlerMut for Session {
                 features & !offered
             )));
         }
+        let needed = VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG;
+        self.backend_channel.negotiated = features & needed.bits() == needed.bits();
         Ok(())
     }
 
@@ -970,10 +1167,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> VhostResult<Vec<u8>> {
+        self.show_size();
         let Some(disk) = self.disk.disk() else {
             return Err(not_offered("GET_CONFIG"));
         };
-        let space = disk.config_space(self.disk.queues.len());
+        let space = disk.config_space(self.capacity.shown, self.disk.queues.len());
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.checked_add(usize::try_from(size).unwrap_or(usize::MAX));
         let bytes = end.and_then(|end| space.get(start..end));
@@ -982,6 +1180,9 @@ impl VhostUserBackendReqHandlerMut for Session {
                 "{size} bytes at {offset} of the configuration space"
             ))
         })?;
+        if offset == 0 && size >= CAPACITY_BYTES {
+            self.capacity.asked = Some(self.capacity.shown);
+        }
         Ok(bytes.to_vec())
     }
 
@@ -1011,8 +1212,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(())
     }
 
-    fn set_backend_req_fd(&mut self, backend: Backend) {
-        self.backend_channel = Some(BackendChannel { _open: backend });
+    /// The message was as it should be. `_backend` is the same socket, for what the `vhost` crate has words for.
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        self.backend_channel.socket = self.backend_channel.peeked.take();
     }
 
     fn get_max_mem_slots(&mut self) -> VhostResult<u64> {

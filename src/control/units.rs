@@ -61,6 +61,13 @@ impl Units {
         };
         Ok(unit.with_read_only(geometry.read_only()))
     }
+
+    /// That of a namespace has so many blocks by now: the logical unit, if any host has or had it.
+    pub(super) fn resize(&mut self, device: usize, nsid: u32, blocks: u64) -> Option<LogicalUnit> {
+        let unit = self.units.get_mut(&(device, nsid))?;
+        *unit = unit.clone().with_blocks(blocks)?;
+        Some(unit.clone())
+    }
 }
 
 /// What lanes know a namespace by.
@@ -105,7 +112,7 @@ pub(super) fn servable(
     };
     let namespace = device.namespace(Nsid(nsid)).ok_or_else(|| {
         let active: Vec<u32> = device
-            .namespaces
+            .namespaces()
             .iter()
             .map(|info| info.namespace.nsid.0)
             .collect();
@@ -137,5 +144,5 @@ pub(super) fn servable(
         Geometry::new(shift, namespace.blocks, read_only).filter(|geometry| geometry.blocks() > 0);
     let geometry =
         geometry.ok_or_else(|| refuse(format!("{} blocks make no disk", namespace.blocks)))?;
-    Ok((namespace.clone(), geometry))
+    Ok((namespace, geometry))
 }

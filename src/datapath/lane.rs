@@ -541,6 +541,14 @@ impl Lane {
         on_lane!(&mut self.0, lane => lane.replace_kick(kick))
     }
 
+    /// The disk has so many blocks. A SCSI host is told by its nexus.
+    pub(super) fn resize(&mut self, blocks: u64) {
+        match &mut self.0 {
+            Kind::Blk(lane) => lane.resize(blocks),
+            Kind::Scsi(_) | Kind::Side(_) => {}
+        }
+    }
+
     /// The poller wants to sleep: asks the guest for a kick. What is it that nothing would tell of?
     pub(super) fn arm(&mut self) -> Armed {
         on_lane!(&mut self.0, lane => lane.arm())

@@ -128,6 +128,8 @@ pub trait Poll: Send {
     fn wakers(&self, each: &mut dyn FnMut(Waker<'_>));
     /// Another kick eventfd for a lane. Gives back the one before.
     fn replace_kick(&mut self, lane: LaneId, kick: Option<OwnedFd>) -> Option<OwnedFd>;
+    /// The disk of a lane has so many blocks, from its next request on.
+    fn resize(&mut self, lane: LaneId, blocks: u64);
     /// Shows others how it is: turns do so every so often, and there will be none for a while.
     fn show(&mut self);
     /// Carries on with what is at the device and takes nothing new, until nothing is there or `deadline` has passed.
@@ -755,6 +757,14 @@ impl<T: Transport + 'static> Poll for Poller<T> {
     fn replace_kick(&mut self, id: LaneId, kick: Option<OwnedFd>) -> Option<OwnedFd> {
         let found = self.lanes.iter_mut().flatten().find(|lane| lane.id() == id);
         found.and_then(|lane| lane.replace_kick(kick))
+    }
+
+    #[cold]
+    fn resize(&mut self, id: LaneId, blocks: u64) {
+        let found = self.lanes.iter_mut().flatten().find(|lane| lane.id() == id);
+        if let Some(lane) = found {
+            lane.resize(blocks);
+        }
     }
 
     fn show(&mut self) {

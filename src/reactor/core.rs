@@ -352,6 +352,13 @@ impl<R: Rest> Core<R> {
                 }
             }
             Message::Kick(id, lane, kick) => self.replace_kick(id, lane, kick),
+            Message::Resize(id, lane, blocks, reply) => {
+                if let Some(poller) = self.poller(id) {
+                    poller.resize(lane, blocks);
+                    // Nobody waits any longer: it is in force all the same.
+                    let _ = reply.send(());
+                }
+            }
             Message::Stop => return false,
         }
         true

@@ -60,6 +60,7 @@ enum Message {
     Retire(PollerId, Sender<Box<dyn Poll>>),
     Lend(PollerId, Sender<Box<dyn Poll>>),
     Kick(PollerId, LaneId, Option<OwnedFd>),
+    Resize(PollerId, LaneId, u64, Sender<()>),
     Stop,
 }
 
@@ -71,7 +72,8 @@ impl Message {
             | Message::Detach(id, ..)
             | Message::Retire(id, _)
             | Message::Lend(id, _)
-            | Message::Kick(id, ..) => Some(*id),
+            | Message::Kick(id, ..)
+            | Message::Resize(id, ..) => Some(*id),
             Message::Adopt(..) | Message::Stop => None,
         }
     }
@@ -206,6 +208,15 @@ impl ReactorHandle {
     /// A lane that it has gets another kick eventfd, or none.
     pub fn replace_kick(&self, poller: PollerId, lane: LaneId, kick: Option<OwnedFd>) {
         self.send(Message::Kick(poller, lane, kick));
+    }
+
+    /// The disk of a lane that it has gets another number of blocks. The channel says so when that is in force, and closes without a word
+    /// if the lane's poller is not there.
+    #[must_use]
+    pub fn resize(&self, poller: PollerId, lane: LaneId, blocks: u64) -> Receiver<()> {
+        let (reply, in_force) = bounded(1);
+        self.send(Message::Resize(poller, lane, blocks, reply));
+        in_force
     }
 
     /// Asks for a poller back. The channel closes without one while it still has lanes.

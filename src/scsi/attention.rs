@@ -107,12 +107,12 @@ impl Conditions {
             });
     }
 
-    /// This has happened, and is to be told.
+    /// This has happened, and is to be told. Who is told acquires what was changed before: see `take_of`.
     pub(super) fn establish(&self, attention: Attention) {
         if attention == Attention::PowerOn {
             self.0.fetch_and(!ALL, Ordering::Relaxed);
         }
-        self.0.fetch_or(attention.bit(), Ordering::Relaxed);
+        self.0.fetch_or(attention.bit(), Ordering::Release);
     }
 
     /// That need not be told any more.
@@ -135,8 +135,8 @@ impl Conditions {
         while waiting != 0 {
             let at = waiting.trailing_zeros();
             let bit = 1 << at;
-            // Another command of this initiator may have been quicker.
-            if self.0.fetch_and(!bit, Ordering::Relaxed) & bit != 0 {
+            // Another command of this initiator may have been quicker. Pairs with the release in `establish`.
+            if self.0.fetch_and(!bit, Ordering::Acquire) & bit != 0 {
                 let (asc, ascq) = *CODES.get(at as usize)?;
                 return Some(Sense::new(key::UNIT_ATTENTION, asc, ascq));
             }

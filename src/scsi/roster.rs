@@ -187,6 +187,17 @@ impl Roster {
         Some(index)
     }
 
+    /// A logical unit has the size that `unit` has from now on, and the initiator is told. Its places.
+    pub fn resize(&self, unit: &LogicalUnit) -> Vec<(u8, Lun)> {
+        let mut inner = self.inner();
+        let Some(next) = inner.target.resized(unit) else {
+            return Vec::new();
+        };
+        inner.change(next);
+        // After the change: who asks because of it is told the new size.
+        inner.target.attend_size(unit)
+    }
+
     /// There are no commands any more for a logical unit that was withdrawn.
     pub fn forget(&self, index: usize) {
         let mut inner = self.inner();

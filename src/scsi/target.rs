@@ -227,6 +227,32 @@ impl Target {
         Some((next, index))
     }
 
+    /// The successor in which a logical unit has the size that `unit` has; `None` if it is not there, or has that.
+    pub(super) fn resized(&self, unit: &LogicalUnit) -> Option<Target> {
+        let blocks = unit.geometry().blocks();
+        let differs = |own: &LogicalUnit| own.is(unit) && own.geometry().blocks() != blocks;
+        if !self.units.iter().any(differs) {
+            return None;
+        }
+        let mut next = self.succeed();
+        for own in next.units.iter_mut().filter(|own| differs(own)) {
+            *own = own.clone().with_blocks(blocks)?;
+        }
+        Some(next)
+    }
+
+    /// The initiator is told with its next command to a logical unit that it has another size. Its places.
+    pub(super) fn attend_size(&self, unit: &LogicalUnit) -> Vec<(u8, Lun)> {
+        let places = self.places.iter();
+        let places = places.filter(|(_, index)| self.units[*index].is(unit));
+        places
+            .map(|(place, index)| {
+                self.conditions[*index].establish(Attention::Capacity);
+                *place
+            })
+            .collect()
+    }
+
     fn succeed(&self) -> Target {
         Target {
             generation: self.generation + 1,

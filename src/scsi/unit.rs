@@ -408,6 +408,14 @@ impl LogicalUnit {
         self.unmapped_reads_zero
     }
 
+    /// The same unit with another size; `None` if no disk has that.
+    #[must_use]
+    pub fn with_blocks(self, blocks: u64) -> Option<LogicalUnit> {
+        let (shift, read_only) = (self.geometry.block_shift(), self.geometry.read_only());
+        let geometry = Geometry::new(shift, blocks, read_only).filter(|_| blocks > 0)?;
+        Some(LogicalUnit { geometry, ..self })
+    }
+
     /// The same unit through a host that only lets it be read.
     #[must_use]
     pub fn with_read_only(self, read_only: bool) -> LogicalUnit {

@@ -59,6 +59,8 @@ pub mod request {
     pub const GET_QUEUE_NUM: u32 = 17;
     /// SET_VRING_ENABLE.
     pub const SET_VRING_ENABLE: u32 = 18;
+    /// SET_BACKEND_REQ_FD.
+    pub const SET_BACKEND_REQ_FD: u32 = 21;
     /// GET_CONFIG.
     pub const GET_CONFIG: u32 = 24;
     /// SET_CONFIG.

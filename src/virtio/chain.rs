@@ -168,7 +168,7 @@ impl<const N: usize, const A: usize, T: AcceptExchange<N, A>> AcceptThree
     }
 }
 
-/// Where a request goes by its first bytes. A trait and no closure, as [`AcceptThree`].
+/// Where a request goes by its first bytes. A trait and no closure, as `AcceptThree`.
 pub trait Route {
     /// By what it is handed over; `None` if it is not.
     fn route(&mut self, first: [u8; 8]) -> Option<&mut RelayDriver>;

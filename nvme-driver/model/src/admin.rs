@@ -362,10 +362,7 @@ fn ascii<const N: usize>(text: &str) -> [u8; N] {
 
 fn identify_controller(shared: &Shared) -> Box<IdentifyController> {
     let config = &shared.config;
-    let bytes = shared
-        .namespaces
-        .iter()
-        .map(|n| u128::from(n.blocks) << n.block_shift);
+    let bytes = shared.namespaces.iter().map(|n| u128::from(n.bytes()));
     let mut id = Box::new(IdentifyController::zeroed());
     id.sn = ascii(&config.serial);
     let null = config.medium == Medium::Null;
@@ -421,18 +418,15 @@ fn hyphenated(uuid: &[u8; 16]) -> String {
 fn identify_namespace(shared: &Shared, nsid: Nsid) -> Result<Box<IdentifyNamespace>, Status> {
     let namespace = shared.namespace(nsid)?;
     let mut id = Box::new(IdentifyNamespace::zeroed());
-    (id.nsze, id.ncap, id.nuse) = (
-        namespace.blocks.into(),
-        namespace.blocks.into(),
-        namespace.blocks.into(),
-    );
+    let blocks = namespace.blocks();
+    (id.nsze, id.ncap, id.nuse) = (blocks.into(), blocks.into(), blocks.into());
     // Deallocated blocks read zero; Write Zeroes honours DEAC. Where nothing is kept, what they read is not reported.
     id.dlfeat = if shared.config.medium == Medium::Null {
         0
     } else {
         0b1001
     };
-    id.nvmcap = (u128::from(namespace.blocks) << namespace.block_shift).to_le_bytes();
+    id.nvmcap = (u128::from(blocks) << namespace.block_shift).to_le_bytes();
     if shared.config.medium != Medium::Null {
         id.mssrl = io::MAX_COPY_RANGE.into();
         id.mcl = io::MAX_COPY.into();

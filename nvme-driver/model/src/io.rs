@@ -60,10 +60,10 @@ fn check_flags(entry: &SubmissionEntry) -> Result<(), Status> {
 
 fn extent(namespace: &NamespaceState, slba: u64, blocks: u64) -> Result<Extent, Status> {
     let end = slba.checked_add(blocks);
-    if end.is_none_or(|end| end > namespace.blocks) {
+    if end.is_none_or(|end| end > namespace.blocks()) {
         return Err(Status::LBA_OUT_OF_RANGE.with_dnr());
     }
-    // A namespace's size in bytes fits 64 bits (checked when it was made).
+    // A namespace's size in bytes fits 64 bits (checked when it was made, and when it grew).
     Ok(Extent {
         offset: namespace.offset + (slba << namespace.block_shift),
         len: blocks << namespace.block_shift,

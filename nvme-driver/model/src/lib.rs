@@ -28,8 +28,8 @@ mod worker;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use nvme_driver::spec::{Nsid, PAGE_SIZE, QueueId, Status};
@@ -181,6 +181,16 @@ pub enum ModelError {
         /// What the system said.
         reason: String,
     },
+    /// A namespace cannot have the size that was asked for.
+    #[error("namespace {nsid} cannot have {bytes} bytes: {reason}")]
+    Resize {
+        /// Which.
+        nsid: u32,
+        /// Bytes asked for.
+        bytes: u64,
+        /// What is against it.
+        reason: String,
+    },
     /// Threads for the medium.
     #[error("cannot start the media workers: {0}")]
     Workers(std::io::Error),
@@ -308,7 +318,7 @@ fn namespaces(config: &ModelConfig, size: u64) -> Result<Vec<NamespaceState>, Mo
         eui64.copy_from_slice(&id[8..]);
         NamespaceState {
             nsid: Nsid(nsid),
-            blocks,
+            blocks: blocks.into(),
             block_shift,
             offset: (u64::from(nsid) - 1) * (blocks << block_shift),
             nguid: id,
@@ -496,7 +506,7 @@ impl ModelHandle {
     /// When the namespace or the range does not exist, or the image cannot be read.
     pub fn media_read(&self, nsid: Nsid, offset: u64, bytes: &mut [u8]) {
         let namespace = self.shared.namespace(nsid).expect("no such namespace");
-        let len = namespace.blocks << namespace.block_shift;
+        let len = namespace.bytes();
         let end = offset.checked_add(bytes.len() as u64);
         assert!(end.is_some_and(|end| end <= len), "beyond the namespace");
         let read = self.shared.media.read(namespace.offset + offset, bytes);
@@ -567,6 +577,39 @@ impl ModelHandle {
         })
     }
 
+    /// Makes the one namespace of a controller larger, and reports that by an asynchronous event. Memory grows, and so does
+    /// an image file. Says how many bytes it has: as many as asked for.
+    ///
+    /// # Errors
+    /// [`ModelError::Resize`] for fewer bytes than it has, for parts of a block, for one of several namespaces, and for more
+    /// than the medium can have. Nothing has changed then.
+    pub fn resize(&self, nsid: Nsid, bytes: u64) -> Result<u64, ModelError> {
+        self.shared.resize(nsid, bytes)
+    }
+
+    /// A namespace has fewer blocks from now on, or none, as an SSD's own tools may leave it; reported by an asynchronous event.
+    /// The medium keeps what it has. `false` if it has no more than that, or is not there.
+    pub fn cut_off(&self, nsid: Nsid, blocks: u64) -> bool {
+        let growing = &self.shared.growing;
+        let _growing = growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let namespace = self.shared.namespace(nsid);
+        let namespace = namespace.ok().filter(|own| blocks < own.blocks());
+        if let Some(namespace) = namespace {
+            namespace.set_blocks(blocks);
+            self.shared.admin().namespace_changed(nsid);
+        }
+        namespace.is_some()
+    }
+
+    /// Looks whether the image has grown, as a controller does whose medium is somebody else's: the whole blocks that are new
+    /// belong to the namespace, and an asynchronous event reports them.
+    ///
+    /// # Errors
+    /// [`ModelError`] when it has shrunk, when it cannot be measured, or when it is of several namespaces and has grown.
+    pub fn look_at_medium(&self) -> Result<(), ModelError> {
+        self.shared.look_at_medium()
+    }
+
     /// Reports a changed namespace by an asynchronous event.
     pub fn report_changed_namespace(&self, nsid: Nsid) {
         self.shared.admin().namespace_changed(nsid);
@@ -592,6 +635,76 @@ impl ModelHandle {
 }
 
 impl Shared {
+    fn resize(&self, nsid: Nsid, bytes: u64) -> Result<u64, ModelError> {
+        let refuse = |reason: String| ModelError::Resize {
+            nsid: nsid.0,
+            bytes,
+            reason,
+        };
+        let _growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let namespace = self.namespace(nsid);
+        let namespace = namespace.map_err(|_| refuse("there is no such namespace".to_owned()))?;
+        let (own, block) = (namespace.bytes(), 1_u64 << namespace.block_shift);
+        if self.namespaces.len() > 1 {
+            return Err(refuse(format!(
+                "{} namespaces share the medium in equal parts, so none of them can grow (give each a device of its own)",
+                self.namespaces.len()
+            )));
+        }
+        if bytes < own {
+            return Err(refuse(format!(
+                "it has {own}, and shrinking would lose what is in the rest"
+            )));
+        }
+        if !bytes.is_multiple_of(block) {
+            return Err(refuse(format!("its blocks have {block} bytes")));
+        }
+        if bytes > own {
+            self.media.grow(bytes).map_err(refuse)?;
+            self.has_grown(namespace, bytes);
+        }
+        Ok(bytes)
+    }
+
+    fn look_at_medium(&self) -> Result<(), ModelError> {
+        let _growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(len) = self.media.measure()? else {
+            return Ok(());
+        };
+        let own: u64 = self.namespaces.iter().map(NamespaceState::bytes).sum();
+        let refuse = |reason: &str| ModelError::Resize {
+            nsid: 1,
+            bytes: len,
+            reason: reason.to_owned(),
+        };
+        let (namespace, several) = match self.namespaces.as_slice() {
+            [] => return Ok(()),
+            [namespace, rest @ ..] => (namespace, !rest.is_empty()),
+        };
+        let bytes = len >> namespace.block_shift << namespace.block_shift;
+        if bytes < own {
+            return Err(refuse(
+                "the image has become shorter than it is: blocks beyond its end cannot be read until it has its length again",
+            ));
+        }
+        // Equal parts of whole blocks may leave something over.
+        let part = 1_u64 << namespace.block_shift;
+        if several && bytes - own >= part * self.namespaces.len() as u64 {
+            return Err(refuse(
+                "several namespaces share the image in equal parts, so none of them can grow (give each a device of its own)",
+            ));
+        }
+        if !several && bytes > own {
+            self.has_grown(namespace, bytes);
+        }
+        Ok(())
+    }
+
+    fn has_grown(&self, namespace: &NamespaceState, bytes: u64) {
+        namespace.set_blocks(bytes >> namespace.block_shift);
+        self.admin().namespace_changed(namespace.nsid);
+    }
+
     fn io_counters(&self) -> IoCounters {
         let mut sum = IoCounters::default();
         for slot in self.slots.iter().skip(1) {

@@ -9,13 +9,18 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap,
+};
 
 use crate::{Medium, ModelError};
 
 const PAGE: u64 = 4096;
+/// Addresses that memory keeps for its growth: those who use it know where it begins, so that it cannot move.
+const ROOM: usize = 1 << 40;
 
 /// Opened for one controller, by its configuration.
 #[derive(Debug)]
@@ -35,6 +40,23 @@ impl Media {
                 Ok((Media::File(image), size))
             }
             Medium::Null => Ok((Media::Null, size)),
+        }
+    }
+
+    /// Makes it larger. What is new are zeroes.
+    pub(crate) fn grow(&self, size: u64) -> Result<(), String> {
+        match self {
+            Media::Ram(ram) => ram.grow(size),
+            Media::File(image) => image.grow(size).map_err(|error| error.to_string()),
+            Media::Null => Ok(()),
+        }
+    }
+
+    /// How long an image is whose length is its own affair; `None` where that is decided here.
+    pub(crate) fn measure(&self) -> Result<Option<u64>, ModelError> {
+        match self {
+            Media::File(image) => image.measure(),
+            Media::Ram(_) | Media::Null => Ok(None),
         }
     }
 
@@ -61,7 +83,10 @@ impl Media {
 #[derive(Debug)]
 pub(crate) struct Ram {
     base: NonNull<u8>,
-    len: usize,
+    /// Bytes that are there, from `base` on. Only grows.
+    len: AtomicUsize,
+    /// Bytes of address space, of which those beyond `len` are not accessible.
+    room: usize,
 }
 
 // SAFETY: the mapping belongs to this value; its bytes are only copied, by raw pointer. Two commands that touch the
@@ -74,19 +99,42 @@ impl Ram {
     fn new(size: u64) -> Result<Ram, ModelError> {
         let no_memory = |reason: String| ModelError::Memory { size, reason };
         let len = usize::try_from(size).map_err(|error| no_memory(error.to_string()))?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a fresh anonymous mapping of the kernel's choice disturbs nothing.
-        let base = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                flags,
-            )
+        let map = |room: usize| {
+            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+            // SAFETY: a fresh anonymous mapping of the kernel's choice disturbs nothing.
+            unsafe { mmap_anonymous(std::ptr::null_mut(), room, ProtFlags::empty(), flags) }
+        };
+        // Where addresses are scarce there are none for growth.
+        let (room, base) = match (len.max(ROOM), map(len.max(ROOM))) {
+            (room, Ok(base)) => (room, Ok(base)),
+            _ => (len, map(len)),
         };
         let base = base.map_err(|error| no_memory(error.to_string()))?;
         let base = NonNull::new(base.cast()).ok_or_else(|| no_memory("mapped at 0".to_owned()))?;
-        Ok(Ram { base, len })
+        let ram = Ram {
+            base,
+            len: AtomicUsize::new(0),
+            room,
+        };
+        ram.grow(size).map_err(no_memory)?;
+        Ok(ram)
+    }
+
+    /// One caller at a time.
+    fn grow(&self, size: u64) -> Result<(), String> {
+        let len = usize::try_from(size).ok().filter(|len| *len <= self.room);
+        let len = len.ok_or_else(|| format!("memory can have {} bytes at most", self.room))?;
+        // SAFETY: the pages are those of our own mapping (checked above), and become accessible; those that are stay so.
+        let grown = unsafe {
+            mprotect(
+                self.base.as_ptr().cast::<c_void>(),
+                len,
+                MprotectFlags::READ | MprotectFlags::WRITE,
+            )
+        };
+        grown.map_err(|error| error.to_string())?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
     }
 
     /// Where the `len` bytes at `offset` are.
@@ -95,9 +143,11 @@ impl Ram {
     /// When they lie outside: our own error, ranges are checked against the namespace before.
     #[inline]
     pub(crate) fn at(&self, offset: u64, len: usize) -> NonNull<u8> {
+        // Who was let through by a size has acquired that, and the memory was there before.
+        let own = self.len.load(Ordering::Relaxed);
         let inside = usize::try_from(offset)
             .ok()
-            .filter(|offset| *offset <= self.len && len <= self.len - *offset);
+            .filter(|offset| *offset <= own && len <= own - *offset);
         let offset = inside.expect("a checked range lies outside the medium");
         // SAFETY: `offset + len` lies within the mapping (checked above).
         unsafe { self.base.add(offset) }
@@ -163,8 +213,8 @@ fn clamp(len: u64) -> usize {
 
 impl Drop for Ram {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made with this length in `new`, and nobody else knows it.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+        // SAFETY: the mapping was made with this many addresses in `new`, and nobody else knows it.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.room) };
     }
 }
 
@@ -172,6 +222,9 @@ impl Drop for Ram {
 #[derive(Debug)]
 pub(crate) struct Image {
     file: File,
+    path: PathBuf,
+    /// All of it is served, however long it is: not that part of a block device which was asked for.
+    whole: bool,
 }
 
 impl Image {
@@ -222,7 +275,39 @@ impl Image {
             ));
             return Err(error("use")(longer));
         }
-        Ok((Image { file }, if size == 0 { len } else { size }))
+        let image = Image {
+            file,
+            path: path.to_owned(),
+            whole: size == 0 || kind.is_file(),
+        };
+        Ok((image, if size == 0 { len } else { size }))
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        if !self.file.metadata()?.file_type().is_file() {
+            return Err(io::Error::other(
+                "the image is a block device: make that larger, then have it looked at",
+            ));
+        }
+        // One that somebody else has made longer still stays so.
+        if (&self.file).seek(SeekFrom::End(0))? < size {
+            self.file.set_len(size)?;
+        }
+        self.file.sync_all()
+    }
+
+    fn measure(&self) -> Result<Option<u64>, ModelError> {
+        if !self.whole {
+            return Ok(None);
+        }
+        // Others read and write it at places that they name.
+        let len = (&self.file).seek(SeekFrom::End(0));
+        let len = len.map_err(|error| ModelError::Image {
+            doing: "measure",
+            path: self.path.clone(),
+            reason: error.to_string(),
+        })?;
+        Ok(Some(len))
     }
 
     pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {

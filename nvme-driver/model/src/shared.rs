@@ -25,15 +25,35 @@ const JOBS: usize = 4096;
 const FAULTS: usize = 64;
 
 /// One namespace and where its blocks lie in the medium.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct NamespaceState {
     pub(crate) nsid: Nsid,
-    pub(crate) blocks: u64,
+    /// See [`NamespaceState::set_blocks`].
+    pub(crate) blocks: AtomicU64,
     pub(crate) block_shift: u32,
     pub(crate) offset: u64,
     pub(crate) nguid: [u8; 16],
     pub(crate) eui64: [u8; 8],
     pub(crate) uuid: [u8; 16],
+}
+
+impl NamespaceState {
+    /// Pairs with the release in `set_blocks`: the medium has all of them.
+    #[inline]
+    pub(crate) fn blocks(&self) -> u64 {
+        self.blocks.load(Ordering::Acquire)
+    }
+
+    /// It has so many from now on, and so has the medium.
+    pub(crate) fn set_blocks(&self, blocks: u64) {
+        self.blocks.store(blocks, Ordering::Release);
+    }
+
+    /// Its size in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        // It fits 64 bits: checked when the namespace was made, and when it grew.
+        self.blocks() << self.block_shift
+    }
 }
 
 #[derive(Debug)]
@@ -47,6 +67,8 @@ pub(crate) struct Shared {
     table: RwLock<Arc<DmaTable>>,
     /// Serialises changes of the table.
     changing: Mutex<()>,
+    /// Serialises changes of sizes.
+    pub(crate) growing: Mutex<()>,
     pub(crate) admin: Mutex<Admin>,
     pub(crate) durability: Option<Mutex<Durability>>,
     pub(crate) jobs: ArrayQueue<Job>,
@@ -94,6 +116,7 @@ impl Shared {
             slots,
             table: RwLock::default(),
             changing: Mutex::new(()),
+            growing: Mutex::new(()),
             admin: Mutex::default(),
             durability,
             jobs: ArrayQueue::new(JOBS),

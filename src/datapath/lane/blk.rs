@@ -12,7 +12,7 @@ use super::{
     CommandContext, Front, LaneId, LaneParts, Medium, NOTHING_MORE, Pair, RequestLane, Step,
     as_data, copy_out,
 };
-use crate::block::{BlockOp, BlockStatus};
+use crate::block::{BlockOp, BlockStatus, Geometry};
 use crate::datapath::signal::Signal;
 use crate::stats::SharedCounters;
 use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest, HEADER_BYTES};
@@ -151,6 +151,15 @@ impl RequestLane<Blk> {
             shared: config.shared,
         };
         RequestLane::with_front(config.queue, parts, front)
+    }
+
+    /// The disk has so many blocks, from the next request on. Blocks are as long as they were.
+    pub(super) fn resize(&mut self, blocks: u64) {
+        let own = &mut self.front.limits.geometry;
+        // Whoever resizes a disk knows that it is one.
+        if let Some(resized) = Geometry::new(own.block_shift(), blocks, own.read_only()) {
+            *own = resized;
+        }
     }
 
     /// Takes up to `most` requests from a ring that is `PACKED` or not. Compiled for each by itself: together they would

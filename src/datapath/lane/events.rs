@@ -32,14 +32,17 @@ pub enum Happening {
     Reset,
     /// Another initiator has changed its mode parameters.
     ModesChanged,
+    /// It has another size.
+    Resized,
 }
 
 impl Happening {
-    const ALL: [Happening; 4] = [
+    const ALL: [Happening; 5] = [
         Happening::Appeared,
         Happening::Removed,
         Happening::Reset,
         Happening::ModesChanged,
+        Happening::Resized,
     ];
 
     /// Event, reason.
@@ -48,12 +51,15 @@ impl Happening {
             Happening::Appeared => (event::TRANSPORT_RESET, event::RESET_RESCAN),
             Happening::Removed => (event::TRANSPORT_RESET, event::RESET_REMOVED),
             Happening::Reset => (event::TRANSPORT_RESET, event::RESET_HARD),
-            Happening::ModesChanged => {
-                let (asc, ascq) = Attention::ModeParameters.codes();
-                (event::PARAM_CHANGE, u32::from(asc) | u32::from(ascq) << 8)
-            }
+            Happening::ModesChanged => changed(Attention::ModeParameters),
+            Happening::Resized => changed(Attention::Capacity),
         }
     }
+}
+
+fn changed(attention: Attention) -> (u32, u32) {
+    let (asc, ascq) = attention.codes();
+    (event::PARAM_CHANGE, u32::from(asc) | u32::from(ascq) << 8)
 }
 
 /// Which events a guest has negotiated.
@@ -219,7 +225,7 @@ impl Herald {
             let told = self.events.take();
             let told = told.filter(|(.., what)| match what {
                 Happening::Appeared | Happening::Removed | Happening::Reset => self.wanted.hotplug,
-                Happening::ModesChanged => self.wanted.change,
+                Happening::ModesChanged | Happening::Resized => self.wanted.change,
             });
             if told.is_none() && !self.waits_for_buffer() {
                 busy = true;

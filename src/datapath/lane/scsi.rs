@@ -893,6 +893,10 @@ impl RequestLane<Scsi> {
                 return false;
             }
         }
+        // One that a guest sends because of what another queue has told it may have come after `may_fetch`.
+        if self.front.nexus.successor().is_some() {
+            self.keep_up();
+        }
         if !self.hand_over() {
             self.start(pair);
         }
