@@ -6,6 +6,7 @@ mod scsi_client;
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tandem::config::{AdminRequest, Options, Polling};
@@ -14,7 +15,7 @@ use tandem::control::server::Server;
 use tandem::sim::front_end::request::*;
 use tandem::sim::front_end::{eventfd, vring_state};
 
-use scsi_client::{Client, GOOD, Place, ends_well, serve};
+use scsi_client::{Client, DEADLINE, GOOD, Place, ends_well, serve};
 
 const READ: [u8; 10] = [0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 const WRITE: [u8; 10] = [0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0];
@@ -206,7 +207,7 @@ fn units_of_several_devices_under_load_end_every_command_once() {
             a.lun = at(0, lun);
             a.is_told(0x29, 0x00);
         }
-        let over = AtomicBool::new(false);
+        let (over, enough) = (AtomicBool::new(false), AtomicBool::new(false));
         let (mut good, mut told, mut absent, mut ended) = (0, 0, 0, 0);
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -214,9 +215,14 @@ fn units_of_several_devices_under_load_end_every_command_once() {
                 let path = place.0.join("a").display().to_string();
                 let change =
                     |what| ask(&admin, &serde_json::from_value(what).unwrap(), false).unwrap();
-                for _ in 0..30 {
+                // As often as it takes for the guest to have met everything.
+                let start = Instant::now();
+                let mut round = 0;
+                while round < 30 || !(enough.load(Ordering::Acquire) || start.elapsed() > DEADLINE)
+                {
+                    round += 1;
                     change(json!({"command": "lun-add", "path": path, "lun": "0:7:d1:ns3"}));
-                    std::thread::sleep(std::time::Duration::from_millis(3));
+                    std::thread::sleep(Duration::from_millis(3));
                     change(json!({"command": "lun-remove", "path": path, "lun": "0:7"}));
                 }
                 over.store(true, Ordering::Release);
@@ -257,10 +263,13 @@ fn units_of_several_devices_under_load_end_every_command_once() {
                     (2 | 4, ..) => ended += 1,
                     other => panic!("{other:?}"),
                 }
+                if good > 100 && told > 0 && absent > 0 {
+                    enough.store(true, Ordering::Release);
+                }
             }
         });
         assert!(
-            good > 100 && told > 0 && absent > 0,
+            enough.load(Ordering::Acquire),
             "{good} {told} {absent} {ended}"
         );
         // The guest stops its ring with commands in it, and starts it again.
