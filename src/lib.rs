@@ -56,8 +56,8 @@
 //! # Words
 //! Names are the specifications': SQ, CQ, CID, PRP, MDTS, NSID (NVMe); virtqueue, descriptor, head, avail, used
 //! (virtio); front-end, back-end (vhost-user);
-//! target, LUN, CDB, sense (SCSI). Ours: a *lane* is one guest virtqueue in service, a *poller* is one
-//! queue pair with the lanes that ride on it, a *reactor* is one core that polls.
+//! target, LUN, CDB, sense (SCSI). Ours: a *lane* is one guest virtqueue in service, or what of it goes to another device; a
+//! *poller* is one queue pair with the lanes that ride on it, a *reactor* is one core that polls.
 
 pub mod bench;
 pub mod block;

@@ -46,6 +46,7 @@
 //! ```
 
 mod admin;
+mod canary;
 mod controller;
 pub mod dma;
 mod error;

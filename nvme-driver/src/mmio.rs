@@ -12,6 +12,8 @@ pub(crate) mod shadow;
 
 use std::sync::atomic::Ordering;
 
+use crate::canary::canary;
+
 #[cfg(all(test, loom))]
 pub(crate) type AtomicU64 = shadow::Word<loom::sync::atomic::AtomicU64>;
 
@@ -34,13 +36,15 @@ pub(crate) fn writes(_start: *const u8, _len: usize) {}
 /// After reading a completion's phase tag: pairs with the controller writing the phase tag last.
 #[inline]
 pub fn dma_rmb() {
-    #[cfg(not(feature = "canary-no-dma-rmb"))]
-    fence(Ordering::Acquire);
+    if !canary("no-dma-rmb") {
+        fence(Ordering::Acquire);
+    }
 }
 
 /// Before a doorbell: pairs with the controller fetching submission entries only after it saw the doorbell.
 #[inline]
 pub fn dma_wmb() {
-    #[cfg(not(feature = "canary-no-dma-wmb"))]
-    fence(Ordering::Release);
+    if !canary("no-dma-wmb") {
+        fence(Ordering::Release);
+    }
 }

@@ -16,7 +16,7 @@ use super::chain::{
 use super::memory::{Gpa, MainRegion};
 use super::shared::AtomicU32;
 use super::virtqueue::{
-    AVAIL_ACQUIRE, HeadIndex, Heads, Ring, RingError, USED_RELEASE, VirtqueueConfig,
+    HeadIndex, Heads, Ring, RingError, VirtqueueConfig, avail_acquire, used_release,
 };
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
@@ -322,7 +322,7 @@ impl Ring for PackedRing {
         let index = self.avail.index;
         // Acquire pairs with the guest's release of the flags of a chain's first descriptor, which it writes last: the
         // rest of it, the other descriptors and the buffers are read after it.
-        let rest = u64::from_le(self.descriptors.control_word(index).load(AVAIL_ACQUIRE));
+        let rest = u64::from_le(self.descriptors.control_word(index).load(avail_acquire()));
         if !self.avail.is_available(flags_of(rest)) {
             return Ok(None);
         }
@@ -344,7 +344,7 @@ impl Ring for PackedRing {
     ) -> Option<A::Accepted> {
         let index = self.avail.index;
         // As in `first`.
-        let rest = u64::from_le(self.descriptors.control_word(index).load(AVAIL_ACQUIRE));
+        let rest = u64::from_le(self.descriptors.control_word(index).load(avail_acquire()));
         if !self.avail.is_available(flags_of(rest)) {
             return None;
         }
@@ -422,7 +422,7 @@ impl Ring for PackedRing {
         // Release pairs with the guest's acquire of the flags: data, status, and the other used entries come before it.
         self.descriptors
             .control_word(self.batch_at)
-            .store(self.batch.to_le(), USED_RELEASE);
+            .store(self.batch.to_le(), used_release());
         // More than a lap without a decision is as good as a lap: whatever the guest waits for was passed.
         self.undecided = self.undecided.saturating_add(self.unpublished);
         self.unpublished = 0;

@@ -8,7 +8,7 @@ use super::chain::{
 use super::memory::{Gpa, MainRegion};
 use super::shared::{AtomicU16, AtomicU32};
 use super::virtqueue::{
-    AVAIL_ACQUIRE, HeadIndex, Heads, Ring, RingError, USED_RELEASE, VirtqueueConfig,
+    HeadIndex, Heads, Ring, RingError, VirtqueueConfig, avail_acquire, used_release,
 };
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::Relaxed;
@@ -192,7 +192,7 @@ impl Ring for SplitRing {
     fn available(&mut self) -> Result<u16, RingError> {
         // Acquire pairs with the guest's release of avail.idx: the entries, descriptors and buffers behind it
         // are read after it.
-        let index = u16::from_le(self.avail_word(1).load(AVAIL_ACQUIRE));
+        let index = u16::from_le(self.avail_word(1).load(avail_acquire()));
         let size = self.mask + 1;
         let waiting = self.seen_avail.wrapping_sub(self.next_avail);
         let fresh = index.wrapping_sub(self.seen_avail);
@@ -284,7 +284,7 @@ impl Ring for SplitRing {
         if self.next_used != self.published_used {
             // Release pairs with the guest's acquire of used.idx: data, status and used elements come before it.
             self.used_word(2)
-                .store(self.next_used.to_le(), USED_RELEASE);
+                .store(self.next_used.to_le(), used_release());
             self.published_used = self.next_used;
         }
     }

@@ -20,7 +20,7 @@ use super::chain::{
 };
 use super::memory::{GuestMemory, MainRegion};
 use super::packed::{PackedRing, is_position};
-use super::shared::{AtomicU16, fence};
+use super::shared::{AtomicU16, canary, fence};
 use super::split::SplitRing;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{self, Acquire, Relaxed, Release, SeqCst};
@@ -29,16 +29,25 @@ use thiserror::Error;
 /// The largest queue we serve. Virtio allows 32768; QEMU's block front-ends stop at 1024.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// The two orderings and the fences below are what makes the rings work between two cores. Each can be removed by
-/// a `canary-*` feature, on which `scripts/loom-rings` must fail: x86 itself would forgive the loss of the first two.
-pub(super) const AVAIL_ACQUIRE: Ordering = match cfg!(feature = "canary-no-avail-acquire") {
-    true => Relaxed,
-    false => Acquire,
-};
-pub(super) const USED_RELEASE: Ordering = match cfg!(feature = "canary-no-used-release") {
-    true => Relaxed,
-    false => Release,
-};
+/// The two orderings and the fences below are what makes the rings work between two cores. Each can be left out by
+/// a [`canary`], on which `scripts/loom-rings` must fail: x86 itself would forgive the loss of the first two.
+#[inline(always)]
+pub(super) fn avail_acquire() -> Ordering {
+    if canary("no-avail-acquire") {
+        Relaxed
+    } else {
+        Acquire
+    }
+}
+
+#[inline(always)]
+pub(super) fn used_release() -> Ordering {
+    if canary("no-used-release") {
+        Relaxed
+    } else {
+        Release
+    }
+}
 
 /// The head of a descriptor chain, less than the queue size: where it starts in the table of a split ring, its buffer id in
 /// a packed one.
@@ -546,7 +555,7 @@ impl Virtqueue {
         }
         // Pairs with the driver's full barrier between asking for a signal (used_event, flags) and looking at
         // the used ring again: either it sees our entries, or we see its request. Without, both may look away.
-        if !cfg!(feature = "canary-no-event-fence") {
+        if !canary("no-event-fence") {
             fence(SeqCst);
         }
         on_ring!(&self.ring, ring => ring.wants_signal(fresh))
@@ -570,12 +579,12 @@ impl Virtqueue {
     /// # Errors
     /// As [`Self::available`].
     pub fn request_kicks(&mut self) -> Result<bool, RingError> {
-        let late = cfg!(feature = "canary-look-before-kicks");
+        let late = canary("look-before-kicks");
         let before = late && self.available()? > 0;
         on_ring!(&mut self.ring, ring => ring.request_kicks());
         // Pairs with the driver's full barrier between making a request available and asking whether to kick: either we
         // see the request, or it sees that we want to be kicked.
-        if !cfg!(feature = "canary-no-kick-fence") {
+        if !canary("no-kick-fence") {
             fence(SeqCst);
         }
         Ok(before || (!late && self.available()? > 0))

@@ -20,6 +20,7 @@ use std::sync::atomic::Ordering;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U64};
 
+use crate::canary::canary;
 use crate::dma::{DmaAccess, DmaBuffer, DmaError, DmaSpace};
 use crate::mmio::{AtomicU64, fence};
 use crate::spec::{
@@ -404,13 +405,13 @@ impl<T: Transport> QueuePair<T> {
     /// For whoever wants to sleep: asks the controller for an interrupt at the next completion, then looks once more.
     /// Without outstanding commands there is nothing to wait for, and nothing is asked.
     pub fn request_interrupt(&mut self) -> Armed {
-        let late = cfg!(feature = "canary-look-before-interrupt");
+        let late = canary("look-before-interrupt");
         if self.outstanding() == 0 || self.doorbells.is_none() {
             return Armed::Yes;
         }
         // A controller tells of new entries only when it knows that we have seen those before (NVM Express Base 2.0,
         // "Interrupts": a message is sent when the first unacknowledged entry arrives).
-        if !cfg!(feature = "canary-no-head-before-sleep") {
+        if !canary("no-head-before-sleep") {
             self.report_head();
         }
         let before = late && self.has_completion();
@@ -420,7 +421,7 @@ impl<T: Transport> QueuePair<T> {
         };
         // Pairs with the controller posting an entry and then deciding about an interrupt: either we see the entry, or
         // it sees what we asked for.
-        if !cfg!(feature = "canary-no-interrupt-fence") {
+        if !canary("no-interrupt-fence") {
             fence(Ordering::SeqCst);
         }
         if before || (!late && self.has_completion()) {

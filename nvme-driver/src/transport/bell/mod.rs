@@ -22,6 +22,8 @@ use std::sync::atomic::{AtomicBool, fence};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::canary::canary;
+
 #[cfg(loom)]
 #[cfg(test)]
 mod tests;
@@ -38,7 +40,7 @@ impl Attention {
         mut pending: impl FnMut() -> bool,
         wait: impl FnOnce() -> R,
     ) -> Option<R> {
-        let late = cfg!(feature = "canary-look-before-asleep");
+        let late = canary("look-before-asleep");
         let before = late && pending();
         self.listen();
         let waited = if before || (!late && pending()) {
@@ -54,7 +56,7 @@ impl Attention {
     pub fn listen(&self) {
         self.0.store(true, Relaxed);
         // Pairs with the fence in `is_wanted`.
-        if !cfg!(feature = "canary-no-asleep-fence") {
+        if !canary("no-asleep-fence") {
             fence(SeqCst);
         }
     }
@@ -68,7 +70,7 @@ impl Attention {
     #[must_use]
     pub fn is_wanted(&self) -> bool {
         // Pairs with the fence in `listen`.
-        if !cfg!(feature = "canary-no-wake-fence") {
+        if !canary("no-wake-fence") {
             fence(SeqCst);
         }
         self.0.load(Relaxed)
