@@ -217,6 +217,12 @@ impl Geometry {
         Self { read_only, ..self }
     }
 
+    /// The same disk with so many blocks; `None` as of [`Self::new`].
+    #[must_use]
+    pub fn with_blocks(self, blocks: u64) -> Option<Self> {
+        Self::new(self.block_shift, blocks, self.read_only)
+    }
+
     /// The block size as a power of two: 9 for 512 bytes, 12 for 4096.
     pub const fn block_shift(&self) -> u32 {
         self.block_shift

@@ -78,11 +78,9 @@ impl Managed {
 
     /// One of its devices, by index.
     fn device(&self, index: usize) -> Option<&Device> {
-        let export = &self.export;
-        let ways = export.ways.iter();
-        let others = ways.map(|way| (way.device_index, &way.device));
-        let mut all = std::iter::once((export.device_index, &export.device)).chain(others);
-        all.find(|(own, _)| *own == index)
+        let mut devices = self.export.devices();
+        devices
+            .find(|(own, _)| *own == index)
             .map(|(_, device)| &**device)
     }
 }

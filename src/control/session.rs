@@ -33,6 +33,7 @@ use vhost::vhost_user::{
 };
 
 use super::device::Device;
+use super::units::number_of;
 use crate::block::Geometry;
 use crate::datapath::signal::require_eventfd;
 use crate::datapath::{
@@ -40,7 +41,7 @@ use crate::datapath::{
     ScsiLaneConfig, SideConfig, Signal, WantedEvents, WayConfig,
 };
 use crate::reactor::{Mode, PollerId, ReactorHandle};
-use crate::scsi::{Roster, Tasks};
+use crate::scsi::{Nexus, Roster, Tasks};
 use crate::stats::SharedCounters;
 use crate::vhost::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::virtio::blk::{self, BlkLimits, RangeLimits, VirtioBlkConfig, feature};
@@ -192,9 +193,17 @@ impl Export {
         self.disk().map(|disk| disk.resized.as_fd())
     }
 
-    /// Of a SCSI host.
-    fn request_queues(&self) -> usize {
-        self.queues.len().saturating_sub(FIRST_REQUEST_QUEUE)
+    /// Its devices with their indices, its own first.
+    pub fn devices(&self) -> impl Iterator<Item = (usize, &Arc<Device>)> {
+        let others = self.ways.iter().map(|way| (way.device_index, &way.device));
+        std::iter::once((self.device_index, &self.device)).chain(others)
+    }
+
+    /// The number at the barrier of what serves a request queue of `host` for one of its devices, as [`Self::devices`] has
+    /// them.
+    fn lane_number(&self, host: &Host, request_queue: usize, device: usize) -> usize {
+        let request_queues = self.queues.len().saturating_sub(FIRST_REQUEST_QUEUE);
+        host.lanes.start + request_queues * device + request_queue
     }
 
     fn disk(&self) -> Option<&Disk> {
@@ -206,6 +215,12 @@ impl Export {
 }
 
 impl Host {
+    /// The initiator that is connected: it was made with the session.
+    fn nexus(&self) -> VhostResult<Arc<Nexus>> {
+        let nexus = self.roster.nexus();
+        nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))
+    }
+
     /// Lanes that have nothing to do look at what has changed, if that was several times: each keeps all of it in memory from
     /// what it has seen on.
     pub(super) fn hurry_lanes(&self) {
@@ -241,8 +256,9 @@ impl Disk {
 
     /// As it is by now.
     fn geometry(&self) -> Geometry {
-        let (shift, read_only) = (self.geometry.block_shift(), self.geometry.read_only());
-        let geometry = Geometry::new(shift, self.blocks.load(Ordering::Acquire), read_only);
+        let geometry = self
+            .geometry
+            .with_blocks(self.blocks.load(Ordering::Acquire));
         // Whoever resizes it has asked the same.
         geometry.unwrap_or(self.geometry)
     }
@@ -483,9 +499,8 @@ impl Session {
             .iter()
             .map(|_| Vring::new())
             .collect::<io::Result<_>>()?;
-        let others = disk.ways.iter().map(|way| &way.device);
-        let devices = std::iter::once(&disk.device).chain(others);
-        let memory = MemoryTable::new(devices.map(|device| Arc::clone(&device.space)));
+        let spaces = disk.devices().map(|(_, device)| Arc::clone(&device.space));
+        let memory = MemoryTable::new(spaces);
         let geometry = disk.disk().map(Disk::geometry);
         Ok(Session {
             initiator: Initiator::of(&disk),
@@ -720,7 +735,9 @@ impl Session {
         let memory = self.memory.snapshot(way + 1);
         let memory = memory.map_err(|error| refuse(error.to_string()))?;
         let request_queue = index - FIRST_REQUEST_QUEUE;
-        let front = host.barrier.waker(host.lanes.start + request_queue);
+        let front = host
+            .barrier
+            .waker(export.lane_number(host, request_queue, 0));
         let signals = || -> io::Result<(Signal, Signal)> {
             let call = Signal::new()?;
             call.replace(Some(front.try_clone_to_owned()?.into()))?;
@@ -732,7 +749,7 @@ impl Session {
             device_index,
             queues,
         } = &export.ways[way];
-        let number = host.lanes.start + export.request_queues() * (way + 1) + request_queue;
+        let number = export.lane_number(host, request_queue, way + 1);
         self.scsi_lane(
             host,
             ScsiParts {
@@ -752,9 +769,7 @@ impl Session {
     }
 
     fn scsi_lane(&self, host: &Host, parts: ScsiParts<'_>) -> VhostResult<Lane> {
-        // Made with the session.
-        let nexus = host.roster.nexus();
-        let nexus = nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
+        let nexus = host.nexus()?;
         let barrier = Arc::clone(&host.barrier);
         let (device, index) = parts.device;
         Ok(Lane::scsi(ScsiLaneConfig {
@@ -820,7 +835,7 @@ impl Session {
             let ways = ways.map(|(at, (way, relay))| WayConfig {
                 device: number_of(way.device_index),
                 relay: Arc::clone(relay),
-                number: host.lanes.start + export.request_queues() * (at + 1) + number,
+                number: export.lane_number(host, number, at + 1),
             });
             let parts = ScsiParts {
                 id,
@@ -829,7 +844,7 @@ impl Session {
                 device: (&export.device, export.device_index),
                 ways: ways.collect(),
                 relay: None,
-                number: host.lanes.start + number,
+                number: export.lane_number(host, number, 0),
                 call,
                 error,
                 kick,
@@ -837,9 +852,7 @@ impl Session {
             };
             return self.scsi_lane(host, parts);
         }
-        // As of the request queues.
-        let nexus = host.roster.nexus();
-        let nexus = nexus.ok_or_else(|| refuse("a SCSI host without an initiator"))?;
+        let nexus = host.nexus()?;
         let barrier = Arc::clone(&host.barrier);
         let side = SideConfig {
             id,
@@ -961,12 +974,6 @@ struct ScsiParts<'a> {
     error: Arc<Signal>,
     kick: Option<OwnedFd>,
     shared: Arc<SharedCounters>,
-}
-
-/// What lanes know a device by.
-fn number_of(device_index: usize) -> u32 {
-    // There are far fewer.
-    u32::try_from(device_index).unwrap_or(u32::MAX)
 }
 
 struct ResolvedRings {

@@ -43,7 +43,10 @@ impl Units {
         lanes: usize,
     ) -> Result<LogicalUnit, ServerError> {
         let (namespace, geometry) = servable(&host.socket, place.nsid, host.readonly, device)?;
-        let medium = medium_of(place);
+        let medium = MediumId {
+            device: number_of(place.device),
+            nsid: Nsid(place.nsid),
+        };
         let place = (place.device, place.nsid);
         let unit = match self.units.get(&place) {
             Some(unit) => unit.clone(),
@@ -70,13 +73,10 @@ impl Units {
     }
 }
 
-/// What lanes know a namespace by.
-pub(super) fn medium_of(place: HostLun) -> MediumId {
-    MediumId {
-        // There are far fewer.
-        device: u32::try_from(place.device).unwrap_or(u32::MAX),
-        nsid: Nsid(place.nsid),
-    }
+/// What lanes know a device by.
+pub(super) fn number_of(device_index: usize) -> u32 {
+    // There are far fewer.
+    u32::try_from(device_index).unwrap_or(u32::MAX)
 }
 
 fn logical_unit(device: &Device, namespace: &Namespace, geometry: Geometry) -> LogicalUnit {

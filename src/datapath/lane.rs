@@ -259,6 +259,14 @@ impl<T: Transport> Pair<T> {
         &mut self.commands[place]
     }
 
+    /// A bounce buffer for a command that there is room for.
+    fn take_chunk(&mut self) -> Option<ChunkId> {
+        match self.queue.room() {
+            0 => None,
+            _ => self.bounce.take(),
+        }
+    }
+
     /// Asks for the end of the commands of a lane whose requests `which` chooses.
     #[cold]
     fn abort(&mut self, slot: u16, which: impl Fn(HeadIndex) -> bool) {
@@ -1184,10 +1192,7 @@ impl<F: Front> RequestLane<F> {
         if left == 0 {
             return Progress::Finished;
         }
-        if pair.queue.room() == 0 {
-            return Progress::Blocked;
-        }
-        let Some(chunk) = pair.bounce.take() else {
+        let Some(chunk) = pair.take_chunk() else {
             return Progress::Blocked;
         };
         let shift = work.medium.block_shift;
@@ -1228,10 +1233,7 @@ impl<F: Front> RequestLane<F> {
         if left == 0 {
             return Progress::Finished;
         }
-        if pair.queue.room() == 0 {
-            return Progress::Blocked;
-        }
-        let Some(chunk) = pair.bounce.take() else {
+        let Some(chunk) = pair.take_chunk() else {
             return Progress::Blocked;
         };
         let shift = work.medium.block_shift;
@@ -1276,10 +1278,7 @@ impl<F: Front> RequestLane<F> {
         if left == 0 || self.front.is_explained(work.head) {
             return Progress::Finished;
         }
-        if pair.queue.room() == 0 {
-            return Progress::Blocked;
-        }
-        let Some(chunk) = pair.bounce.take() else {
+        let Some(chunk) = pair.take_chunk() else {
             return Progress::Blocked;
         };
         let entry = work.medium.transfer(false, lba, 1);

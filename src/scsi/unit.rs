@@ -411,8 +411,7 @@ impl LogicalUnit {
     /// The same unit with another size; `None` if no disk has that.
     #[must_use]
     pub fn with_blocks(self, blocks: u64) -> Option<LogicalUnit> {
-        let (shift, read_only) = (self.geometry.block_shift(), self.geometry.read_only());
-        let geometry = Geometry::new(shift, blocks, read_only).filter(|_| blocks > 0)?;
+        let geometry = self.geometry.with_blocks(blocks).filter(|_| blocks > 0)?;
         Some(LogicalUnit { geometry, ..self })
     }
 

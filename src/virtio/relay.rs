@@ -12,6 +12,7 @@
 
 use super::chain::{Chain, DESC_F_NEXT, DESC_F_WRITE, ThreeEntries};
 use super::memory::{Gpa, GuestMemory};
+use super::split::{AVAIL_F_NO_INTERRUPT, USED_F_NO_NOTIFY};
 use super::virtqueue::{
     HeadIndex, MAX_QUEUE_SIZE, RingLayout, Virtqueue, VirtqueueConfig, avail_ring_bytes,
     descriptor_table_bytes, used_ring_bytes,
@@ -24,9 +25,6 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, fence};
 
 /// As many descriptors as a queue may have: a chain of any queue fits.
 pub const RELAY_SIZE: u16 = MAX_QUEUE_SIZE;
-
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
-const USED_F_NO_NOTIFY: u16 = 1;
 
 const AVAIL_AT: usize = descriptor_table_bytes(RELAY_SIZE) as usize;
 const USED_AT: usize = AVAIL_AT + (avail_ring_bytes(RELAY_SIZE) as usize).next_multiple_of(64);

@@ -13,8 +13,9 @@ use super::virtqueue::{
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::Relaxed;
 
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
-const USED_F_NO_NOTIFY: u16 = 1;
+/// Virtio 1.2, 2.7.6 and 2.7.8.
+pub(super) const AVAIL_F_NO_INTERRUPT: u16 = 1;
+pub(super) const USED_F_NO_NOTIFY: u16 = 1;
 
 #[inline]
 const fn flags_of(entry: Entry) -> u16 {

@@ -12,7 +12,7 @@ use super::{
     CommandContext, Front, LaneId, LaneParts, Medium, NOTHING_MORE, Pair, RequestLane, Step,
     as_data, copy_out,
 };
-use crate::block::{BlockOp, BlockStatus, Geometry};
+use crate::block::{BlockOp, BlockStatus};
 use crate::datapath::signal::Signal;
 use crate::stats::SharedCounters;
 use crate::virtio::blk::{self, BlkLimits, BlkReject, BlkRequest, HEADER_BYTES};
@@ -157,7 +157,7 @@ impl RequestLane<Blk> {
     pub(super) fn resize(&mut self, blocks: u64) {
         let own = &mut self.front.limits.geometry;
         // Whoever resizes a disk knows that it is one.
-        if let Some(resized) = Geometry::new(own.block_shift(), blocks, own.read_only()) {
+        if let Some(resized) = own.with_blocks(blocks) {
             *own = resized;
         }
     }
